@@ -1,0 +1,164 @@
+"""What every host must pass in a sweep: points, identity while dormant and while isolated, a seed that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.module_host import ModuleHost
+from esper_core.kasmina.plane import Plane
+from esper_core.registry import Registry, load_registry
+
+SEEDS = {"NCHW": "depthwise", "NHWC": "depthwise", "NLD": "bottleneck_adapter"}
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Marks what is raised inside with the name of the stage."""
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(error, "stage"):
+            error.stage = name  # type: ignore[attr-defined]
+        raise
+
+
+def ready_registry() -> Registry:
+    """The registry; from a bare checkout, where no entry points are installed, the plugins are named here."""
+    registry = load_registry()
+    if not registry.specs("blueprint"):
+        import esper_blueprints.plugin
+        import esper_plugins.blends.plugin
+
+        registry.register(esper_blueprints.plugin, name="blueprints", distribution="esper-core")
+        registry.register(esper_plugins.blends.plugin, name="blends", distribution="esper-core")
+    return registry
+
+
+def check_host(host: ModuleHost, inputs: Any, registry: Registry) -> dict[str, Any]:
+    """Attach a plane, compare outputs bit for bit, germinate a seed in the middle and train it for one step.
+
+    Args:
+        host: fresh from the discovery of its points.
+        inputs: a batch of two.
+        registry: with blueprints and blends.
+
+    Returns:
+        Number of points, their layouts and roles, where the seed grew, and the host's parameters.
+    """
+    specs = list(host.injection_specs.values())
+    for parameter in host.module.parameters():
+        parameter.requires_grad_(False)
+    host.module.eval()
+    with stage("identity"), torch.no_grad():
+        bare = _repeatable(host, inputs)
+        plane = Plane(host, registry)
+        _same(bare, host.forward_with_slots(inputs), "dormant slots change the output")
+    with stage("germination"):
+        spec = specs[len(specs) // 2]
+        plane.germinate(spec.name, SEEDS[spec.layout])
+        while plane.slots[spec.name].stage.value != "training":
+            if not plane.step():
+                plane.advance(spec.name, gated=False)
+    with stage("isolation"), torch.no_grad():
+        _same(bare, host.forward_with_slots(inputs), "an isolated seed changes the output")
+    with stage("training"):
+        parameters = plane.seed_groups()[spec.name]
+        before = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        host.module.train()
+        logits = host.forward_with_slots(inputs)
+        _loss(logits).backward()
+        missing = [i for i, p in enumerate(parameters) if p.grad is None]
+        if missing:
+            raise AssertionError(f"{len(missing)} of {len(parameters)} parameters of the seed have no gradient")
+        if not any(bool(p.grad.any()) for p in parameters if p.grad is not None):
+            raise AssertionError("the seed's gradient is zero")
+        optimizer.step()
+        if all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True)):
+            raise AssertionError("the seed did not move")
+        if not all(bool(p.isfinite().all()) for p in parameters):
+            raise AssertionError("the seed is not finite after a step")
+    return {
+        "points": len(specs),
+        "layouts": sorted({s.layout for s in specs}),
+        "roles": sorted({s.role for s in specs}),
+        "causal": any("causal" in s.tags for s in specs),
+        "seed_at": spec.name,
+        "params": sum(p.numel() for p in host.module.parameters()),
+    }
+
+
+def _repeatable(host: ModuleHost, inputs: Any) -> Tensor:
+    """The output; a second pass must give it again, or there is nothing to compare with."""
+    torch.manual_seed(0)
+    bare = host.forward_with_slots(inputs)
+    torch.manual_seed(0)
+    if not _equal(bare, host.forward_with_slots(inputs)):
+        raise AssertionError("the bare model does not repeat itself")
+    return bare
+
+
+def _same(bare: Tensor, other: Tensor, what: str) -> None:
+    if not _equal(bare, other):
+        raise AssertionError(f"{what}, by up to {float((bare - other).abs().max()):.2e}")
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(two))
+
+
+def _loss(logits: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (logits.float() * torch.randn(logits.shape, generator=generator)).sum() / logits[0].numel() ** 0.5
+
+
+def fast_initialisation() -> None:
+    """Replace torch's random fills by cheap ones of the same scale, in this process; a sweep needs no quality."""
+    block = torch.rand(1 << 20)
+
+    def fill(tensor: Tensor, low: float, high: float) -> Tensor:
+        with torch.no_grad():
+            noise = block.to(tensor.dtype) if tensor.dtype != block.dtype else block
+            scaled = noise * (high - low) + low
+            if tensor.is_meta or not tensor.is_contiguous():
+                if not tensor.is_meta:
+                    tensor.copy_(scaled.repeat(-(-tensor.numel() // len(block)))[: tensor.numel()].view(tensor.shape))
+                return tensor
+            flat = tensor.view(-1)
+            for start in range(0, flat.numel(), len(block)):
+                part = flat[start : start + len(block)]
+                part.copy_(scaled[: len(part)])
+        return tensor
+
+    def wrap(original: Callable[..., Tensor], bounds: Callable[..., tuple[float, float]]) -> Callable[..., Tensor]:
+        def filled(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.numel() < 4096 or not self.is_floating_point():
+                return original(self, *args, **kwargs)
+            kwargs.pop("generator", None)
+            return fill(self, *bounds(*args, **kwargs))
+
+        return filled
+
+    tensor: Any = torch.Tensor
+    tensor.uniform_ = wrap(tensor.uniform_, lambda a=0.0, b=1.0: (a, b))
+    tensor.normal_ = wrap(tensor.normal_, lambda mean=0.0, std=1.0: (mean - 1.73 * std, mean + 1.73 * std))
+    original = tensor.erfinv_
+    tensor.erfinv_ = lambda self: self if self.numel() >= 4096 else original(self)
+
+
+def quiet_forever() -> None:
+    """One thread, no warnings."""
+    import warnings
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+
+
+def bare_module(host: ModuleHost) -> nn.Module:
+    """The host's module."""
+    return host.module

@@ -1,0 +1,142 @@
+"""What the plane costs: dormant slots, a germination, the bookkeeping of a thousand slots.
+
+Run: OMP_NUM_THREADS=1 python -m benchmarks.plane [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.timing import interleaved, machine, ratio
+from esper_core.kasmina.module_host import ModuleHost, host_from_module
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.registry import load_registry
+
+
+def resnet18() -> tuple[nn.Module, torch.Tensor]:
+    """ResNet-18 on 64×64 images, batch 16, channels last."""
+    import timm
+
+    model = timm.create_model("resnet18", num_classes=10).to(memory_format=torch.channels_last)
+    return model, torch.randn(16, 3, 64, 64).to(memory_format=torch.channels_last)
+
+
+def gpt2() -> tuple[nn.Module, torch.Tensor]:
+    """A GPT-2 of 4 layers and width 128 on 4 sequences of 128 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=256, n_positions=128, n_embd=128, n_layer=4, n_head=4, use_cache=False)
+    return GPT2LMHeadModel(config), torch.randint(0, 256, (4, 128))
+
+
+def dormant(
+    build: Callable[[], tuple[nn.Module, torch.Tensor]], counts: tuple[int, ...], rounds: int
+) -> dict[str, Any]:
+    """Forward and backward of the bare model and of the same with dormant slots."""
+    contenders: dict[str, Callable[[], object]] = {}
+    for count in (None, *counts):
+        torch.manual_seed(0)
+        model, x = build()
+        host = host_from_module(model, example=x)
+        if count is not None:
+            points = sorted(host.injection_specs, key=lambda n: host.injection_specs[n].order)
+            chosen = points[:: max(1, len(points) // max(count, 1))][:count]
+            if len(chosen) < count:
+                continue
+            if chosen:
+                contenders[f"plane with {count} slots"] = _step(Plane(host, load_registry(), points=chosen).host, x)
+            else:
+                contenders[f"plane with {count} slots"] = _step(host, x)
+        else:
+            contenders["bare"] = _step_bare(model, x)
+    seconds = interleaved(contenders, rounds=rounds)
+    return {
+        name: {"ms": statistics.median(s) * 1e3, "ratio": ratio(seconds, name, "bare")} for name, s in seconds.items()
+    }
+
+
+def _step(host: ModuleHost, x: torch.Tensor) -> Callable[[], object]:
+    return lambda: host.forward_with_slots(x).float().square().mean().backward()
+
+
+def _step_bare(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    def run() -> None:
+        out = model(x)
+        (out if isinstance(out, torch.Tensor) else out.logits).float().square().mean().backward()
+
+    return run
+
+
+def germination(rounds: int) -> float:
+    """Median milliseconds of germinating a depthwise seed of 64 channels, its checks included."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Flatten(1), nn.Linear(64 * 64, 10))
+    spec = InjectionSpec("point", 64, "NCHW", 0, (64, 8, 8))
+    plane = Plane(ModuleHost(model, {"point": ("1", spec)}), load_registry(), embargo=0)
+    times = []
+    for _ in range(rounds + 3):
+        start = time.perf_counter()
+        plane.germinate("point", "depthwise")
+        times.append(time.perf_counter() - start)
+        plane.cull("point")
+        plane.decide()
+    return statistics.median(times[3:]) * 1e3
+
+
+def bookkeeping(rounds: int) -> dict[str, float]:
+    """Milliseconds of `Plane.step` with a thousand slots, none or all of them holding a seed."""
+    layers = [nn.Linear(8, 8) for _ in range(1000)]
+    specs = {f"l{i}": (str(i), InjectionSpec(f"l{i}", 8, "NLD", i, (4, 8))) for i in range(1000)}
+    plane = Plane(ModuleHost(nn.Sequential(*layers), specs), load_registry())
+    out = {}
+    for state in ("dormant", "fossilized", "blending"):
+        for path in plane.slots if state != "dormant" else ():
+            if state == "fossilized":
+                plane.germinate(path, "norm")
+                plane.step()
+                while plane.growths[path].stage != "fossilized":
+                    plane.advance(path, gated=False)
+                plane.growths[path].ramp_steps = 0
+            else:
+                plane.wither(path, source="emrakul")
+                plane.growths[path].ramp_steps = 10**6
+        plane.step()
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            plane.step()
+            times.append(time.perf_counter() - start)
+        out[f"1000 slots, {'all withering' if state == 'blending' else state}"] = statistics.median(times) * 1e3
+    return out
+
+
+def main() -> None:
+    """Measure and print everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=25)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "resnet18 64x64 batch 16": dormant(resnet18, (0, 3, 10), arguments.rounds),
+        "gpt2 4x128": dormant(gpt2, (0, 3, 10), arguments.rounds),
+        "germination of a depthwise seed (ms)": germination(arguments.rounds),
+        "Plane.step (ms)": bookkeeping(arguments.rounds),
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

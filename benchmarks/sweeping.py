@@ -1,0 +1,235 @@
+"""Runs one check over very many names: a forked process each, limits on time and memory, results as JSON lines.
+
+A sweep goes on where it stopped: names that have a result are skipped. With `--deadline` it stops in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+Check = Callable[[str], dict[str, Any]]
+BIG = re.compile(r"giga|giant|enormous|huge|_7b|so400m|xlarge|xxlarge|_2b|_1b|large|g_14|h_14")
+
+
+@attrs.define
+class Child:
+    """A running check."""
+
+    name: str
+    pid: int
+    pipe: int
+    started: float
+    peak: int = 0
+    text: bytes = b""
+
+
+def arguments(description: str, out: str, table: str) -> argparse.ArgumentParser:
+    """The options that every sweep takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("names", nargs="*", help="names or patterns; all if none is given")
+    parser.add_argument(
+        "--out", default=out, help="JSON lines, one a name; names in it are skipped (default %(default)s)"
+    )
+    parser.add_argument("--table", default=table, help="Markdown page to write at the end (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))), help="default: every core")
+    parser.add_argument("--shard", default="0/1", help="only every n-th name from the i-th: i/n")
+    parser.add_argument("--sample", type=int, default=0, help="only so many names, evenly spread")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one name (default %(default)s)")
+    parser.add_argument("--memory", type=float, default=24, help="GB for one name (default %(default)s)")
+    parser.add_argument("--deadline", type=float, default=0, help="stop after so many seconds; 0: never")
+    parser.add_argument("--retry", action="store_true", help="check names again that failed")
+    return parser
+
+
+def sweep(names: Sequence[str], check: Check, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Check every name that has no result yet; returns all results, old ones included.
+
+    Args:
+        names: what to check.
+        check: called in a process of its own; answers with JSON-compatible data, or raises.
+        options: see `arguments`.
+    """
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = read_results(out)
+    if options.retry:
+        results = {name: result for name, result in results.items() if result["ok"]}
+    chosen = choose(names, options)
+    waiting = [name for name in chosen if name not in results]
+    waiting.sort(key=lambda name: not BIG.search(name))
+    waiting.reverse()  # popped from the end: big ones first
+    done, total, begun = len(chosen) - len(waiting), len(chosen), time.monotonic()
+    running: dict[int, Child] = {}
+    with out.open("a") as file:
+        try:
+            while waiting or running:
+                late = options.deadline and time.monotonic() - begun > options.deadline
+                if late:
+                    break
+                while waiting and len(running) < options.workers and (not running or free_memory() > 4e9):
+                    child = start(waiting.pop(), check)
+                    running[child.pid] = child
+                for child in list(running.values()):
+                    result = poll(child, options)
+                    if result is None:
+                        continue
+                    del running[child.pid]
+                    results[child.name] = result
+                    file.write(json.dumps({"name": child.name, **result}) + "\n")
+                    file.flush()
+                    done += 1
+                    progress(done, total, results, begun)
+                time.sleep(0.005)
+        finally:
+            for child in running.values():
+                os.kill(child.pid, signal.SIGKILL)
+                os.waitpid(child.pid, 0)
+    print(file=sys.stderr)
+    if waiting:
+        print(f"stopped at the deadline with {len(waiting) + len(running)} names left", file=sys.stderr)
+    return {name: results[name] for name in chosen if name in results}
+
+
+def choose(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """The names that patterns, shard and sample leave."""
+    patterns = options.names or ["*"]
+    chosen = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    index, count = map(int, options.shard.split("/"))
+    chosen = chosen[index::count]
+    if options.sample and options.sample < len(chosen):
+        chosen = [chosen[i * len(chosen) // options.sample] for i in range(options.sample)]
+    return chosen
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Results by name, the last one of each; a torn last line is ignored."""
+    results: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        results[row.pop("name")] = row
+    return results
+
+
+def start(name: str, check: Check) -> Child:
+    """Fork a process that checks `name` and writes its result into a pipe."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        os.set_blocking(read, False)
+        return Child(name, pid, read, time.monotonic())
+    os.close(read)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    try:
+        result = {"ok": True, **check(name)}
+    except BaseException as error:  # noqa: BLE001 - whatever happens in the child is its result
+        where = traceback.extract_tb(error.__traceback__)
+        own = [f"{Path(f.filename).name}:{f.lineno}" for f in where[-3:]]
+        stage = getattr(error, "stage", "")
+        result = {"ok": False, "stage": stage, "error": f"{type(error).__name__}: {error}"[:600], "where": own}
+    with os.fdopen(write, "w") as pipe:
+        json.dump(result, pipe)
+    os._exit(0)
+
+
+def poll(child: Child, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The child's result if it has one by now; a child beyond its limits is killed, and that is its result."""
+    try:
+        while chunk := os.read(child.pipe, 65536):
+            child.text += chunk
+        ended = True
+    except BlockingIOError:
+        ended = False
+    seconds = time.monotonic() - child.started
+    child.peak = max(child.peak, resident(child.pid))
+    reason = ""
+    if not ended:
+        if seconds > options.timeout:
+            reason = f"took more than {options.timeout:.0f} s"
+        elif child.peak > options.memory * 1e9:
+            reason = f"needs more than {options.memory:g} GB"
+        elif free_memory() < 1e9:
+            reason = "the machine's memory ran out"
+        if not reason:
+            return None
+        os.kill(child.pid, signal.SIGKILL)
+    os.close(child.pipe)
+    _, status, usage = os.wait4(child.pid, 0)
+    try:
+        result = json.loads(child.text) if not reason else {"ok": False, "stage": "limits", "error": reason}
+    except json.JSONDecodeError:
+        result = {"ok": False, "stage": "limits", "error": f"the process died (status {status})"}
+    cpu = usage.ru_utime + usage.ru_stime
+    return {**result, "seconds": round(seconds, 1), "cpu": round(cpu, 1), "gigabytes": round(child.peak / 1e9, 2)}
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def free_memory() -> float:
+    """Bytes that new processes can have."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return float(line.split()[1]) * 1024
+    return float("inf")
+
+
+def progress(done: int, total: int, results: dict[str, dict[str, Any]], begun: float) -> None:
+    """One line on stderr."""
+    failed = sum(not result["ok"] for result in results.values())
+    bar = "█" * (30 * done // max(1, total))
+    seconds = time.monotonic() - begun
+    print(f"\r{bar:<30} {done}/{total}, {failed} failed, {seconds:.0f} s ", end="", file=sys.stderr, flush=True)
+
+
+def markdown(title: str, command: str, results: dict[str, dict[str, Any]], notes: Iterable[str], total: int) -> str:
+    """The page: the share that works, how many points, and a table of what fails and why."""
+    good = {name: result for name, result in results.items() if result["ok"]}
+    bad = {name: result for name, result in results.items() if not result["ok"]}
+    share = 100 * len(good) / max(1, len(results))
+    lines = [f"# {title}", "", *notes, "", f"Command: `{command}`", ""]
+    lines += [
+        f"**{len(good)} of {len(results)} work: {share:.1f} %.**"
+        + (f" ({total} in all)" if total != len(results) else ""),
+        "",
+    ]
+    if good:
+        counts = sorted(result["points"] for result in good.values())
+        layouts = Counter(layout for result in good.values() for layout in result["layouts"])
+        roles = Counter(role for result in good.values() for role in result["roles"])
+        lines += [
+            f"Points a model: {counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}. "
+            f"Models with points of layout {', '.join(f'{k}: {v}' for k, v in sorted(layouts.items()))}; "
+            f"of role {', '.join(f'{k}: {v}' for k, v in roles.most_common())}.",
+            "",
+        ]
+    if bad:
+        lines += ["| what | stage | why |", "|---|---|---|"]
+        for name, result in sorted(bad.items()):
+            why = " ".join(str(result["error"]).replace("|", "\\|").split())
+            lines.append(f"| {name} | {result['stage']} | {why[:240]} |")
+    return "\n".join(lines).rstrip() + "\n"

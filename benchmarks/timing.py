@@ -1,0 +1,48 @@
+"""Interleaved timing: every round times each contender once, so that a drifting machine drifts for all alike."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round.
+
+    Args:
+        contenders: name to what is timed.
+        rounds: how often each is timed.
+        warmup: rounds that are not counted.
+        repeats: calls within one timing; the answer is seconds for one call.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            if number >= warmup:
+                seconds[name].append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, baseline: str) -> float:
+    """Median over rounds of `name`'s time over `baseline`'s time in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    import torch
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,1 @@
+"""Blueprints that ship with Esper, one a file."""

@@ -1,0 +1,158 @@
+"""Writes the pages that are derived from code: `python docs/generate.py`; with `--check` it only says which differ."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import esper_core
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.options import resolve_options
+from esper_core.leyline.specs import BlendSpec, BlueprintSpec, PluginSpec
+from esper_core.leyline.stages import STAGES, TRANSITIONS, diagram
+from esper_core.registry import load_registry
+
+HERE = Path(__file__).parent
+NOTICE = "<!-- Written by docs/generate.py; change the code, then run it again. -->\n"
+
+
+def lifecycle_page() -> str:
+    """`lifecycle.md`: the diagram, the stages and the gates of `esper_core.leyline.stages`."""
+    stages = [
+        f"| {spec.stage.name} | {spec.summary} | {_mark(spec.occupied)} | {_mark(spec.isolated)} "
+        f"| {_mark(spec.contributes)} | {_mark(spec.pays_rent)} | {', '.join(spec.sensors)} |"
+        for spec in STAGES.values()
+    ]
+    gates = {gate.summary: gate for transition in TRANSITIONS for gate in transition.gates}
+    conditions = [f"| `{g.measure}` | {g.comparison} {g.threshold:g} | {g.summary} |" for g in gates.values()]
+    return "\n".join(
+        [
+            NOTICE,
+            "# The lifecycle of a seed\n",
+            "One table in `esper_core/leyline/stages.py` says which stages a seed passes through, what holds in",
+            "each and what leads from one to the next. Masks, gates and this page are derived from it. WAIT is",
+            "legal everywhere.\n",
+            "```mermaid\n" + diagram() + "```\n",
+            "## Stages\n",
+            "| stage | | seed exists | isolated | contributes | pays rent | sensors |",
+            "|---|---|:-:|:-:|:-:|:-:|---|",
+            *stages,
+            "\n*Isolated*: the host computes, and learns, exactly as if nothing grew. *Contributes*: the output",
+            "depends on the seed when its alpha is above zero.\n",
+            "## Gates\n",
+            "A quantity that is not measured passes no gate.\n",
+            "| measure | must be | that is |",
+            "|---|---|---|",
+            *conditions,
+            "",
+        ]
+    )
+
+
+def public_api_page() -> str:
+    """`public-api.md`: the names that `esper_core` promises to keep."""
+    rows = []
+    for name, reference in sorted(esper_core.PUBLIC.items(), key=lambda item: (item[1].partition(":")[0], item[0])):
+        module, _, attribute = reference.partition(":")
+        documented = getattr(importlib.import_module(module), attribute).__doc__ or ""
+        line = documented.strip().split("\n\n")[0].replace("\n", " ")
+        rows.append(f"| `{name}` | `{module}` | {' '.join(line.split()).replace('|', chr(92) + '|')} |")
+    return "\n".join(
+        [
+            NOTICE,
+            "# Public names\n",
+            "`from esper_core import NAME`. These, every module of `esper_core.leyline`, the conformance classes",
+            "of `esper_core.testing` and the command `esper` are what plugins and programs may rely on;",
+            "everything else is private and may change. Importing `esper_core` alone imports none of the modules",
+            "below.\n",
+            "| name | from | |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def blueprints_page() -> str:
+    """`blueprints.md`: the blueprints and blends that ship with Esper, as registered, with costs by their estimates."""
+    registry = load_registry()
+    shipped = [part for part in registry.specs() if part.distribution == "esper-core"]
+    blueprints, blends = [], []
+    for part in shipped:
+        spec = part.spec
+        if isinstance(spec, BlueprintSpec):
+            estimate = registry.load(part, attribute="estimate")
+            defaults = resolve_options(spec.name, spec.options, {})
+            on_map, on_sequence = (
+                f"{params:,} / {flops / 1e6:.3g} M"
+                for params, flops in (
+                    estimate(point, **defaults) if point.layout in spec.layouts else (0, 0)
+                    for point in (_example("NCHW", (64, 16, 16)), _example("NLD", (64, 64)))
+                )
+            )
+            blueprints.append(
+                f"| `{spec.name}` | {spec.family} | {spec.summary} | {on_map if 'NCHW' in spec.layouts else ''} "
+                f"| {on_sequence if 'NLD' in spec.layouts else ''} | {_options(spec)} | {spec.source} |"
+            )
+        elif isinstance(spec, BlendSpec):
+            blends.append(f"| `{spec.name}` | {spec.part} | {spec.summary} | {_options(spec)} | {spec.source} |")
+    return "\n".join(
+        [
+            NOTICE,
+            "# Blueprints and blends that ship with Esper\n",
+            "A blueprint says what grows at a slot. Whatever it is, it maps the host's feature to a *delta* of the",
+            "same shape, is born silent (with `init=zero`, the default) and works at one position and one channel.",
+            "Set an option with `--set name.option=value`; publish your own with `esper plugins new NAME`.\n",
+            "Parameters / forward FLOPs of one example at default options: on a map of 64 channels and 16×16",
+            "positions, and on a sequence of 64 tokens of 64 features. Empty: the blueprint does not serve that",
+            "layout. A multiply-add counts as two; norms and element-wise work count as nothing.\n",
+            "| blueprint | family | | map | sequence | options | source |",
+            "|---|---|---|--:|--:|---|---|",
+            *blueprints,
+            "\nA blend says how it comes in: a combination, and a curve in which alpha (α) moves: `gated:cosine`.",
+            "h is the host's feature, s the seed's delta; at α = 0 every combination gives back h bit for bit.\n",
+            "| blend | part | | options | source |",
+            "|---|---|---|---|---|",
+            *blends,
+            "",
+        ]
+    )
+
+
+def _example(layout: str, shape: tuple[int, ...]) -> InjectionSpec:
+    return InjectionSpec(name="example", channels=64, layout=layout, order=0, feature_shape=shape)
+
+
+def _options(spec: PluginSpec) -> str:
+    defaults = (
+        f"{option.default:.3g}" if isinstance(option.default, float) else str(option.default) for option in spec.options
+    )
+    return ", ".join(f"`{option.name}={default}`" for option, default in zip(spec.options, defaults, strict=True))
+
+
+PAGES = {"lifecycle.md": lifecycle_page, "public-api.md": public_api_page, "blueprints.md": blueprints_page}
+
+
+def _mark(flag: bool) -> str:
+    return "●" if flag else ""
+
+
+def main(check: bool) -> int:
+    """Write every page, or compare it; returns how many differed."""
+    stale = 0
+    for name, page in PAGES.items():
+        path, text = HERE / name, page()
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale += 1
+        print(f"docs/{name} {'is not what the code says: run python docs/generate.py' if check else 'written'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    return stale
+
+
+if __name__ == "__main__":
+    checking = "--check" in sys.argv[1:]
+    stale_pages = main(checking)
+    sys.exit(1 if checking and stale_pages else 0)

@@ -1,0 +1,67 @@
+"""Esper grows neural networks while they train.
+
+The names in `PUBLIC` can be imported from here; each is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esper_core.kasmina.compose import compose as compose
+    from esper_core.kasmina.module_host import ModuleHost as ModuleHost
+    from esper_core.kasmina.module_host import host_from_module as host_from_module
+    from esper_core.kasmina.plane import Plane as Plane
+    from esper_core.leyline.errors import EsperError as EsperError
+    from esper_core.registry import Registry as Registry
+    from esper_core.registry import load_registry as load_registry
+    from esper_core.registry import split_reference as split_reference
+    from esper_core.tamiyo.adapter import Adapter as Adapter
+    from esper_core.tamiyo.core import TamiyoCore as TamiyoCore
+    from esper_core.tolaria.config import RunConfig as RunConfig
+    from esper_core.tolaria.grow import accompany as accompany
+    from esper_core.tolaria.grow import grow as grow
+    from esper_core.tolaria.model_file import load_growth as load_growth
+    from esper_core.tolaria.model_file import load_model as load_model
+    from esper_core.tolaria.model_file import save_growth as save_growth
+    from esper_core.tolaria.run import resume_run as resume_run
+    from esper_core.tolaria.run import start_run as start_run
+    from esper_core.tolaria.session import Tolaria as Tolaria
+
+__version__ = "0.1.0"
+
+PUBLIC: dict[str, str] = {
+    "Adapter": "esper_core.tamiyo.adapter:Adapter",
+    "EsperError": "esper_core.leyline.errors:EsperError",
+    "ModuleHost": "esper_core.kasmina.module_host:ModuleHost",
+    "Plane": "esper_core.kasmina.plane:Plane",
+    "Registry": "esper_core.registry:Registry",
+    "RunConfig": "esper_core.tolaria.config:RunConfig",
+    "TamiyoCore": "esper_core.tamiyo.core:TamiyoCore",
+    "Tolaria": "esper_core.tolaria.session:Tolaria",
+    "accompany": "esper_core.tolaria.grow:accompany",
+    "compose": "esper_core.kasmina.compose:compose",
+    "grow": "esper_core.tolaria.grow:grow",
+    "host_from_module": "esper_core.kasmina.module_host:host_from_module",
+    "load_growth": "esper_core.tolaria.model_file:load_growth",
+    "load_model": "esper_core.tolaria.model_file:load_model",
+    "load_registry": "esper_core.registry:load_registry",
+    "resume_run": "esper_core.tolaria.run:resume_run",
+    "save_growth": "esper_core.tolaria.model_file:save_growth",
+    "split_reference": "esper_core.registry:split_reference",
+    "start_run": "esper_core.tolaria.run:start_run",
+}
+"""Every public name and where it is. The imports above say the same to type checkers; a test compares them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'esper_core' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, _, attribute = PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*PUBLIC, "PUBLIC", "__version__"])

@@ -1,0 +1,171 @@
+"""Options and arguments that several verbs share: those of `RunConfig`, and the name of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import click
+from click.shell_completion import CompletionItem
+
+from esper_core.cli.context import current_registry
+from esper_core.leyline.errors import BadOption, EsperError, UnknownName, did_you_mean
+from esper_core.registry import split_reference
+from esper_core.tolaria.config import RunConfig
+
+RUNS: Final = Path("runs")
+"""Where runs are put and looked for by name."""
+
+KINDS: Final = {
+    "host": "host", "blueprints": "blueprint", "blends": "blend", "task": "task", "controller": "controller",
+    "overseers": "controller", "rewards": "reward", "sinks": "sink",
+}  # fmt: skip
+"""Fields of `RunConfig` that name plugins, by which a shell completes them."""
+
+_METAVARS: Final = {int: "N", float: "X", str: "TEXT", tuple: "A,B,…"}
+_NAMED: Final = {"host": "HOST", "task": "TASK", "controller": "NAME", "out": "FOLDER", "device": "DEVICE",
+                 "budget_params": "SHARE", "budget_flops": "SHARE", "rewards": "NAME=W,…"}  # fmt: skip
+
+Function = Callable[..., Any]
+
+
+class GroupedOption(click.Option):
+    """An option that belongs under a heading of `--help`."""
+
+    def __init__(self, *args: Any, group: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` lists options under headings, in the order of declaration."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section a group; options without one come last."""
+        shown = [(getattr(p, "group", ""), p.get_help_record(ctx)) for p in self.get_params(ctx)]
+        for group, records in groupby((s for s in shown if s[1]), key=lambda s: s[0]):
+            with formatter.section(group.capitalize() or "Options"):
+                formatter.write_dl([record for _, record in records if record])
+
+
+def config_options(function: Function) -> Function:
+    """Give a command every option of `RunConfig`, and pass it those that the user typed as `given`."""
+
+    fields = [field for field in attrs.fields(RunConfig) if field.name != "settings"]
+
+    def command(**values: Any) -> Any:
+        given = {field.name: values.pop(field.name) for field in fields}
+        return function(given={k: v for k, v in given.items() if v is not None}, **values)
+
+    command.__doc__ = function.__doc__
+    command.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
+    for field in reversed(fields):
+        command = _option(field)(command)
+    return command
+
+
+def _option(field: attrs.Attribute[Any]) -> Callable[[Function], Function]:
+    default, flag = field.default, "--" + field.name.replace("_", "-")
+    told = (
+        ",".join(default) if isinstance(default, tuple) else str(default).lower() if default is False else str(default)
+    )
+    help = f"{field.metadata['help']}  [default:\N{NO-BREAK SPACE}{told or 'empty'}]"
+    more: dict[str, Any] = {"cls": GroupedOption, "group": field.metadata["group"], "help": help, "default": None}
+    if isinstance(default, bool):
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, **more)
+    choices = field.metadata.get("choices")
+    metavar = "|".join(choices) if choices else _NAMED.get(field.name, _METAVARS[type(default)])
+    return click.option(flag, field.name, metavar=metavar, shell_complete=_completer(field.name, choices), **more)
+
+
+def _completer(name: str, choices: tuple[str, ...] | None) -> Function:
+    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        if choices:
+            return [CompletionItem(c) for c in choices if c.startswith(incomplete)]
+        if name == "out":
+            return [CompletionItem(incomplete, type="dir")]
+        if name not in KINDS:
+            return []
+        before, comma, last = incomplete.rpartition(",")
+        try:
+            parts = current_registry().specs(KINDS[name])
+        except EsperError:  # completing must never print an error into the line being typed
+            return []
+        return [CompletionItem(before + comma + p.name, help=p.spec.summary) for p in parts if p.name.startswith(last)]
+
+    return complete
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
+    """`("a.b=1",)` as `{"a.b": "1"}`.
+
+    Raises:
+        BadOption: no `=` in one of them.
+    """
+    for pair in pairs:
+        if "=" not in pair:
+            raise BadOption(f"--set {pair} sets nothing", "part.option=value", f"--set {pair}=VALUE")
+    return {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def resolve_config(given: Mapping[str, Any], settings: tuple[str, ...], file: str | None) -> RunConfig:
+    """The configuration from a TOML file, the options typed and `--set`, the later of which win."""
+    overrides = {**given, "settings": parse_settings(settings)}
+    return RunConfig.from_file(file, overrides) if file else RunConfig.from_mapping(overrides)
+
+
+def check_names(config: RunConfig) -> None:
+    """Make sure that every plugin named exists, before anything slow is imported.
+
+    Raises:
+        EsperError: one does not, or is offered twice, or is broken.
+    """
+    registry = current_registry()
+    for field, kind in KINDS.items():
+        value = getattr(config, field)
+        for reference in (value,) if isinstance(value, str) else value:
+            name, argument = split_reference(reference.partition("=")[0])
+            for part in (name, argument) if kind == "blend" else (name,):
+                if part:
+                    registry.find(kind, part)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / "run.json").is_file() or (folder / "events.jsonl").is_file()
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run given by path or by its name in `runs/`; `latest` is the newest there.
+
+    Raises:
+        UnknownName: there is no such run.
+    """
+    known = {folder.name: folder for folder in list_runs(RUNS)}
+    if name == "latest" and known:
+        return next(iter(known.values()))
+    for folder in (Path(name), RUNS / name):
+        if is_run(folder):
+            return folder
+    hint = did_you_mean(Path(name).name, known) or "esper runs list"
+    raise UnknownName(f"there is no run {name!r}", f"the folder of a run, or its name in {RUNS}/", hint)
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """The runs in a folder, newest first."""
+    found = [child for child in folder.iterdir() if is_run(child)] if folder.is_dir() else []
+    return sorted(found, key=lambda run: max(f.stat().st_mtime for f in run.iterdir()), reverse=True)
+
+
+def _complete_run(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    names = ["latest", *(run.name for run in list_runs(RUNS))]
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="dir")]
+
+
+def run_argument(name: str = "run") -> Callable[[Function], Function]:
+    """The argument RUN: a folder, a name in `runs/`, or `latest`."""
+    return click.argument(name, metavar=name.upper(), shell_complete=_complete_run)

@@ -1,0 +1,76 @@
+"""`esper compare`: put a finished run beside what one would have had without growing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from esper_core.cli.arguments import find_run, run_argument
+from esper_core.cli.context import Settings
+
+if TYPE_CHECKING:
+    from esper_core.cli.display import Display
+
+
+@click.command()
+@run_argument()
+@click.option("--seeds", type=click.IntRange(1), default=5, metavar="N", show_default=True, help="seeds of each arm")
+@click.option("--arms", default="", metavar="A,B", help="only these arms; all of them if left out")
+@click.option("--candidates", type=click.IntRange(1), default=3, metavar="N", show_default=True,
+              help="random architectures that share the budget of the random search")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), default=2, metavar="N", show_default=True,
+              help="processes, of one thread each")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="print compare.json instead of a table")
+@click.pass_context
+def compare(
+    context: click.Context, run: str, seeds: int, arms: str, candidates: int, workers: int, as_json: bool
+) -> None:
+    """Train the arms that growing must beat, on the same data with paired seeds, and print the table.
+
+    What is done already is not run again, so it can be stopped and called again. The arms are `host`, `static`,
+    `static@FLOPs`, `random search` and `random controller`.
+
+    \b
+    esper compare runs/cnn-digits-1
+    esper compare runs/cnn-digits-1 --seeds 10 --arms host,static@FLOPs
+    """
+    settings = context.find_object(Settings) or Settings()
+    print_arms(str(find_run(run)), seeds, tuple(a.strip() for a in arms.split(",") if a.strip()), candidates, workers,
+               settings.disabled, as_json=as_json)  # fmt: skip
+
+
+def print_arms(
+    run: str, seeds: int, arms: tuple[str, ...], candidates: int, workers: int, disabled: tuple[str, ...], *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Compare, print the table or the JSON, and bring the run's report up to date."""
+    from rich.console import Console
+
+    from esper_core.cli.arms import show_arms
+    from esper_core.nissa.report import write_report
+    from esper_core.simic.compare import ARMS, CompareConfig, compare_run
+
+    config = CompareConfig(seeds=seeds, arms=arms or ARMS, candidates=candidates, workers=workers, disabled=disabled)
+    summary = compare_run(run, config, notify=lambda text: click.echo(text, err=True))
+    write_report(run)
+    if as_json:
+        click.echo(json.dumps(summary, indent=1))
+    else:
+        show_arms(summary, Console())
+
+
+def compare_after_run(folder: Path, seeds: int, display: Display) -> Mapping[str, Any]:
+    """Compare a run that has just finished; the table goes where the display's lines go."""
+    from esper_core.cli.arms import show_arms
+    from esper_core.simic.compare import CompareConfig, compare_run
+
+    settings = click.get_current_context().find_object(Settings) or Settings()
+    config = CompareConfig(seeds=seeds, disabled=settings.disabled)
+    summary = compare_run(folder, config, notify=display.notify)
+    if display.mode == "auto":
+        show_arms(summary, display.console)
+    return summary

@@ -1,0 +1,70 @@
+"""How a run is shown while it trains: live, as plain lines, as JSON lines, or not at all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from esper_core.cli.live import LiveView
+from esper_core.cli.plain import JsonLines, PlainLines
+from esper_core.cli.watch import Watch
+from esper_core.leyline.events import Sink
+
+MODES = ("auto", "quiet", "json-lines")
+
+
+class Display:
+    """Shows a run; use it as a context so that the terminal is given back whatever happens.
+
+    Args:
+        mode: `auto` (live on a terminal, else plain lines), `quiet` or `json-lines`.
+        epochs: of the run.
+        log: the events of a run that goes on.
+
+    Attributes:
+        sinks: to hand to the run, by name.
+    """
+
+    def __init__(self, mode: str, epochs: int, log: Path | None = None) -> None:
+        self.mode = mode
+        self.console = Console(highlight=False, emoji=False, markup=False)
+        self._view: LiveView | None = None
+        self.sinks: dict[str, Sink] = {}
+        watch = Watch(epochs, log)
+        if mode == "json-lines":
+            self.sinks["json-lines"] = JsonLines(sys.stdout)
+        elif mode == "auto" and self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._view = LiveView(watch, self.console)
+            self.sinks["live-view"] = self._view
+        elif mode == "auto":
+            self.sinks["plain-lines"] = PlainLines(watch, sys.stdout)
+
+    def notify(self, text: str) -> None:
+        """Say what the user should know; on stderr where stdout is for programs."""
+        if self.mode == "auto":
+            self.console.print(Text(text, style="dim" if self._view else ""), soft_wrap=not self._view)
+        else:
+            click.echo(text, err=True)
+
+    def __enter__(self) -> Display:
+        return self
+
+    def close(self) -> None:
+        """Give the terminal back. May be called again."""
+        if self._view is not None:
+            self._view.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def chosen_mode(quiet: bool, json_lines: bool) -> str:
+    """The mode that the flags of `display_options` ask for."""
+    return "json-lines" if json_lines else "quiet" if quiet else "auto"

@@ -1,0 +1,32 @@
+"""`esper doctor`: is everything here that a run needs, and what to type if not."""
+
+from __future__ import annotations
+
+import click
+
+from esper_core.cli.context import current_registry
+from esper_core.cli.output import print_json
+
+
+@click.command()
+@click.option("--fast", is_flag=True, help="Do not import torch: no devices beyond the CPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def doctor(fast: bool, as_json: bool) -> None:
+    """Say what is installed, what is missing, and the line that mends it.
+
+    Exits with 1 if something that Esper needs is missing or a plugin is broken.
+    """
+    import attrs
+
+    from esper_core.cli.health import examine
+
+    findings = list(examine(current_registry(), fast=fast))
+    bad = [finding for finding in findings if finding.state == "bad"]
+    if as_json:
+        print_json({"ok": not bad, "findings": [attrs.asdict(finding) for finding in findings]})
+    else:
+        from esper_core.cli.doctor_view import show_findings
+
+        show_findings(findings)
+    if bad:
+        click.get_current_context().exit(1)

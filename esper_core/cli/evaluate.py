@@ -1,0 +1,32 @@
+"""`esper eval`: measure a grown model."""
+
+from __future__ import annotations
+
+import attrs
+import click
+
+from esper_core.cli.arguments import find_run, run_argument
+from esper_core.cli.context import current_registry
+from esper_core.cli.output import print_json
+
+SPLITS = ("train", "validation", "test")
+
+
+@click.command("eval")
+@run_argument()
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="What to measure on.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def evaluate(run: str, split: str, device: str, as_json: bool) -> None:
+    """Measure the grown model of RUN on a split of its task."""
+    folder = find_run(run)
+    from esper_core.nissa.report.wording import nats, percent
+    from esper_core.tolaria.run import eval_run
+
+    found = eval_run(folder, split=split, device=device, registry=current_registry())
+    if as_json:
+        print_json(attrs.asdict(found))
+    else:
+        click.echo(
+            f"{percent(found.accuracy, 2)} accuracy, loss {nats(found.loss)} on {found.examples} {split} examples"
+        )

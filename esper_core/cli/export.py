@@ -1,0 +1,39 @@
+"""`esper export`: the grown model as a plain program, for use without Esper."""
+
+from __future__ import annotations
+
+import click
+
+from esper_core.cli.arguments import find_run, run_argument
+from esper_core.cli.context import current_registry
+from esper_core.cli.output import print_json
+
+FORMATS = ("torch", "torch-export", "onnx")
+
+
+@click.command()
+@run_argument()
+@click.option("--format", "form", type=click.Choice(FORMATS), default="torch", show_default=True, help="What to write.")
+@click.option("--out", metavar="PATH", help="Where to write it.  [default: export/ in the run's folder]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def export(run: str, form: str, out: str | None, as_json: bool) -> None:
+    """Write the grown model of RUN for use without Esper: seeds built in, no hooks.
+
+    \b
+    torch         a folder with model.py and model.safetensors, which need torch only
+    torch-export  a .pt2 file for torch.export.load
+    onnx          an .onnx file
+
+    What was written is read back and compared with the model.
+    """
+    folder = find_run(run)
+    from esper_core.tolaria.export import describe, export_run
+
+    found = export_run(folder, form, out, registry=current_registry())
+    if as_json:
+        print_json(describe(found))
+        return
+    click.echo(found.path)
+    batch = "any batch size" if found.fixed_batch is None else f"batches of {found.fixed_batch} only"
+    agrees = f"within {found.difference:.1g} of the model on {found.examples} examples"
+    click.echo(f"takes {', '.join(found.inputs)}, {batch}; {agrees}", err=True)

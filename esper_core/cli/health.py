@@ -1,0 +1,201 @@
+"""What `esper doctor` finds out: versions, devices, plugins and data folders, each with the line that mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+
+from esper_core.registry.discovery import CORE_DISTRIBUTION
+
+if TYPE_CHECKING:
+    from esper_core.registry import Registry
+
+_COLLECTIONS = ("all", "dev")
+"""Extras that only collect others, or that only developers need."""
+
+_MOST_FILES = 20_000
+"""Files of a folder whose sizes are added up before giving up: a doctor must answer soon."""
+
+
+@attrs.frozen
+class Finding:
+    """One line of the doctor's answer.
+
+    Attributes:
+        section: `system`, `packages`, `devices`, `plugins` or `data`.
+        name: what was looked at.
+        state: `ok`, `absent` (optional and not there), or `bad`.
+        text: what was found.
+        mend: what to type or do, if something can be mended.
+    """
+
+    section: str
+    name: str
+    state: str
+    text: str
+    mend: str = ""
+
+
+def examine(registry: Registry, *, fast: bool) -> Iterator[Finding]:
+    """Everything worth saying; `fast` looks at nothing that needs torch."""
+    yield from _system()
+    yield from _packages()
+    yield from _devices(fast)
+    yield from _plugins(registry)
+    yield from _data()
+
+
+def _system() -> Iterator[Finding]:
+    from esper_core import __version__
+    from esper_core.leyline.specs import API_VERSION
+
+    yield Finding("system", "esper", "ok", f"{__version__}, plugin API {API_VERSION}")
+    yield Finding("system", "python", "ok", f"{platform.python_version()} at {sys.executable}")
+    yield Finding("system", "platform", "ok", platform.platform(terse=True))
+
+
+def _packages() -> Iterator[Finding]:
+    """Every package that the core requires, then those that its extras add."""
+    try:
+        requirements = requires(CORE_DISTRIBUTION) or []
+    except PackageNotFoundError:
+        yield Finding("packages", CORE_DISTRIBUTION, "bad", "runs from a folder, not installed", "pip install -e .")
+        return
+    for requirement in sorted(requirements, key=lambda text: ("extra" in text, text)):
+        wanted, _, marker = requirement.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", marker)
+        if extra and extra[1] in _COLLECTIONS:
+            continue
+        name, bounds = re.match(r"\s*([\w.-]+)(.*)", wanted, re.DOTALL).groups()  # type: ignore[union-attr]
+        mend = f"pip install '{CORE_DISTRIBUTION}[{extra[1]}]'" if extra else f"pip install '{wanted.strip()}'"
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            text = f"not installed (extra {extra[1]})" if extra else "not installed"
+            yield Finding("packages", name, "absent" if extra else "bad", text, mend)
+            continue
+        if fits(found, bounds):
+            yield Finding("packages", name, "ok", found)
+        else:
+            yield Finding("packages", name, "bad", f"{found} is installed, {bounds.strip()} is needed", mend)
+
+
+def fits(found: str, bounds: str) -> bool:
+    """Whether a version keeps bounds such as `>=1.5,<2`; only numbers are compared, other operators pass.
+
+    >>> fits("2.15.0+cpu", ">=2.11"), fits("2.0", "<2,>=1.5"), fits("1.10", ">=1.9")
+    (True, False, True)
+    """
+    have = _numbers(found)
+    for operator, limit in re.findall(r"(>=|<=|<|>)\s*([\w.]+)", bounds):
+        want = _numbers(limit)
+        width = max(len(have), len(want))
+        a, b = have + (0,) * (width - len(have)), want + (0,) * (width - len(want))
+        if not {">=": a >= b, "<=": a <= b, "<": a < b, ">": a > b}[operator]:
+            return False
+    return True
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    release = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in release[0].split(".")) if release else ()
+
+
+def _devices(fast: bool) -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if fast:
+        yield Finding("devices", "cpu", "ok", f"{_cores(cores)}; others were not looked for (--fast)")
+        return
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that torch links to is missing
+        text = f"torch cannot be imported: {' '.join(str(error).split())}"
+        yield Finding("devices", "torch", "bad", text, "pip install --force-reinstall torch")
+        return
+
+    threads = torch.get_num_threads()
+    yield Finding("devices", "cpu", "ok", f"{_cores(cores)}, torch uses {threads} thread{'s' if threads > 1 else ''}")
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}"
+        yield Finding("devices", f"cuda:{index}", "ok", text)
+    if torch.backends.mps.is_available():
+        yield Finding("devices", "mps", "ok", "Apple GPU")
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        text = "a driver is installed, but this build of torch cannot use it"
+        yield Finding("devices", "cuda", "bad", text, "install a CUDA build of torch: https://pytorch.org/get-started")
+
+
+def _cores(count: int) -> str:
+    return f"{count} core" + ("s" if count > 1 else "")
+
+
+def _plugins(registry: Registry) -> Iterator[Finding]:
+    for distribution, its_version in registry.distributions.items():
+        parts = [part for part in registry.specs() if part.distribution == distribution]
+        if parts or not any(broken.distribution == distribution for broken in registry.broken):
+            text = f"{its_version}, {len(parts)} part{'' if len(parts) == 1 else 's'}"
+            yield Finding("plugins", distribution, "ok", text)
+        for part in parts:
+            if rivals := registry.rivals(part):
+                others = ", ".join(rival.distribution for rival in rivals)
+                text = f"{part.kind} {part.name!r} is offered by {others} too"
+                yield Finding("plugins", part.qualified, "bad", text, f"say {part.qualified}, or --no-plugin")
+    for plugin in registry.plugins:
+        for note in plugin.notes:
+            yield Finding("plugins", plugin.qualified, "absent", note, f"esper plugins check {plugin.qualified}")
+    for broken in registry.broken:
+        hint = broken.error.hint or f"update it, or leave it out: esper --no-plugin {broken.owner}"
+        yield Finding("plugins", broken.owner, "bad", broken.error.given, hint)
+    for name in registry.disabled:
+        yield Finding("plugins", name, "absent", "disabled")
+
+
+def _data() -> Iterator[Finding]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folders = {
+        "esper": Path(os.environ.get("ESPER_CACHE") or cache / "esper"),
+        "data": Path("data").resolve(),
+        "hugging face": Path(os.environ.get("HF_HOME") or cache / "huggingface"),
+        "torch hub": Path(os.environ.get("TORCH_HOME") or cache / "torch"),
+    }
+    for name, folder in folders.items():
+        if folder.is_dir():
+            yield Finding("data", name, "ok", f"{_size(folder)} in {folder}")
+        else:
+            yield Finding("data", name, "absent", f"nothing yet in {folder}")
+    free = shutil.disk_usage(Path.cwd()).free
+    low = free < 2**30
+    mend = "free some space before a run: checkpoints and datasets go to disk" if low else ""
+    yield Finding("data", "disk", "bad" if low else "ok", f"{_bytes(free)} free in {Path.cwd()}", mend)
+
+
+def _size(folder: Path) -> str:
+    total = count = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if count == _MOST_FILES:
+                return f"more than {_bytes(total)}"
+            count += 1
+            try:
+                total += os.lstat(os.path.join(path, name)).st_size
+            except OSError:  # removed while we look
+                continue
+    return _bytes(total)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

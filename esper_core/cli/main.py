@@ -1,0 +1,154 @@
+"""The command `esper`: a table of verbs, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import Any
+
+import click
+
+from esper_core import __version__
+
+VERBS: dict[str, tuple[str, str, str]] = {
+    "run": ("esper_core.cli.run", "run", "grow a host on a task"),
+    "resume": ("esper_core.cli.resume", "resume", "go on with a run that was stopped"),
+    "eval": ("esper_core.cli.evaluate", "evaluate", "measure a grown model"),
+    "compare": ("esper_core.cli.compare", "compare", "put a run beside what one would have had without growing"),
+    "export": ("esper_core.cli.export", "export", "write a grown model for use without Esper"),
+    "report": ("esper_core.cli.report", "report", "write the report of a run as one HTML file"),
+    "runs": ("esper_core.cli.runs", "runs", "list runs, and put two side by side"),
+    "hosts": ("esper_core.cli.hosts", "hosts", "show where a host can grow, and what it costs"),
+    "plugins": ("esper_core.cli.plugins", "plugins", "list, explain and check what can be used"),
+    "doctor": ("esper_core.cli.doctor", "doctor", "say what is installed, what is missing and how to mend it"),
+    "completion": ("esper_core.cli.completion", "completion", "print the script that completes commands in a shell"),
+}
+"""Verb to module, command and the line that `esper --help` shows, in the order of that listing."""
+
+INTERRUPTED = 130
+
+_NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""How click since 8.2 says that a group was called without a command; before, it printed the help itself."""
+
+
+class Verbs(click.Group):
+    """A group whose commands stand in `VERBS`, and whose errors are one line on stderr."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Verbs in the table's order."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command of a verb."""
+        if cmd_name not in VERBS:
+            return None
+        module, attribute, _ = VERBS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does it, but a misspelt verb gets a suggestion."""
+        if args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise _unknown(f"there is no command {args[0]!r}", args[0], VERBS, "esper --help")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the listing from the table, importing nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, _, line) in VERBS.items()])
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run; on a user's mistake print one line and exit with its code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows a question mark
+                stream.reconfigure(errors="replace")
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.Abort:
+            fail("interrupted", INTERRUPTED)
+        except click.UsageError as error:
+            if error.ctx and isinstance(error, _NO_ARGUMENTS):
+                click.echo(error.ctx.get_help())
+                sys.exit(0)
+            fail(_usage(error), 2)
+        except click.ClickException as error:
+            fail(error.format_message(), error.exit_code)
+        except Exception as error:
+            from esper_core.leyline.errors import EsperError
+
+            if not isinstance(error, EsperError):
+                raise
+            fail(str(error), error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str, code: int) -> None:
+    """Print `error: message` as one line on stderr and exit."""
+    colour = False if "NO_COLOR" in os.environ else None
+    line = " ".join(message.split())
+    click.echo(click.style("error:", fg="red", bold=True) + " " + line, err=True, color=colour)
+    sys.exit(code)
+
+
+def _unknown(given: str, name: str, known: Any, hint: str) -> Exception:
+    from esper_core.leyline.errors import UnknownName, did_you_mean
+
+    return UnknownName(given, hint=did_you_mean(name, known) or hint)
+
+
+def _usage(error: click.UsageError) -> str:
+    """click's message about wrong usage, with what to type next."""
+    from esper_core.leyline.errors import BadOption, did_you_mean
+
+    path = error.ctx.command_path if error.ctx else "esper"
+    if isinstance(error, click.NoSuchOption) and error.ctx:
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts] + ["--help"]
+        if error.option_name == "--no-plugin":
+            hint = "esper --no-plugin NAME, then the command"
+        else:
+            hint = did_you_mean(error.option_name, known) or f"{path} --help"
+        return str(BadOption(f"{path} takes no option {error.option_name!r}", hint=hint))
+    if error.ctx and isinstance(error.ctx.command, click.Group) and "o such command" in error.format_message():
+        name = error.format_message().split("'")[1] if "'" in error.format_message() else ""
+        known = error.ctx.command.list_commands(error.ctx)
+        return str(_unknown(f"{path} has no command {name!r}", name, known, f"{path} --help"))
+    message = error.format_message().rstrip(".")
+    return str(BadOption(message[:1].lower() + message[1:], hint=f"{path} --help"))
+
+
+@click.group(cls=Verbs, invoke_without_command=True, context_settings={"max_content_width": 100})
+@click.option(
+    "--no-plugin",
+    "disabled",
+    metavar="NAME",
+    multiple=True,
+    help="Leave out an installed plugin; repeatable. So does ESPER_DISABLE_PLUGINS=NAME,NAME.",
+)
+@click.version_option(__version__, prog_name="esper", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context, disabled: tuple[str, ...]) -> None:
+    """Grow neural networks while they train."""
+    from esper_core.cli.context import Settings
+
+    ctx.obj = Settings(disabled)
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m esper_core`."""
+    cli(prog_name="esper")

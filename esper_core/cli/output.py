@@ -1,0 +1,38 @@
+"""How commands print: JSON for programs, rich for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def print_json(data: Any) -> None:
+    """Write `data` to stdout as JSON, indented if it goes to a terminal."""
+    indent = 2 if sys.stdout.isatty() else None
+    escape = "utf" not in (sys.stdout.encoding or "").lower()
+    click.echo(json.dumps(data, indent=indent, ensure_ascii=escape, allow_nan=False))
+
+
+def make_console() -> Console:
+    """A console on stdout that never colours words by guessing."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False, emoji=False, markup=False)
+
+
+def make_table(*columns: str, header: bool = False) -> Table:
+    """A table without lines; the last column takes what width is left."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=header, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, column in enumerate(columns):
+        last = index == len(columns) - 1
+        table.add_column(column, overflow="fold", no_wrap=index == 0, ratio=1 if last else None)
+    return table

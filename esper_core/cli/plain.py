@@ -1,0 +1,56 @@
+"""Lines instead of a live view: for pipes, log files and `--json-lines`."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from esper_core.cli.live import clock
+from esper_core.cli.watch import Watch
+from esper_core.leyline.events import Event
+from esper_core.nissa.report.wording import describe
+
+
+class PlainLines:
+    """A sink that prints one concise line an epoch, and one for each growth or governor event."""
+
+    def __init__(self, watch: Watch, stream: TextIO) -> None:
+        self.watch, self.stream = watch, stream
+
+    def write(self, event: Event) -> None:
+        """Print `event`, if it deserves a line."""
+        phrase = self.watch.take(event)
+        if event.kind in ("run_started", "epoch_ended", "command_refused"):
+            phrase = describe(event.to_dict())
+        if event.kind == "epoch_ended":
+            left = self.watch.progress()[2]
+            phrase = f"{phrase}" + (f", {clock(left)} left" if left else "")
+        if phrase:
+            self.stream.write(f"{event.step:>7}  {phrase}\n")
+            self.stream.flush()
+
+    def flush(self) -> None:
+        """Lines are flushed as they are written."""
+        self.stream.flush()
+
+    def close(self) -> None:
+        """The stream is not ours to close."""
+        self.stream.flush()
+
+
+class JsonLines:
+    """A sink that prints every event as a line of JSON."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, event: Event) -> None:
+        """Print `event`."""
+        self.stream.write(event.to_json() + "\n")
+
+    def flush(self) -> None:
+        """Hand what was printed to the reader."""
+        self.stream.flush()
+
+    def close(self) -> None:
+        """The stream is not ours to close."""
+        self.stream.flush()

@@ -1,0 +1,36 @@
+"""`esper resume`: go on with a run that was stopped."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from esper_core.cli.arguments import find_run, run_argument
+from esper_core.cli.context import current_registry
+
+
+@click.command()
+@run_argument()
+@click.option("--quiet", "-q", is_flag=True, help="Print only where the report is.")
+@click.option("--json-lines", is_flag=True, help="Print every event as a line of JSON on stdout.")
+def resume(run: str, quiet: bool, json_lines: bool) -> int:
+    """Go on with RUN from its newest whole checkpoint, bit for bit as if it had not stopped."""
+    folder = find_run(run)
+    from esper_core.cli.display import Display, chosen_mode
+    from esper_core.cli.summary import conclude
+    from esper_core.leyline.errors import RunFailed
+    from esper_core.tolaria.run import resume_run
+    from esper_core.tolaria.run_folder import RunFolder
+
+    began = time.monotonic()
+    _, config, _ = RunFolder.open(folder)
+    with Display(chosen_mode(quiet, json_lines), config.epochs, folder / "events.jsonl") as display:
+        try:
+            resume_run(folder, display.sinks, registry=current_registry(), notify=display.notify)
+        except RunFailed:
+            display.close()
+            conclude(folder, display, time.monotonic() - began)
+            raise
+        display.close()
+        return conclude(folder, display, time.monotonic() - began)

@@ -1,0 +1,74 @@
+"""`esper run`: grow a host on a task."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from esper_core.cli.arguments import GroupedCommand, check_names, config_options, resolve_config
+from esper_core.cli.context import current_registry
+
+if TYPE_CHECKING:
+    from esper_core.cli.display import Display
+    from esper_core.tolaria.config import RunConfig
+
+
+@click.command(cls=GroupedCommand)
+@config_options
+@click.option("--set", "settings", metavar="PART.OPTION=VALUE", multiple=True,
+              help="an option of a plugin, or of the governor, optimizer, plane or sensors; repeatable")  # fmt: skip
+@click.option("--config", "file", metavar="FILE.toml", help="read options from a file; those typed here win")
+@click.option("--compare", is_flag=True, help="then train the arms that growing must beat")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=5, metavar="N", show_default=True, help="seeds of each arm of --compare"
+)
+@click.option("--dry-run", is_flag=True, help="print the resolved plan; train nothing")
+@click.option("--quiet", "-q", is_flag=True, help="print only where the report is")
+@click.option("--json-lines", is_flag=True, help="print every event as a line of JSON on stdout")
+def run(
+    given: dict[str, Any], settings: tuple[str, ...], file: str | None, compare: bool, seeds: int, dry_run: bool,
+    quiet: bool, json_lines: bool,
+) -> int:  # fmt: skip
+    """Grow a host on a task: train it, let seeds germinate in its slots, keep those that earn their rent.
+
+    \b
+    esper run                                          a small CNN on the embedded digits
+    esper run --host timm:resnet18 --blueprints depthwise,attention
+    esper run --host transformers:gpt2 --task text:FILE --budget-params 10%
+    """
+    config = resolve_config(given, settings, file)
+    check_names(config)
+    if dry_run:
+        from esper_core.cli.plan import show_plan
+
+        show_plan(config, as_json=json_lines)
+        return 0
+    from esper_core.cli.display import Display, chosen_mode
+
+    with Display(chosen_mode(quiet, json_lines), config.epochs) as display:
+        return _train(config, display, seeds if compare else 0)
+
+
+def _train(config: RunConfig, display: Display, seeds: int) -> int:
+    """Train, and compare over `seeds` seeds if that is above 0."""
+    from esper_core.cli.summary import conclude
+    from esper_core.leyline.errors import RunFailed
+    from esper_core.tolaria.run import start_run
+
+    began = time.monotonic()
+    try:
+        result = start_run(config, display.sinks, registry=current_registry(), notify=display.notify)
+    except RunFailed as error:
+        display.close()
+        if error.folder is not None:
+            conclude(error.folder, display, time.monotonic() - began)
+        raise
+    display.close()
+    seconds, table = time.monotonic() - began, None
+    if seeds and result.status == "finished":
+        from esper_core.cli.compare import compare_after_run
+
+        table = compare_after_run(result.folder, seeds, display)
+    return conclude(result.folder, display, seconds, table)

@@ -1,0 +1,119 @@
+"""`esper plugins new NAME`: a package that passes its own tests as it is."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Final
+
+import attrs
+
+from esper_core import __version__
+from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.specs import SPEC_KINDS
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+_SPECS: Final = {spec.kind: spec for spec in SPEC_KINDS}
+_CONFORMANCE: Final = {"blend": "CombinationConformance"}
+
+
+@attrs.frozen
+class Scaffold:
+    """Names of a new package.
+
+    Attributes:
+        distribution: `esper-glow`. module: `esper_glow`. part: `glow`. kind: `blueprint`.
+    """
+
+    distribution: str
+    module: str
+    part: str
+    kind: str
+
+    @classmethod
+    def named(cls, name: str, kind: str) -> Scaffold:
+        """The names that follow from NAME, with or without `esper-` before it.
+
+        Raises:
+            BadOption: no name of a package, or no kind of part.
+        """
+        if kind not in _SPECS:
+            raise BadOption(f"--kind {kind!r} is not a kind of part", f"one of {', '.join(_SPECS)}")
+        if not _NAME.fullmatch(name):
+            raise BadOption(
+                f"{name!r} cannot name a package", "lower-case letters, digits and '-'", "esper plugins new glow"
+            )
+        bare = name.removeprefix("esper-").replace("-", "_")
+        dashed = bare.replace("_", "-")
+        return cls(f"esper-{dashed}", f"esper_{bare}", bare, kind)
+
+    def write(self, parent: Path) -> list[Path]:
+        """Write the package into `parent/distribution`.
+
+        Raises:
+            EsperError: something is there already, or it cannot be written.
+        """
+        root = parent / self.distribution
+        if root.exists() and any(root.iterdir()):
+            raise EsperError(f"{root} is not empty", "a new folder", f"esper plugins new {self.part} --into FOLDER")
+        written = []
+        try:
+            for path, text in self.files().items():
+                target = root / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text, encoding="utf-8")
+                written.append(target)
+        except OSError as error:
+            raise EsperError(
+                f"{root} cannot be written: {error.strerror}", "a folder that may be written to"
+            ) from error
+        return written
+
+    def files(self) -> dict[str, str]:
+        """Path within the package to text."""
+        source = f"src/{self.module}"
+        return {
+            "pyproject.toml": self._fill("common/pyproject.toml"),
+            "README.md": self._fill("common/README.md"),
+            f"{source}/__init__.py": f'"""{self.part}: a {self.kind} for Esper."""\n',
+            f"{source}/py.typed": "",
+            f"{source}/plugin.py": self._fill("common/plugin.py"),
+            f"{source}/{self.part}.py": self._fill(f"{self.kind}/part.py"),
+            f"tests/test_{self.part}.py": self._fill("common/test.py"),
+        }
+
+    def _fill(self, template: str) -> str:
+        spec = _SPECS[self.kind]
+        words = {
+            "distribution": self.distribution,
+            "module": self.module,
+            "part": self.part,
+            "kind": self.kind,
+            "plugin": self.distribution.removeprefix("esper-"),
+            "core": ".".join(__version__.split(".")[:2]),
+            "Class": "".join(word.capitalize() for word in self.part.split("_")),
+            "Spec": spec.__name__,
+            "Conformance": _CONFORMANCE.get(self.kind, f"{self.kind.capitalize()}Conformance"),
+            "example": _example(self.kind, self.part),
+        }
+        fields = Template(_read(f"{self.kind}/fields")).substitute(words)
+        words["fields"] = textwrap.indent(fields.rstrip("\n"), " " * 12)
+        return Template(_read(template)).substitute(words)
+
+
+def _read(template: str) -> str:
+    return (resources.files("esper_core.cli") / "templates" / f"{template}.tmpl").read_text(encoding="utf-8")
+
+
+def _example(kind: str, part: str) -> str:
+    use = {
+        "host": f"esper run --host {part}",
+        "adapter": f"esper tamiyo adapt --kind {part} --domain language",
+        "task": f"esper run --host mlp --task {part}",
+        "controller": f"esper run --host cnn --controller {part}",
+        "reward": f"esper run --host cnn --rewards accuracy=1,{part}=1",
+    }
+    return use.get(kind, f"esper run --host cnn --{kind}s {part}")

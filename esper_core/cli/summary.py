@@ -1,0 +1,117 @@
+"""What is said when a run is over: what it reached, what grew, what it cost, where the report is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from esper_core.cli.arms import arm_scores
+from esper_core.cli.live import clock
+from esper_core.cli.runs import summarise
+from esper_core.leyline.errors import EsperError
+from esper_core.nissa.report.reading import read_lines
+from esper_core.nissa.report.wording import nats, number, percent, quantity
+
+if TYPE_CHECKING:
+    from esper_core.cli.display import Display
+
+STOPPED = 130
+"""Exit code of a run that a signal stopped; it can be resumed."""
+
+
+def conclude(folder: Path, display: Display, seconds: float, compare: Mapping[str, Any] | None = None) -> int:
+    """Write the report and say how the run ended.
+
+    Returns:
+        The exit code: 0, or 130 for a run that was stopped and can be resumed.
+    """
+    from esper_core.nissa.report import write_report
+
+    try:
+        report: Path | None = write_report(folder)
+    except EsperError as error:  # the run itself is safe; a full disk must not make it look lost
+        report = None
+        click.echo(f"no report: {error}", err=True)
+    run = summarise(folder)
+    if display.mode == "quiet" and report is not None:
+        click.echo(report)
+    elif display.mode == "json-lines":
+        click.echo(f"{run['status']}; report: {report}", err=True)
+    elif display.mode == "auto":
+        show(run, display.console, report, seconds, compare)
+    return 0 if run["status"] != "unfinished" else STOPPED
+
+
+def show(
+    run: Mapping[str, Any], console: Console, report: Path | None, seconds: float, compare: Mapping[str, Any] | None
+) -> None:
+    """Print the summary of a run."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    stopped = run["status"] == "unfinished"
+    reached = f"{percent(run['accuracy'], 2)} accuracy, loss {nats(run['loss'])}"
+    if run["language"] and run["loss"] is not None:
+        reached = f"loss {nats(run['loss'])} nats a token (perplexity {math.exp(min(run['loss'], 700)):.3g})"
+    table.add_row("reached", Text(f"{reached} on the {run['split']} split", style="bold"))
+    alone = host_alone(compare)
+    if alone is not None:
+        table.add_row("host alone", alone)
+    kept = [
+        f"{path} ({what.rpartition(' ')[0]})" for path, what in run["slots"].items() if what.endswith(" fossilized")
+    ]
+    others = [f"{path} ({what})" for path, what in run["slots"].items() if not what.endswith(" fossilized")]
+    table.add_row("fossilised", ", ".join(kept) if kept else f"no seed ({run['germinated']} germinated)")
+    if others:
+        table.add_row("in between", ", ".join(others))
+    growth = (
+        f", {run['excess_params_ratio']:+.1%} over the host's {quantity(run['host_params'])}" if run["params"] else ""
+    )
+    table.add_row("parameters", quantity(run["params"]) + growth)
+    rolled = f", {run['rollbacks']} rollback{'s' * (run['rollbacks'] != 1)}" if run["rollbacks"] else ""
+    trained = clock(training_seconds(Path(run["folder"])))
+    table.add_row(
+        "cost", f"{quantity(run['total_flops'], 'FLOP')}, {trained} of training, {clock(seconds)} in all{rolled}"
+    )
+    if report is not None:
+        table.add_row("report", str(report))
+    name = run["folder"]
+    table.add_row("next", f"esper resume {name}" if stopped else f"esper eval {name}, esper export {name}")
+    verb = "stopped, saved" if stopped else run["status"]
+    epochs = f"{run['epochs']} epoch{'s' * (run['epochs'] != 1)}"
+    console.print()
+    console.print(Text(f"{run['host']} on {run['task']}: {verb} after {epochs}", style="bold"))
+    console.print(table)
+
+
+def training_seconds(folder: Path) -> float | None:
+    """Seconds in the training loop, from `timings.jsonl`; None where there is none."""
+    times = [number(line.get("seconds")) for line in read_lines(folder / "timings.jsonl") if line]
+    return sum(t for t in times if t is not None) if times else None
+
+
+def host_alone(compare: Mapping[str, Any] | None) -> str | None:
+    """The host's own mean in a comparison, and what growing added to it; None when it was not measured."""
+    if not compare:
+        return None
+    bits = compare.get("metric") == "bits_per_byte"
+    arm = next((a for a in compare.get("arms", []) if "host" in str(a.get("name"))), None)
+    scores = arm_scores(arm, bits=bits) if arm else []
+    if not arm or not scores:
+        return None
+    mean = sum(scores) / len(scores)
+    paired: Mapping[str, Any] = next((p for p in compare.get("paired", []) if p.get("minus") == arm.get("name")), {})
+    low, middle, high = (number(paired.get(key)) for key in ("low", "mean", "high"))
+    text = f"{mean:.4f} bits per byte" if bits else f"{percent(mean, 2)} accuracy"
+    if middle is None or low is None or high is None:
+        return text
+    scale, unit = (1.0, "") if bits else (100.0, " points")
+    gain = f"{scale * middle:+.2f} [{scale * low:+.2f}, {scale * high:+.2f}]{unit}"
+    return f"{text}; growing adds {gain} over {len(scores)} seeds"

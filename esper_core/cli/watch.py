@@ -1,0 +1,162 @@
+"""What the terminal shows of a run, gathered from its events: figures, slots, and the lines worth a record."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import attrs
+
+from esper_core.leyline.events import Event
+from esper_core.leyline.stages import STAGES, Stage, stages_where
+from esper_core.nissa.report.reading import read_events
+from esper_core.nissa.report.wording import GROUPS, describe, number
+
+ORDER_OF_INTEREST: Final = (
+    Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY, Stage.WITHERING, Stage.TRAINING, Stage.GERMINATED,
+    Stage.FOSSILIZED, Stage.CULLED, Stage.DORMANT,
+)  # fmt: skip
+"""Which slots are shown first when not all have room: what is happening before what has happened."""
+
+FEW: Final = 12
+"""Slots up to which every slot has its row, even while nothing grows in it."""
+
+_LIVE: Final = stages_where(occupied=True)
+
+
+@attrs.define
+class SlotLine:
+    """One slot as the live view shows it. None is unmeasured."""
+
+    path: str
+    order: int
+    stage: Stage = Stage.DORMANT
+    blueprint: str = ""
+    params: int = 0
+    alpha: float | None = None
+    worth: tuple[float, float, float] | None = None
+    rent: float | None = None
+
+
+def is_record(event: Event) -> bool:
+    """Whether an event deserves a line of its own in the scrollback: growth, governor and faults."""
+    if event.kind in ("run_started", "run_ended", "epoch_ended"):
+        return False
+    group = GROUPS.get(event.kind)
+    if event.kind == "stage_changed":  # the steps that the plane takes by itself are seen in the table
+        return getattr(event, "after", "") in ("germinated", "blending", "fossilized", "withering", "culled")
+    return group in ("growth", "governor") and event.kind != "command_refused"
+
+
+class Watch:
+    """The state of the view. `take` is called with every event, in order.
+
+    Args:
+        epochs: how many the run has.
+        log: the events of a run that goes on; what it logged before is taken up at the first event.
+    """
+
+    def __init__(self, epochs: int, log: Path | None = None) -> None:
+        self.epochs, self.total_steps, self._log = epochs, 0, log
+        self.host = self.task = self.controller = ""
+        self.seed = self.step = self.first_step = self.epoch = self.rollbacks = self.host_params = 0
+        self.slots: dict[str, SlotLine] = {}
+        self.validation_accuracy: deque[float | None] = deque(maxlen=400)
+        self.validation_loss: deque[float | None] = deque(maxlen=400)
+        self.seed_share: deque[float | None] = deque(maxlen=400)
+        self.governor, self.ended = "calm", ""
+        self.started_at = self.seen_at = 0.0
+
+    def take(self, event: Event) -> str | None:
+        """Note `event`; its phrase, if it deserves a line of its own."""
+        if not self.started_at:
+            self.started_at, self.first_step = time.monotonic(), event.step
+            if self._log is not None:
+                self.replay(r for r in read_events(self._log) if r and (number(r.get("step")) or 0) < event.step)
+        if event.step != self.step:
+            self.step, self.seen_at = event.step, time.monotonic()
+        handler = getattr(self, f"_on_{event.kind}", None)
+        if handler is not None:
+            handler(event)
+        return describe(event.to_dict()) if is_record(event) else None
+
+    def replay(self, records: Iterable[Mapping[str, Any] | None]) -> None:
+        """Take up what a resumed run logged before, without repeating its lines."""
+        for record in records:
+            handler = getattr(self, f"_on_{record['kind']}", None) if record else None
+            if handler is not None:
+                with suppress(AttributeError, TypeError, ValueError):  # a damaged line: the run itself decides on it
+                    handler(SimpleNamespace(**(record or {})))
+
+    def progress(self) -> tuple[float | None, float, float | None]:
+        """(share done, seconds so far, seconds left); None where it cannot be known yet."""
+        elapsed = time.monotonic() - self.started_at if self.started_at else 0.0
+        if not self.total_steps:
+            return None, elapsed, None
+        done, since = min(self.step, self.total_steps), self.step - self.first_step
+        spent = self.seen_at - self.started_at
+        left = spent / since * (self.total_steps - done) - (elapsed - spent) if since > 0 and elapsed > 1 else None
+        return done / self.total_steps, elapsed, None if left is None else max(0.0, left)
+
+    def chosen(self, room: int) -> tuple[list[SlotLine], dict[str, int]]:
+        """The slots to show in `room` rows, in depth order, and how many of each stage are left out.
+
+        Empty slots have rows only where there are few slots.
+        """
+        ordered = sorted(self.slots.values(), key=lambda s: s.order)
+        if len(ordered) <= min(room, FEW):
+            return ordered, {}
+        ranked = sorted(ordered, key=lambda s: (ORDER_OF_INTEREST.index(s.stage), -abs(s.worth[0] if s.worth else 0)))
+        shown = {s.path for s in ranked[: max(1, room - 1)] if s.stage in _LIVE}
+        hidden: dict[str, int] = {}
+        for slot in ranked:
+            if slot.path not in shown:
+                hidden[slot.stage.value] = hidden.get(slot.stage.value, 0) + 1
+        return [s for s in ordered if s.path in shown], hidden
+
+    def _slot(self, path: str) -> SlotLine:
+        return self.slots.setdefault(path, SlotLine(path, len(self.slots)))
+
+    def _on_run_started(self, event: Any) -> None:
+        self.host, self.task, self.controller, self.seed = event.host, event.task, event.controller, event.seed
+        self.host_params, self.total_steps = event.host_params, int(getattr(event, "steps", 0) or 0)
+        for point in event.points:
+            self._slot(str(point["name"]))
+
+    def _on_epoch_ended(self, event: Any) -> None:
+        self.epoch = event.epoch + 1
+        self.total_steps = self.total_steps or event.step * self.epochs // self.epoch
+        self.validation_accuracy.append(number(event.validation_accuracy))
+        self.validation_loss.append(number(event.validation_loss))
+        self.seed_share.append(number(event.excess_params_ratio))
+
+    def _on_decided(self, event: Any) -> None:
+        self.governor = event.governor
+
+    def _on_stage_changed(self, event: Any) -> None:
+        slot = self._slot(event.slot)
+        slot.stage, slot.blueprint, slot.params = Stage(event.after), event.blueprint, event.params
+        if slot.stage not in _LIVE:
+            slot.blueprint, slot.params = "", 0
+        if not STAGES[slot.stage].contributes:
+            slot.alpha = slot.worth = slot.rent = None
+
+    def _on_slot_read(self, event: Any) -> None:
+        self._slot(event.slot).alpha = number(event.alpha)
+
+    def _on_counterfactual(self, event: Any) -> None:
+        slot = self._slot(event.slot)
+        slot.worth, slot.rent = (event.loss_mean, event.loss_low, event.loss_high), event.rent
+
+    def _on_rolled_back(self, event: Any) -> None:
+        self.rollbacks += 1
+        for path in event.lost:
+            self.slots[str(path)] = SlotLine(str(path), self._slot(str(path)).order)
+
+    def _on_run_ended(self, event: Any) -> None:
+        self.ended = event.status

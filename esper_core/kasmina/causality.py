@@ -1,0 +1,64 @@
+"""Whether a model's positions see only what came before them: measured by changing the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.feature_trace import Inputs, call, eval_mode, feature_of
+from esper_core.kasmina.feature_view import FeatureView
+
+
+def find_causal(model: nn.Module, example: Inputs, views: Mapping[str, FeatureView]) -> frozenset[str]:
+    """The paths of `views` whose features are causal in an input of token numbers.
+
+    A point is causal when, for some such input, changing the last token changes the feature at the last position
+    and at no earlier one.
+
+    Args:
+        model: run in eval mode, once and once more for each input of integers with as many positions as the feature.
+        example: a batch of one or more examples.
+        views: path of a submodule to the view in which its feature is (N, L, D).
+    """
+    named = {"": example} if isinstance(example, Tensor) else example
+    tokens = {name: value for name, value in named.items() if value.dim() == 2 and value.dtype == torch.long}
+    if not views or not any(value.shape[1] > 1 for value in tokens.values()):
+        return frozenset()
+    base = _features(model, example, views)
+    causal: set[str] = set()
+    for name, value in tokens.items():
+        changed = value.clone()
+        changed[:, -1] = torch.where(changed[:, -1] == 0, 1, changed[:, -1] - 1)
+        after = _features(model, changed if isinstance(example, Tensor) else {**example, name: changed}, views)
+        for path, old in base.items():
+            new = after.get(path)
+            if new is not None and old.shape == new.shape and old.shape[1] == value.shape[1]:
+                moved = (old - new).abs().amax((0, 2)) > 1e-5 * old.abs().max()
+                if bool(moved[-1]) and not bool(moved[:-1].any()):
+                    causal.add(path)
+    return frozenset(causal)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, inputs: Inputs, views: Mapping[str, FeatureView]) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def keeper(path: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            feature = feature_of(output)
+            if feature is not None and path not in seen:
+                seen[path] = views[path].see(feature).detach().float().clone()
+
+        return keep
+
+    handles = [model.get_submodule(path).register_forward_hook(keeper(path)) for path in views]
+    try:
+        with torch.random.fork_rng(devices=[]), eval_mode(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,30 @@
+"""Churn: what the loss of a withered seed costs now, on the same validation examples, with an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.host import Batch
+
+
+def measure_churn(plane: Plane, batches: Iterable[Batch], path: str) -> Measurement:
+    """Measure the seed at `path` as if its alpha were 1; its `worth` is the churn: loss without it minus with it.
+
+    Both sides use the weights as they are now, after host and other seeds had the whole withering to get used to the
+    loss. So the host's own progress in the meantime cannot pass for churn, and what it has learnt to do without
+    is not called structural. Alpha is put back afterwards.
+
+    Raises:
+        ValueError: `batches` is empty, or nothing grows at `path`.
+    """
+    slot = plane.slots[path]
+    if slot.seed is None:
+        raise ValueError(f"nothing grows at {path}")
+    alpha = slot.alpha.clone()
+    try:
+        slot.alpha.fill_(1.0)
+        return measure_counterfactuals(plane, batches, paths=[path])
+    finally:
+        slot.alpha.copy_(alpha)

@@ -1,0 +1,84 @@
+"""The grown model as a plain module: no plane, no slots, no hooks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.slot import SeedSlot
+from esper_core.kasmina.territory import base_of
+from esper_core.leyline.errors import EsperError
+from esper_core.leyline.host import HostProtocol
+from esper_core.leyline.stages import STAGES
+
+
+@runtime_checkable
+class Composable(Protocol):
+    """A host that can be rewritten as a plain module with others built in behind its points."""
+
+    def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
+        """An independent copy of the model, without hooks, that passes each point's feature through `grown[point]`.
+
+        Args:
+            grown: point name to module (feature to feature of the same shape).
+        """
+
+
+class Grown(nn.Module):
+    """What one slot computes once its alpha is fixed: `combination(h, seed(h), alpha)`.
+
+    Args:
+        seed: feature to delta of the same shape.
+        combination: maps (h, s, alpha) to the feature that goes on.
+        alpha: 0-dim tensor.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, seed: nn.Module, combination: nn.Module, alpha: Tensor) -> None:
+        super().__init__()
+        self.seed, self.combination = seed, combination
+        self.register_buffer("alpha", alpha.detach().clone())
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Feature in, feature of the same shape and dtype out."""
+        s = self.seed(h).to(h.dtype)
+        return self.combination(h, s, self.alpha.to(h.dtype)).to(h.dtype)  # type: ignore[no-any-return]
+
+
+def compose(plane: Plane) -> nn.Module:
+    """The model as it computes now, with the seeds that contribute built in; the plane is left as it is.
+
+    Raises:
+        EsperError: the host, or a seed with slots of its own, cannot be rewritten as a plain module.
+    """
+    return _composable(plane.host).compose_with(_chains(plane, ""))
+
+
+def _chains(plane: Plane, within: str) -> dict[str, nn.Module]:
+    """Point to what has grown there, for the host (`within` empty) or for the seed at the path before the slash."""
+    chains: dict[str, list[nn.Module]] = {}
+    for path, slot in plane.slots.items():
+        point = base_of(path)[len(within) :]
+        if path.startswith(within) and "/" not in point and STAGES[slot.stage].contributes and float(slot.alpha) > 0:
+            chains.setdefault(point, []).append(_grown(plane, slot))
+    return {point: chain[0] if len(chain) == 1 else nn.Sequential(*chain) for point, chain in chains.items()}
+
+
+def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
+    assert slot.seed is not None and slot.combination is not None
+    seed: object = slot.seed
+    if isinstance(seed, HostProtocol):
+        module = _composable(seed).compose_with(_chains(plane, slot.path + "/"))
+    else:
+        module = copy.deepcopy(slot.seed)
+    return Grown(module, copy.deepcopy(slot.combination), slot.alpha)
+
+
+def _composable(host: HostProtocol) -> Composable:
+    if not isinstance(host, Composable):
+        raise EsperError(f"a host of type {type(host).__name__} cannot be exported", "one with `compose_with`")
+    return host

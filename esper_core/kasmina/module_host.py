@@ -1,0 +1,342 @@
+"""Any `nn.Module` as a host: slots attach behind its submodules by forward hooks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.causality import find_causal
+from esper_core.kasmina.feature_trace import (
+    Inputs,
+    Trace,
+    call,
+    feature_of,
+    pick_logits,
+    repeat_example,
+    trace_features,
+    unfused,
+)
+from esper_core.kasmina.feature_view import FeatureView
+from esper_core.kasmina.point_discovery import Found, discover, view_of
+from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName, did_you_mean
+from esper_core.leyline.injection import InjectionSpec
+
+if TYPE_CHECKING:
+    from esper_core.leyline.host import SlotModule
+
+_PLAIN = FeatureView("NCHW", 1, (), 2)
+
+
+class SlotHook:
+    """A forward hook that passes a module's feature through a slot; copies and pickles with the module.
+
+    The feature is the module's output, or the first tensor in it. A slot that hands its input back leaves the
+    output object itself in place.
+    """
+
+    def __init__(self, slot: SlotModule, view: FeatureView) -> None:
+        self.slot, self.view = slot, view
+        self.plain = view.plain
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        feature = output if isinstance(output, Tensor) else feature_of(output)
+        if feature is None:
+            raise TypeError(f"{type(module).__name__} answered without a tensor, and a slot stands behind it")
+        seen = feature if self.plain else self.view.see(feature)
+        grown = self.slot(seen)
+        if grown is seen:
+            return None
+        return replace_feature(output, grown if self.plain else self.view.restore(grown, feature))
+
+
+def replace_feature(output: Any, feature: Tensor) -> Any:
+    """`output` with its first tensor replaced; containers keep their type."""
+    if isinstance(output, Tensor):
+        return feature
+    if isinstance(output, Mapping):
+        name = next(iter(output))
+        value = replace_feature(output[name], feature)
+        if dataclasses.is_dataclass(type(output)):
+            return dataclasses.replace(cast("Any", output), **{name: value})
+        return type(output)({**output, name: value})  # type: ignore[call-arg]
+    items = [replace_feature(output[0], feature), *output[1:]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+class ModuleHost:
+    """A host made of any module.
+
+    Args:
+        module: the model; its parameters and state_dict keys stay its own.
+        points: point name to (path of the submodule behind which it stands, spec).
+        outputs: size of the logits' last dimension, if known.
+        to_logits: picks the logits out of the module's output; by default its `logits`, or its first tensor.
+        prepare: makes the module's inputs out of the host's; None if they are the same.
+        views: point name to the view that its slot has of the feature, where that is not the feature itself.
+        notes: what a user should be told about this host.
+
+    Attributes:
+        example: a batch of one that the host takes, if one is known.
+        fuses: torch's fused attention must be kept out, since it would go by whether slots are attached.
+
+    Raises:
+        UnknownName: a path names no submodule.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        points: Mapping[str, tuple[str, InjectionSpec]],
+        *,
+        outputs: int | None = None,
+        to_logits: Callable[[Any], Tensor] | None = None,
+        prepare: Callable[[Inputs], Inputs] | None = None,
+        views: Mapping[str, FeatureView] = MappingProxyType({}),
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.module = module
+        self.outputs = outputs
+        self.notes = list(notes)
+        self.example: Inputs | None = None
+        self.fuses = False
+        self._to_logits = to_logits or pick_logits
+        self._prepare = prepare
+        self._paths = {name: path for name, (path, _) in points.items()}
+        self._specs = {name: spec for name, (_, spec) in points.items()}
+        self._views = {name: views.get(name, _PLAIN) for name in points}
+        self._hooks: dict[str, tuple[SlotHook, torch.utils.hooks.RemovableHandle]] = {}
+        for path in self._paths.values():
+            _submodule(module, path)
+
+    @property
+    def injection_specs(self) -> Mapping[str, InjectionSpec]:
+        """Point name to spec, in depth order."""
+        return MappingProxyType(self._specs)
+
+    def register_slot(self, name: str, slot: SlotModule) -> None:
+        """Plug `slot` in at point `name`.
+
+        Raises:
+            UnknownName: no such point. IllegalCommand: the point has a slot already.
+        """
+        self._check(name)
+        if name in self._hooks:
+            raise IllegalCommand(f"point {name!r} has a slot already", "one slot a point", "unregister_slot first")
+        hook = SlotHook(slot, self._views[name])
+        self._hooks[name] = hook, _submodule(self.module, self._paths[name]).register_forward_hook(hook)
+
+    def unregister_slot(self, name: str) -> None:
+        """Take the slot at `name` out again; nothing happens if there is none.
+
+        Raises:
+            UnknownName: no such point.
+        """
+        self._check(name)
+        if name in self._hooks:
+            self._hooks.pop(name)[1].remove()
+
+    def forward_with_slots(self, inputs: Inputs) -> Tensor:
+        """Logits of a batch: a tensor is the first argument of the module, a mapping its keyword arguments."""
+        inputs = self._prepare(inputs) if self._prepare else inputs
+        if self.fuses and not torch.compiler.is_compiling():
+            with unfused():
+                return self._to_logits(call(self.module, inputs))
+        return self._to_logits(call(self.module, inputs))
+
+    def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
+        """An independent copy of the model, without hooks, that passes each point's feature through `grown[point]`.
+
+        Args:
+            grown: point name to module (feature to feature of the same shape).
+        """
+        memo: dict[int, Any] = {id(hook): None for hook, _ in self._hooks.values()}  # slots are not to be copied
+        model = copy.deepcopy(self.module, memo)
+        for module in model.modules():
+            for key in [key for key, hook in module._forward_hooks.items() if hook is None]:
+                del module._forward_hooks[key]
+        return ComposedModel(
+            model,
+            {self._paths[name]: (module, self._views[name]) for name, module in grown.items()},
+            self._to_logits,
+            self._prepare,
+        )
+
+    def _check(self, name: str) -> None:
+        if name not in self._specs:
+            hint = did_you_mean(name, self._specs) or "esper hosts show HOST"
+            raise UnknownName(f"the host has no injection point {name!r}", ", ".join(self._specs), hint)
+
+
+class ComposedModel(nn.Module):
+    """A model with modules built in behind its submodules; answers with logits.
+
+    A grown submodule gets a subclass of its own class whose `forward` goes on through the new module, so that the
+    model's code, attributes and keys stay what they were. Keys: `model.…` and `grown.<n>.…`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        grown: Mapping[str, tuple[nn.Module, FeatureView]],
+        to_logits: Callable[[Any], Tensor],
+        prepare: Callable[[Inputs], Inputs] | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.grown = nn.ModuleList(module for module, _ in grown.values())
+        self._to_logits, self._prepare = to_logits, prepare
+        for path, (module, view) in grown.items():
+            grow_behind(model.get_submodule(path), module, view)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits of a batch."""
+        return self._to_logits(call(self.model, self._prepare(inputs) if self._prepare else inputs))
+
+
+def grow_behind(place: nn.Module, grown: nn.Module, view: FeatureView) -> None:
+    """Have `place` pass its feature through `grown`, which some other module holds as a child."""
+    base = type(place)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_grown_hook"](self, args, base.forward(self, *args, **kwargs))
+
+    place.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    place.__dict__["_grown_hook"] = _GrowthHook(grown, view)
+
+
+class _GrowthHook(SlotHook):
+    """A slot hook that always answers with an output."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        changed = super().__call__(module, args, output)
+        return output if changed is None else changed
+
+
+def host_from_module(
+    model: nn.Module,
+    points: Sequence[str] | None = None,
+    *,
+    example: Inputs | None = None,
+    outputs: int | None = None,
+    to_logits: Callable[[Any], Tensor] | None = None,
+    prepare: Callable[[Inputs], Inputs] | None = None,
+    notes: Sequence[str] = (),
+) -> ModuleHost:
+    """Make `model` a host, with channels, layouts and order measured on one example.
+
+    Args:
+        model: any module that maps a tensor, or a mapping of tensors, to logits or to an output that holds them.
+        points: paths of the submodules behind which to grow; None to find them.
+        example: a batch of one or more examples, as `model` takes it; None to try inputs that fit its first weight.
+        outputs: size of the logits' last dimension; None for the measured one.
+        to_logits, prepare, notes: see `ModuleHost`.
+
+    Raises:
+        UnknownName: `points` names no submodule.
+        EsperError: the model does not run on the example, or has no point at which a seed could live.
+    """
+    for path in points or ():
+        _submodule(model, path)
+    inputs = example if example is not None else guess_example(model)
+    given, inputs = inputs, prepare(inputs) if prepare else inputs
+    try:
+        trace = trace_features(model, inputs, to_logits or pick_logits)
+    except Exception as error:  # the model is foreign code: whatever it raises is told in one line
+        raise EsperError(
+            f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error}",
+            "an example that the model takes",
+            "host_from_module(model, example=inputs)",
+        ) from error
+    found = discover(trace) if points is None else [_measured(trace, path) for path in points]
+    if not found:
+        raise EsperError(
+            f"{type(model).__name__} has no point at which a seed could grow",
+            "a submodule that runs once and answers with a floating feature of batch, channels and positions",
+            "host_from_module(model, points=[...])",
+        )
+    causal = find_causal(model, inputs, {f.traced.path: f.view for f in found if f.view.layout == "NLD"})
+    host_points, views, said = {}, {}, list(notes)
+    for order, one in enumerate(sorted(found, key=lambda f: f.traced.end)):
+        spec = _spec(one, order, inputs, one.traced.path in causal)
+        host_points[spec.name], views[spec.name] = (one.traced.path, spec), one.view
+        if one.traced.calls > 1:
+            said.append(f"{one.traced.path} runs {one.traced.calls} times in a pass, and its slot with it")
+    size = outputs if outputs is not None else trace.logits_shape[-1]
+    host = ModuleHost(model, host_points, outputs=size, to_logits=to_logits, prepare=prepare, views=views, notes=said)
+    host.example, host.fuses = repeat_example(given, 1), trace.fuses
+    return host
+
+
+def guess_example(model: nn.Module) -> Tensor:
+    """A batch of one that `model` accepts, tried out from the shape of its first weight.
+
+    Raises:
+        EsperError: none of the tries runs.
+    """
+    weight = next((p for p in model.parameters() if p.dim() >= 2), None)
+    device = weight.device if weight is not None else torch.device("cpu")
+    tries: list[Tensor] = []
+    if weight is not None and weight.dim() == 2:
+        tries += [
+            torch.zeros(1, 16, dtype=torch.long),
+            torch.randn(1, weight.shape[1]),
+            torch.randn(1, 16, weight.shape[1]),
+        ]
+    elif weight is not None:
+        sides = (32, 64, 28, 224, 128, 8)
+        tries += [torch.randn(1, weight.shape[1], *[side] * (weight.dim() - 2)) for side in sides]
+    for example in tries:
+        try:
+            trace_features(model, example.to(device))
+        except Exception:  # noqa: BLE001 - foreign code refuses a try in any way it likes
+            continue
+        return example.to(device)
+    raise EsperError(
+        f"no input for {type(model).__name__} could be found", "an example", "host_from_module(model, example=inputs)"
+    )
+
+
+def _measured(trace: Trace, path: str) -> Found:
+    traced = next((t for t in trace.ran if t.path == path), None)
+    view = None if traced is None else view_of(trace, traced)
+    if traced is None or view is None:
+        what = "does not run" if traced is None else f"gives {traced.shape}, in which batch and channels cannot be told"
+        raise EsperError(f"submodule {path!r} {what}", "a feature of batch, channels and positions", "leave points out")
+    return Found(traced, view, "block", path.rpartition(".")[0] or path)
+
+
+def _spec(found: Found, order: int, inputs: Inputs, causal: bool) -> InjectionSpec:
+    shape = found.traced.single_shape
+    assert shape is not None
+    seen = tuple(found.view.see(torch.empty(shape, device="meta")).shape[1:])
+    first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+    stride = 1
+    if first.dim() == 4 and found.view.layout != "NLD":
+        height = seen[1] if found.view.layout == "NCHW" else seen[0]
+        stride = max(1, round(first.shape[2] / height))
+    return InjectionSpec(
+        name=found.traced.path,
+        channels=shape[found.view.channel],
+        layout=found.view.layout,
+        order=order,
+        feature_shape=seen,
+        stride=stride,
+        role=found.role,
+        region=found.region,
+        tags=frozenset({"causal"} if causal else ()),
+    )
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        names = [name for name, _ in module.named_modules() if name]
+        hint = did_you_mean(path, names) or "print(model)"
+        raise UnknownName(f"{type(module).__name__} has no submodule {path!r}", "a path in it", hint) from None

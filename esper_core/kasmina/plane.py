@@ -1,0 +1,489 @@
+"""The plane: one per model, owner of every slot, seed and ledger. The map over the territory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+from torch import nn
+
+from esper_core.kasmina import nursery, plane_view
+from esper_core.kasmina.blends import parse_blend, parse_blends
+from esper_core.kasmina.growth import Growth, gate_value
+from esper_core.kasmina.ledger import Ledger, count_parameters
+from esper_core.kasmina.slot import SeedSlot
+from esper_core.kasmina.territory import Territory, base_of
+from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, UnknownName, did_you_mean
+from esper_core.leyline.host import HostProtocol
+from esper_core.leyline.stages import STAGES, Op, Stage, Transition, find_transition, legal_ops
+from esper_core.leyline.view import Interval, SlotView
+from esper_core.registry import Registry
+
+
+@attrs.frozen
+class Limits:
+    """What all seeds together may cost; None is unlimited. FLOPs are of one example's forward pass."""
+
+    params: int | None = None
+    flops: int | None = None
+
+
+@attrs.frozen
+class StageChange:
+    """A slot moved.
+
+    Attributes:
+        slot: its path. before, after: stages. command: what asked for it.
+        blueprint, blend: of the seed that moved (also of one that is gone now).
+        added, removed: parameters that came to life or left the model.
+    """
+
+    slot: str
+    before: Stage
+    after: Stage
+    command: Command
+    blueprint: str
+    blend: str
+    added: tuple[nn.Parameter, ...] = ()
+    removed: tuple[nn.Parameter, ...] = ()
+
+
+class Plane:
+    """A host's slots and everything that grows in them.
+
+    Args:
+        host: what grows.
+        registry: where blueprints and blends come from.
+        points: names of the injection points to use; None for all.
+        blueprints: names that may grow; None for every one that fits.
+        blends: blends that commands may name; the first is the default.
+        seed: with a slot's path and its count of births it fixes a seed's initial weights.
+        limits: budgets for all seeds together.
+        ramp_steps: optimizer steps of a ramp at standard tempo.
+        embargo: decision steps for which a culled slot stays empty.
+        max_stack: seeds that may fossilise at one point, one upon the other.
+        rent: lambda; a seed pays `rent * params / host_params` (nats).
+        host_flops: forward FLOPs of the host for one example, if already counted.
+        blueprint_options: blueprint name to options.
+
+    Raises:
+        UnknownName: a point, blueprint or blend of that name does not exist.
+        EsperError: the host offers no injection point.
+    """
+
+    def __init__(
+        self,
+        host: HostProtocol,
+        registry: Registry,
+        *,
+        points: Sequence[str] | None = None,
+        blueprints: Sequence[str] | None = None,
+        blends: Sequence[str] = ("residual:cosine",),
+        seed: int = 0,
+        limits: Limits = Limits(),
+        ramp_steps: int = 50,
+        embargo: int = 2,
+        max_stack: int = 1,
+        rent: float = 0.05,
+        host_flops: int = 0,
+        blueprint_options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        if not host.injection_specs:
+            raise EsperError("the host offers no injection point", "at least one", "esper hosts show HOST")
+        self.host, self.registry, self.seed, self.limits = host, registry, seed, limits
+        self.ramp_steps, self.embargo_decisions, self.max_stack, self.rent = (
+            ramp_steps,
+            embargo,
+            max_stack,
+            rent,
+        )
+        self.blends = parse_blends(blends, registry)
+        self.blueprint_options = {name: dict(options) for name, options in blueprint_options.items()}
+        self.candidates = plane_view.find_candidates(registry, blueprints)
+        self.host_params, self.host_flops = count_parameters(host.module), host_flops
+        self._territory = Territory(host)
+        self._moving: set[str] = set()
+        self._curves: dict[str, Callable[[float], float]] = {}
+        self._costs: dict[tuple[str, str], tuple[int, int]] = {}
+        self._listeners: list[Callable[[StageChange], None]] = []
+        wanted = list(host.injection_specs) if points is None else list(points)
+        for name in wanted:
+            if name not in host.injection_specs:
+                hint = did_you_mean(name, host.injection_specs) or "esper hosts show HOST"
+                raise UnknownName(f"the host has no injection point {name!r}", ", ".join(host.injection_specs), hint)
+        for name in sorted(set(wanted), key=lambda n: (host.injection_specs[n].order, n)):
+            self._territory.mount(host, name, name)
+
+    # --- What there is ---
+
+    @property
+    def slots(self) -> Mapping[str, SeedSlot]:
+        """Every slot by path, in depth order; a stacked or nested slot follows the one that it belongs to."""
+        return MappingProxyType(self._slots)
+
+    @property
+    def module(self) -> nn.Module:
+        """Holds the slots and nothing of the host: its state_dict is that of the seeds."""
+        return self._territory.module
+
+    @property
+    def growths(self) -> Mapping[str, Growth]:
+        """What is remembered of each slot, by path, in depth order."""
+        return self._territory.growths
+
+    @property
+    def _slots(self) -> dict[str, SeedSlot]:
+        return self._territory.slots
+
+    @property
+    def ledger(self) -> Ledger:
+        """Parameters and FLOPs as they stand now."""
+        rent_payers = {path: g for path, g in self.growths.items() if STAGES[g.stage].pays_rent}
+        return Ledger(
+            self.host_params,
+            self.host_flops,
+            {path: g.params for path, g in rent_payers.items()},
+            {path: g.flops for path, g in rent_payers.items()},
+        )
+
+    def rent_of(self, path: str) -> float:
+        """What the seed at `path` pays, in nats: rent * params / host_params."""
+        return self.rent * self.growths[path].params / max(self.host_params, 1)
+
+    def seed_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of every live seed and its blend, by path."""
+        return {path: list(_own_parameters(slot)) for path, slot in self._slots.items() if slot.seed is not None}
+
+    def contributing(self) -> list[str]:
+        """Paths of the slots whose seed shows in the model's output, in depth order."""
+        return [p for p, g in self.growths.items() if STAGES[g.stage].contributes and g.alpha > 0]
+
+    def views(self) -> tuple[SlotView, ...]:
+        """Every slot as a controller sees it."""
+        return plane_view.slot_views(self)
+
+    def on_change(self, listener: Callable[[StageChange], None]) -> None:
+        """Have `listener` called after every change of a stage."""
+        self._listeners.append(listener)
+
+    # --- Commands ---
+
+    def germinate(self, path: str, blueprint: str, blend: str = "", **about: Any) -> StageChange:
+        """Build a seed of `blueprint` in the empty slot at `path`."""
+        return self._must(Command(Op.GERMINATE, path, blueprint, blend, **about))
+
+    def advance(self, path: str, *, gated: bool = True, **about: Any) -> StageChange:
+        """Move the seed at `path` one stage on: into BLENDING, or from PROBATIONARY into FOSSILIZED."""
+        return self._must(Command(Op.ADVANCE, path, **about), gated=gated)
+
+    def wither(self, path: str, **about: Any) -> StageChange:
+        """Let alpha of the seed at `path` fall to zero."""
+        return self._must(Command(Op.WITHER, path, **about))
+
+    def revive(self, path: str, **about: Any) -> StageChange:
+        """Return a withering seed to the stage that it left."""
+        return self._must(Command(Op.REVIVE, path, **about))
+
+    def cull(self, path: str, *, gated: bool = True, **about: Any) -> StageChange:
+        """Remove the seed at `path`."""
+        return self._must(Command(Op.CULL, path, **about), gated=gated)
+
+    def check(self, command: Command, *, gated: bool = True) -> Transition | None:
+        """The transition that `command` would take; None for WAIT. Changes nothing.
+
+        Args:
+            gated: whether the transition's gates must pass.
+
+        Raises:
+            UnknownName: no such slot, blueprint or blend.
+            IllegalCommand: table, gate, budget, embargo or a plugin's veto refuses.
+        """
+        if command.op is Op.WAIT:
+            return None
+        growth = self._territory.growth(command.slot)
+        transition = find_transition(growth.stage, command.op)
+        if transition is None:
+            legal = ", ".join(sorted(legal_ops(growth.stage)))
+            raise IllegalCommand(f"{command.op} at {command.slot}, which is {growth.stage}", f"one of {legal}")
+        if transition.auditor_only and command.source != "emrakul":
+            raise IllegalCommand(
+                f"{command.op} of the {growth.stage} seed at {command.slot} by {command.source}", "Emrakul"
+            )
+        for gate in transition.gates if gated else ():
+            value = gate_value(gate, growth, self.rent_of(command.slot))
+            if not gate.passes(value):
+                shown = "unmeasured" if value is None else f"{value:.4g}"
+                raise IllegalCommand(
+                    f"{command.op} at {command.slot}: {gate.measure} is {shown}",
+                    f"{gate.measure} {gate.comparison} {gate.threshold:g} ({gate.summary})",
+                )
+        if command.op is Op.GERMINATE:
+            self._check_germination(command, growth)
+        elif command.blend:
+            parse_blend(command.blend, self.registry)
+        veto = self.registry.hook.esper_veto(command=command, plane=self)
+        if veto:
+            raise IllegalCommand(f"{command.op} at {command.slot} was vetoed: {veto}")
+        return transition
+
+    def apply(self, command: Command, *, gated: bool = True) -> StageChange | None:
+        """Carry out `command`; None for WAIT. A refused command changes nothing.
+
+        Raises:
+            UnknownName, IllegalCommand: see `check`.
+            IncompatibleSeed: the built seed does not fit the slot.
+        """
+        transition = self.check(command, gated=gated)
+        return self._take(transition, command) if transition else None
+
+    def embargo(self, path: str, decisions: int) -> None:
+        """Refuse germination at `path` for that many decision steps more."""
+        growth = self._territory.growth(path)
+        growth.embargo_left = max(growth.embargo_left, decisions)
+
+    # --- Time ---
+
+    def step(self) -> list[StageChange]:
+        """After every optimizer step: alphas move, and what is due by itself happens."""
+        changes: list[StageChange] = []
+        due: list[str] = []
+        for path in self._moving:
+            growth = self.growths[path]
+            growth.stage_steps += 1
+            if growth.ramp_done < growth.ramp_steps:
+                growth.ramp_done += 1
+                share = self._curve(path)(growth.ramp_done / growth.ramp_steps)
+                self._set_alpha(path, growth.ramp_start + (growth.ramp_target - growth.ramp_start) * share)
+            if growth.ramp_done >= growth.ramp_steps:
+                due.append(path)
+        for path in sorted(due):
+            self._moving.discard(path)
+            changes += self._advance_automatically(path)
+        return changes
+
+    def decide(self) -> list[StageChange]:
+        """At every decision step: ages and embargoes move, and what is due by itself happens."""
+        changes: list[StageChange] = []
+        for path, growth in list(self.growths.items()):
+            growth.embargo_left = max(0, growth.embargo_left - 1)
+            growth.stage_age += 1
+            if self._slots[path].seed is not None:
+                growth.age += 1
+            changes += self._advance_automatically(path)
+        return changes
+
+    def record(
+        self,
+        path: str,
+        *,
+        loss: Interval | None = None,
+        accuracy: Interval | None = None,
+        readings: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take in what was measured of the slot at `path`; gates and views read it.
+
+        Args:
+            loss: validation loss without the slot minus with it (nats).
+            accuracy: validation accuracy with the slot minus without it.
+            readings: sensor readings; they replace the earlier ones.
+        """
+        growth = self._territory.growth(path)
+        if readings is not None:
+            growth.readings = dict(readings)
+        if loss is not None:
+            growth.loss, growth.accuracy = loss, accuracy
+            growth.counterfactual_count += 1
+            earns = loss.mean - self.rent_of(path) > 0
+            growth.probation_count = growth.probation_count + 1 if earns else 0
+
+    # --- Structure ---
+
+    def structure(self) -> list[dict[str, Any]]:
+        """What grows where, as JSON-compatible data; with `module.state_dict()` it is the plane's whole state."""
+        return [{"path": path, **growth.to_dict()} for path, growth in self.growths.items()]
+
+    def rebuild(self, structure: Iterable[Mapping[str, Any]]) -> None:
+        """Grow what `structure` describes, in place of what grows now; weights are initial until loaded.
+
+        Raises:
+            UnknownName, PluginBroken, MissingDependency: a blueprint or blend that is not to be had.
+        """
+        for path in list(self._slots):
+            if path in self._slots and self._slots[path].seed is not None:
+                self._remove_seed(path)
+        for path in [p for p in self._slots if base_of(p) != p]:
+            self._territory.unmount(path)
+        for entry in structure:
+            path = str(entry["path"])
+            growth = Growth.from_dict({k: v for k, v in entry.items() if k != "path"})
+            if path not in self._slots:
+                self._territory.stack(path)
+            self._territory.growths[path] = growth
+            if STAGES[growth.stage].occupied:
+                slot = self._slots[path]
+                command = Command(Op.GERMINATE, path, growth.blueprint, growth.blend)
+                nursery.plant(self, slot, command, growth.births)
+                self._territory.mount_children(path)
+                slot.set_stage(growth.stage)
+                self._set_alpha(path, growth.alpha)
+                if growth.ramping or growth.stage is Stage.GERMINATED:
+                    self._moving.add(path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plane:
+        """An independent plane over an independent host; the registry is shared, listeners stay behind."""
+        twin = object.__new__(Plane)
+        memo[id(self)] = twin
+        memo[id(self.registry)] = self.registry
+        for name, value in self.__dict__.items():
+            setattr(twin, name, [] if name == "_listeners" else copy.deepcopy(value, memo))
+        return twin
+
+    # --- Inside ---
+
+    def _must(self, command: Command, *, gated: bool = True) -> StageChange:
+        change = self.apply(command, gated=gated)
+        assert change is not None
+        return change
+
+    def _check_germination(self, command: Command, growth: Growth) -> None:
+        if growth.embargo_left > 0:
+            raise IllegalCommand(f"germinate at {command.slot}: under embargo for {growth.embargo_left} decisions more")
+        if not command.blueprint:
+            raise BadOption(f"germinate at {command.slot} without a blueprint", "the name of one")
+        parse_blend(command.blend or self.blends[0], self.registry)
+        params, flops = self.cost(command.slot, command.blueprint)
+        ledger = self.ledger
+        for what, cost, used, limit in (
+            ("parameters", params, ledger.seed_params, self.limits.params),
+            ("FLOPs", flops, ledger.seed_flops, self.limits.flops),
+        ):
+            if limit is not None and used + cost > limit:
+                raise IllegalCommand(
+                    f"germinate {command.blueprint} at {command.slot}: {used:,} + {cost:,} {what}",
+                    f"at most {limit:,}",
+                    f"--budget-{'params' if what == 'parameters' else 'flops'} with more",
+                )
+
+    def cost(self, path: str, blueprint: str) -> tuple[int, int]:
+        """Parameters and forward FLOPs (one example) of a seed of `blueprint` at `path`, by the blueprint's estimate.
+
+        Raises:
+            UnknownName: no such blueprint.
+            IllegalCommand: the blueprint does not fit the point.
+        """
+        key = (path, blueprint)
+        if key not in self._costs:
+            self._costs[key] = nursery.estimate(self, self._slots[path].spec, blueprint)
+        return self._costs[key]
+
+    def _take(self, transition: Transition, command: Command) -> StageChange:
+        slot, growth = self._slots[command.slot], self.growths[command.slot]
+        before, blueprint, blend = growth.stage, growth.blueprint, growth.blend
+        added: tuple[nn.Parameter, ...] = ()
+        removed: tuple[nn.Parameter, ...] = ()
+        after = transition.target or growth.resume_stage
+        assert after is not None
+        if command.op is Op.GERMINATE:
+            blend = str(parse_blend(command.blend or self.blends[0], self.registry))
+            planted = nursery.plant(self, slot, attrs.evolve(command, blend=blend), growth.births + 1)
+            growth.clear()
+            growth.births += 1
+            growth.blueprint, growth.blend, growth.tempo = command.blueprint, blend, command.tempo
+            growth.options = dict(self.blueprint_options.get(command.blueprint, {}))
+            growth.params, growth.flops = planted.params, planted.flops
+            added, blueprint = tuple(_own_parameters(slot)), command.blueprint
+            self._territory.mount_children(command.slot)
+        elif command.op is Op.CULL:
+            removed = self._remove_seed(command.slot)
+            growth.clear()
+            growth.embargo_left = max(growth.embargo_left, self.embargo_decisions)
+        elif command.op is Op.WITHER:
+            growth.resume_stage = before
+            self._ramp(command, growth, 0.0)
+        elif command.op is Op.REVIVE:
+            growth.resume_stage = None
+            self._ramp(command, growth, 1.0)
+        elif after is Stage.BLENDING:
+            added, removed = self._choose_blend(command, slot, growth)
+            blend = growth.blend
+            self._ramp(command, growth, 1.0)
+        growth.enter(after)
+        slot.set_stage(after)
+        if after is Stage.GERMINATED:
+            self._moving.add(command.slot)
+        if after is Stage.FOSSILIZED:
+            self._territory.offer_stack(command.slot, self.max_stack)
+        change = StageChange(command.slot, before, after, command, blueprint, blend, added, removed)
+        for listener in self._listeners:
+            listener(change)
+        return change
+
+    def _choose_blend(
+        self, command: Command, slot: SeedSlot, growth: Growth
+    ) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
+        """Take up the blend that an ADVANCE into BLENDING names, if it differs from the one chosen at birth."""
+        growth.tempo = command.tempo if command.tempo is not Tempo.STANDARD else growth.tempo
+        wanted = str(parse_blend(command.blend, self.registry)) if command.blend else growth.blend
+        if wanted == growth.blend:
+            return (), ()
+        assert slot.combination is not None and slot.seed is not None
+        old = tuple(slot.combination.parameters())
+        nursery.fit_combination(self, slot, wanted)
+        growth.blend = wanted
+        growth.params = count_parameters(slot.seed, slot.combination)
+        return tuple(slot.combination.parameters()), old
+
+    def _ramp(self, command: Command, growth: Growth, target: float) -> None:
+        tempo = command.tempo if command.tempo is not Tempo.STANDARD else growth.tempo
+        growth.start_ramp(target, round(self.ramp_steps * tempo.factor))
+        self._curves.pop(command.slot, None)
+        self._moving.add(command.slot)
+
+    def _advance_automatically(self, path: str) -> list[StageChange]:
+        changes: list[StageChange] = []
+        growth = self.growths[path]
+        while True:
+            transition = find_transition(growth.stage, Op.ADVANCE)
+            if transition is None or not transition.automatic:
+                return changes
+            rent = self.rent_of(path)
+            if not all(gate.passes(gate_value(gate, growth, rent)) for gate in transition.gates):
+                return changes
+            command = Command(Op.ADVANCE, path, source="plane", reason=transition.gates[-1].summary)
+            changes.append(self._take(transition, command))
+
+    def _curve(self, path: str) -> Callable[[float], float]:
+        if path not in self._curves:
+            blend = parse_blend(self.growths[path].blend, self.registry)
+            self._curves[path] = blend.build_curve(self.registry)
+        return self._curves[path]
+
+    def _set_alpha(self, path: str, value: float) -> None:
+        self.growths[path].alpha = value
+        self._slots[path].alpha.fill_(value)
+
+    def _remove_seed(self, path: str) -> tuple[nn.Parameter, ...]:
+        """Empty the slot and everything nested in its seed; returns the parameters that are gone."""
+        slot = self._slots[path]
+        gone = list(_own_parameters(slot))
+        for child in reversed(self._territory.children(path)):
+            gone += list(_own_parameters(self._slots[child]))
+            self._moving.discard(child)
+            self._curves.pop(child, None)
+            self._territory.unmount(child)
+        slot.seed = slot.combination = None
+        slot.set_stage(Stage.DORMANT)
+        self._set_alpha(path, 0.0)
+        self._moving.discard(path)
+        self._curves.pop(path, None)
+        return tuple({id(p): p for p in gone}.values())
+
+
+def _own_parameters(slot: SeedSlot) -> Iterable[nn.Parameter]:
+    for module in (slot.seed, slot.combination):
+        if module is not None:
+            yield from module.parameters()

@@ -1,0 +1,107 @@
+"""The plane as controllers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from esper_core.kasmina import nursery
+from esper_core.kasmina.growth import Growth, gate_value
+from esper_core.leyline.errors import EsperError
+from esper_core.leyline.specs import BlueprintSpec
+from esper_core.leyline.stages import STAGES, Op, Stage, find_transition, legal_ops
+from esper_core.leyline.view import BlueprintView, SlotView
+from esper_core.registry import Registry
+
+if TYPE_CHECKING:
+    from esper_core.kasmina.plane import Plane
+
+
+def find_candidates(registry: Registry, names: Sequence[str] | None) -> dict[str, BlueprintSpec]:
+    """The blueprints that may grow, by the name that a command uses.
+
+    None takes all that are installed whole; those whose name several packages offer go by `distribution/name`.
+    """
+    if names is None:
+        whole = [part for part in registry.specs("blueprint") if not registry.missing(part)]
+        named = (part.qualified if registry.rivals(part) else part.name for part in whole)
+        wanted = [name for name in dict.fromkeys(named) if _is_clear(registry, name)]
+    else:
+        wanted = list(dict.fromkeys(names))
+    found: dict[str, BlueprintSpec] = {}
+    for name in wanted:
+        spec = registry.find("blueprint", name).spec
+        assert isinstance(spec, BlueprintSpec)
+        found[name] = spec
+    return found
+
+
+def _is_clear(registry: Registry, name: str) -> bool:
+    try:
+        registry.find("blueprint", name)
+    except EsperError:
+        return False
+    return True
+
+
+def slot_views(plane: Plane) -> tuple[SlotView, ...]:
+    """One view a slot, in depth order."""
+    ledger = plane.ledger
+    left = (
+        None if plane.limits.params is None else plane.limits.params - ledger.seed_params,
+        None if plane.limits.flops is None else plane.limits.flops - ledger.seed_flops,
+    )
+    return tuple(_slot_view(plane, path, growth, left) for path, growth in plane.growths.items())
+
+
+def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, int | None]) -> SlotView:
+    spec = plane.slots[path].spec
+    blueprints = _affordable(plane, path, left) if _may_germinate(growth) else ()
+    return SlotView(
+        path=path,
+        spec=spec,
+        stage=growth.stage,
+        alpha=growth.alpha,
+        age=growth.age,
+        stage_age=growth.stage_age,
+        blueprint=growth.blueprint,
+        blend=growth.blend,
+        params=growth.params,
+        flops=growth.flops,
+        legal=_legal(plane, path, growth, bool(blueprints)),
+        blueprints=blueprints,
+        counterfactual=growth.loss,
+        accuracy_counterfactual=growth.accuracy,
+        readings={**growth.readings, "probation_count": growth.probation_count, "rent": plane.rent_of(path)}
+        if STAGES[growth.stage].occupied
+        else growth.readings,
+        embargo_left=growth.embargo_left,
+    )
+
+
+def _may_germinate(growth: Growth) -> bool:
+    return growth.stage is Stage.DORMANT and growth.embargo_left == 0
+
+
+def _affordable(plane: Plane, path: str, left: tuple[int | None, int | None]) -> tuple[BlueprintView, ...]:
+    views = []
+    for name, spec in plane.candidates.items():
+        if nursery.misfit(spec, plane.slots[path].spec):
+            continue
+        params, flops = plane.cost(path, name)
+        if all(limit is None or cost <= limit for cost, limit in zip((params, flops), left, strict=True)):
+            views.append(BlueprintView(name, spec.family, spec.capabilities, params, flops))
+    return tuple(views)
+
+
+def _legal(plane: Plane, path: str, growth: Growth, can_germinate: bool) -> frozenset[Op]:
+    """The table's operations less those that a gate, an embargo or a budget refuses now."""
+    legal = set()
+    for op in legal_ops(growth.stage):
+        transition = find_transition(growth.stage, op)
+        if op is Op.GERMINATE and not can_germinate:
+            continue
+        rent = plane.rent_of(path)
+        if transition is None or all(g.passes(gate_value(g, growth, rent)) for g in transition.gates):
+            legal.add(op)
+    return frozenset(legal)

@@ -1,0 +1,184 @@
+"""Evaluate a host under many masks of its slots, computing what they share only once.
+
+Masks that first differ at some slot share everything that the network computed before it. Each further mask is a
+forward pass in which the modules that had finished by then answer from memory, so its result is the full pass's,
+bit for bit. Nothing needs to be known of the host: what ran before what is observed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from esper_core.kasmina.slot import SeedSlot
+from esper_core.leyline.host import HostProtocol
+
+Mask = frozenset[str]
+"""Paths of the slots that are muted."""
+
+
+@attrs.define
+class _Frame:
+    """One module call in progress and the calls inside it that have finished: (node, its raw output)."""
+
+    finished: list[tuple[_Node, Any]] = attrs.Factory(list)
+
+
+@attrs.define(eq=False)
+class _Node:
+    """Stands in for one module's `forward` while a tree is evaluated."""
+
+    tree: PrefixTree
+    original: Callable[..., Any]
+    calls: int = 0
+    repeated: bool = False
+    mutated: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tree = self.tree
+        if self in tree.answers:
+            answer = tree.answers[self]
+            output = _clone(answer) if self.mutated else answer
+        else:
+            self.calls += 1
+            tree.frames.append(_Frame())
+            try:
+                output = self.original(*args, **kwargs)
+            finally:
+                tree.frames.pop()
+        tree.frames[-1].finished.append((self, _clone(output) if self.mutated else output))
+        return output
+
+
+class PrefixTree:
+    """Evaluates masks on one batch after another. Use as a context: inside it the host's `forward`s are observed.
+
+    Args:
+        host: in eval mode; called through `forward_with_slots`.
+        slots: the slots that masks may mute, by path.
+    """
+
+    def __init__(self, host: HostProtocol, slots: Mapping[str, SeedSlot]) -> None:
+        self.host, self.slots = host, slots
+        self.frames: list[_Frame] = []
+        self.answers: dict[_Node, Any] = {}
+        self._nodes: list[tuple[nn.Module, _Node]] = []
+        self._order: list[str] = []
+        self._finished_at: dict[str, list[tuple[_Node, Any]]] = {}
+        self._keep: frozenset[str] = frozenset()
+
+    def __enter__(self) -> PrefixTree:
+        self._nodes = [(module, _Node(self, module.forward)) for module in self.host.module.modules()]
+        for module, node in self._nodes:
+            module.__dict__["forward"] = node
+        for slot in self.slots.values():
+            slot.tracer = self._slot_reached
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for module, node in self._nodes:
+            if getattr(node.original, "__self__", None) is module:
+                del module.__dict__["forward"]
+            else:  # the forward was an instance's own already
+                module.__dict__["forward"] = node.original
+        for slot in self.slots.values():
+            slot.tracer, slot.muted = None, False
+        self.frames.clear()
+        self.answers = {}
+        self._finished_at = {}
+
+    @torch.no_grad()
+    def observe(self, inputs: Tensor | Mapping[str, Tensor]) -> list[str]:
+        """Learn from a small batch the order of the slots and which modules cannot be answered from memory.
+
+        Returns:
+            Paths of the slots that the forward pass reached, in the order in which it did.
+        """
+        self._order = []
+        outputs: list[tuple[_Node, Tensor, int]] = []
+        for _, node in self._nodes:
+            node.calls, node.mutated = 0, False
+
+        def note(node: _Node, output: Any) -> Any:
+            outputs.extend((node, leaf, leaf._version) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            return output
+
+        originals = [(node, node.original) for _, node in self._nodes]
+        for node, original in originals:
+            node.original = lambda *a, _n=node, _o=original, **k: note(_n, _o(*a, **k))
+        try:
+            self._forward(_copy(inputs), frozenset(), {})
+            for _, node in self._nodes:
+                node.repeated = node.calls > 1
+            # a muted slot hands on the host's own feature, which what comes next may work on in place
+            self._forward(_copy(inputs), frozenset(self.slots), {})
+        finally:
+            for node, original in originals:
+                node.original = original
+        for node, leaf, version in outputs:
+            node.mutated |= leaf._version != version  # something later worked on it in place
+        return list(self._order)
+
+    @torch.no_grad()
+    def run(self, inputs: Tensor | Mapping[str, Tensor], masks: Iterable[Mask]) -> Iterator[tuple[Mask, Tensor]]:
+        """Logits under the empty mask and under every mask of `masks`, each once; `observe` must have run.
+
+        Args:
+            inputs: one batch.
+            masks: sets of paths to mute; slots that the pass does not reach are ignored.
+        """
+        rank = {path: i for i, path in enumerate(self._order)}
+        wanted = {tuple(sorted((p for p in mask if p in rank), key=rank.__getitem__)) for mask in masks} | {()}
+        prefixes = {mask[:length] for mask in wanted for length in range(len(mask) + 1)}
+        yield from self._explore(inputs, (), {}, wanted, prefixes, rank)
+
+    def _explore(
+        self,
+        inputs: Tensor | Mapping[str, Tensor],
+        muted: tuple[str, ...],
+        answers: dict[_Node, Any],
+        wanted: set[tuple[str, ...]],
+        prefixes: set[tuple[str, ...]],
+        rank: Mapping[str, int],
+    ) -> Iterator[tuple[Mask, Tensor]]:
+        branches = sorted((p[-1] for p in prefixes if p and p[:-1] == muted), key=rank.__getitem__)
+        logits = self._forward(inputs, frozenset(muted), answers, keep=frozenset(branches))
+        finished = self._finished_at
+        if muted in wanted:
+            yield frozenset(muted), logits
+        for path in branches:
+            # a slot inside a muted seed is not reached: muting it too changes nothing
+            entries = finished.pop(path) if path in finished else list(answers.items())
+            known = {node: output for node, output in entries if not node.repeated}
+            yield from self._explore(inputs, (*muted, path), known, wanted, prefixes, rank)
+
+    def _forward(
+        self,
+        inputs: Tensor | Mapping[str, Tensor],
+        muted: Mask,
+        answers: dict[_Node, Any],
+        keep: frozenset[str] = frozenset(),
+    ) -> Tensor:
+        self.answers, self.frames, self._finished_at, self._keep = answers, [_Frame()], {}, keep
+        for path, slot in self.slots.items():
+            slot.muted = path in muted
+        return self.host.forward_with_slots(inputs)
+
+    def _slot_reached(self, slot: SeedSlot) -> None:
+        if slot.path not in self._order:
+            self._order.append(slot.path)
+        if slot.path in self._keep:
+            self._finished_at[slot.path] = [entry for frame in self.frames for entry in frame.finished]
+
+
+def _copy(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
+    return inputs.clone() if isinstance(inputs, Tensor) else {name: value.clone() for name, value in inputs.items()}
+
+
+def _clone(output: Any) -> Any:
+    return tree_map_only(Tensor, torch.clone, output)

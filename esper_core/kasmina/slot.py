@@ -1,0 +1,123 @@
+"""A slot: a point of the plane that is the identity until a seed grows in it.
+
+Shapes: `h` is the host's feature, `s` the seed's output of the same shape; NCHW, NHWC or NLD alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.straight_through import silent_at_zero, straight_through
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.stages import STAGES, Stage
+
+
+class Mode(Enum):
+    """What a slot computes; derived from the stage, so that compiled code guards on one value."""
+
+    IDENTITY = "identity"
+    ISOLATED = "isolated"
+    RAMPING = "ramping"
+    ATTACHED = "attached"
+
+
+def mode_of(stage: Stage) -> Mode:
+    """The mode that the lifecycle table implies for `stage`."""
+    properties = STAGES[stage]
+    if not properties.occupied:
+        return Mode.IDENTITY
+    if properties.isolated:
+        return Mode.ISOLATED
+    return Mode.RAMPING if stage in (Stage.BLENDING, Stage.WITHERING) else Mode.ATTACHED
+
+
+class Probe(Protocol):
+    """A sensor's place in the forward pass; see `nissa.sensors`."""
+
+    def __call__(self, slot: SeedSlot, h: Tensor, s: Tensor | None, out: Tensor) -> None:
+        """Look at one forward pass. `out` carries the gradient that the seed is taught; `s` is None without a seed."""
+
+
+class SeedSlot(nn.Module):
+    """One slot. The plane moves it through the lifecycle; the slot only computes.
+
+    Attributes:
+        path: its address on the plane.
+        spec: the injection point that it stands at.
+        alpha: 0-dim float buffer in [0, 1], so that a change needs no recompilation.
+        seed: the module that maps `h` to `s`, or None.
+        combination: the blend's module that maps (h, s, alpha) to the output, or None.
+        muted: the output is `h` whatever the stage; for counterfactuals.
+        probe: called with (slot, h, s, out) while gradients are on; None costs nothing.
+        tracer: called with the slot whenever it computes; None costs nothing.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, path: str, spec: InjectionSpec) -> None:
+        super().__init__()
+        self.path = path
+        self.spec = spec
+        self.stage = Stage.DORMANT
+        self.mode = Mode.IDENTITY
+        self.blueprint = ""
+        self.blend = ""
+        self.muted = False
+        self.probe: Probe | None = None
+        self.tracer: Callable[[SeedSlot], None] | None = None
+        self.seed: nn.Module | None = None
+        self.combination: nn.Module | None = None
+        self.register_buffer("alpha", torch.zeros(()))
+
+    def set_stage(self, stage: Stage) -> None:
+        """Enter `stage`; the plane has checked that the table allows it."""
+        self.stage = stage
+        self.mode = mode_of(stage)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The feature that the host goes on with: same shape, dtype and device as `h`."""
+        if self.tracer is not None:
+            self.tracer(self)
+        if self.mode is Mode.IDENTITY or self.muted:
+            if self.probe is not None and torch.is_grad_enabled():
+                out = h.clone()  # its own tensor: a host that shows slots a view goes on only with a new answer
+                self.probe(self, h, None, out)
+                return out
+            return h
+        assert self.seed is not None and self.combination is not None
+        if self.mode is Mode.ISOLATED:
+            if not torch.is_grad_enabled():
+                return h
+            s = self.seed(h.detach()).to(h.dtype)
+            out = straight_through(h, s)
+        else:
+            s = self.seed(silent_at_zero(h, self.alpha) if self.mode is Mode.RAMPING else h).to(h.dtype)
+            out = self.combination(h, s, self.alpha.to(h.dtype)).to(h.dtype)
+            if self.mode is Mode.RAMPING:
+                # alpha may be exactly zero, where even an infinite seed must not show
+                out = torch.where(self.alpha == 0, h, out)
+        if self.probe is not None and torch.is_grad_enabled():
+            self.probe(self, h, s, out)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self.path!r}, {self.stage.value}" + (f", {self.blueprint}" if self.blueprint else "")
+
+
+class SlotStack(nn.Module):
+    """The slots at one injection point, one upon the other; the first is the oldest."""
+
+    def __init__(self, first: SeedSlot) -> None:
+        super().__init__()
+        self.slots = nn.ModuleList([first])
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Feature in, feature of the same shape out."""
+        for slot in self.slots:
+            h = slot(h)
+        return h

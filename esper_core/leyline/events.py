@@ -1,0 +1,234 @@
+"""Telemetry: typed events. They carry no wall-clock time, so that a resumed run logs the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """Something that happened at an optimizer step.
+
+    Attributes:
+        step: optimizer steps taken before it.
+    """
+
+    kind: ClassVar[str] = "event"
+    step: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible data with `kind` first; numbers that JSON lacks become text (`"nan"`, `"inf"`)."""
+        return {"kind": self.kind, **{k: _plain(v) for k, v in attrs.asdict(self, recurse=True).items()}}
+
+    def to_json(self) -> str:
+        """One line of JSON without the newline."""
+        return json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return value
+
+
+@attrs.frozen(kw_only=True)
+class RunStarted(Event):
+    """First event of a run. `points`: injection points as mappings, in depth order. `steps`: of the whole run."""
+
+    kind: ClassVar[str] = "run_started"
+    host: str
+    task: str
+    controller: str
+    seed: int
+    host_params: int
+    host_flops: int
+    points: list[dict[str, Any]]
+    steps: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class EpochEnded(Event):
+    """Losses in nats; accuracies as shares of 1; rates are the optimizer's. FLOPs are the run's total so far."""
+
+    kind: ClassVar[str] = "epoch_ended"
+    epoch: int
+    train_loss: float
+    train_accuracy: float | None
+    validation_loss: float
+    validation_accuracy: float
+    learning_rate: float
+    seed_params: int
+    excess_params_ratio: float
+    total_flops: float
+
+
+@attrs.frozen(kw_only=True)
+class Decided(Event):
+    """A controller was asked. `train_loss` is the mean since the last decision; `readings` maps slot to sensors."""
+
+    kind: ClassVar[str] = "decided"
+    decision: int
+    controller: str
+    train_loss: float | None
+    validation_loss: float
+    validation_accuracy: float
+    commands: list[dict[str, Any]]
+    governor: str
+
+
+@attrs.frozen(kw_only=True)
+class CommandRefused(Event):
+    """A command that was illegal; nothing changed."""
+
+    kind: ClassVar[str] = "command_refused"
+    op: str
+    slot: str
+    source: str
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class StageChanged(Event):
+    """A slot moved in the lifecycle."""
+
+    kind: ClassVar[str] = "stage_changed"
+    slot: str
+    before: str
+    after: str
+    blueprint: str
+    blend: str
+    source: str
+    reason: str
+    params: int
+
+
+@attrs.frozen(kw_only=True)
+class SlotRead(Event):
+    """Sensor readings of one slot; a missing key is unmeasured."""
+
+    kind: ClassVar[str] = "slot_read"
+    slot: str
+    stage: str
+    alpha: float
+    readings: dict[str, float]
+
+
+@attrs.frozen(kw_only=True)
+class HostRead(Event):
+    """Sensor readings of the host itself, such as attention entropy by layer."""
+
+    kind: ClassVar[str] = "host_read"
+    readings: dict[str, float]
+
+
+@attrs.frozen(kw_only=True)
+class CounterfactualMeasured(Event):
+    """Paired difference without minus with the slot on the same validation examples; positive: the slot helps."""
+
+    kind: ClassVar[str] = "counterfactual"
+    slot: str
+    loss_mean: float
+    loss_low: float
+    loss_high: float
+    accuracy_mean: float
+    accuracy_low: float
+    accuracy_high: float
+    examples: int
+    rent: float
+
+
+@attrs.frozen(kw_only=True)
+class Audited(Event):
+    """Emrakul's verdict on a withered seed: `cull` or `revive`, with the churn that decided it (nats)."""
+
+    kind: ClassVar[str] = "audited"
+    slot: str
+    churn: float
+    churn_low: float
+    churn_high: float
+    verdict: str
+
+
+@attrs.frozen(kw_only=True)
+class RewardMeasured(Event):
+    """The components of the shaped reward at a decision, by term, before and after weights."""
+
+    kind: ClassVar[str] = "reward"
+    decision: int
+    terms: dict[str, float]
+    weights: dict[str, float]
+    total: float
+
+
+@attrs.frozen(kw_only=True)
+class GovernorAlarm(Event):
+    """The governor saw a catastrophe. `value` broke `limit`."""
+
+    kind: ClassVar[str] = "governor_alarm"
+    cause: str
+    value: float
+    limit: float
+
+
+@attrs.frozen(kw_only=True)
+class RolledBack(Event):
+    """State returned to that of `to_step`; `lost`: slots whose seed was born since; `guilty`: the embargoed command."""
+
+    kind: ClassVar[str] = "rolled_back"
+    to_step: int
+    lost: list[str]
+    guilty: dict[str, Any] | None
+    penalty: float
+
+
+@attrs.frozen(kw_only=True)
+class FaultCaught(Event):
+    """Something failed and the run went on without it, or stopped cleanly."""
+
+    kind: ClassVar[str] = "fault"
+    where: str
+    error: str
+    action: str
+
+
+@attrs.frozen(kw_only=True)
+class RunEnded(Event):
+    """Last event of a run. Test figures come from the only reading of the test split."""
+
+    kind: ClassVar[str] = "run_ended"
+    status: str
+    reason: str
+    test_loss: float | None
+    test_accuracy: float | None
+    total_flops: float
+    params: int
+    host_params: int
+
+
+EVENT_KINDS: tuple[type[Event], ...] = (
+    RunStarted, EpochEnded, Decided, CommandRefused, StageChanged, SlotRead, HostRead, CounterfactualMeasured,
+    Audited, RewardMeasured, GovernorAlarm, RolledBack, FaultCaught, RunEnded,
+)  # fmt: skip
+"""Every kind of event, by which a reader of `events.jsonl` can find its fields."""
+
+
+class Sink(Protocol):
+    """A place to which events go. A sink that raises is dropped and reported; the run goes on."""
+
+    def write(self, event: Event) -> None:
+        """Take one event; must return soon."""
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+
+    def close(self) -> None:
+        """Flush and let go of resources; called once."""

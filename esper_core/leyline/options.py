@@ -1,0 +1,118 @@
+"""Typed options that a spec declares and a user sets with `--set name.option=value`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+import attrs
+
+from esper_core.leyline.errors import BadOption, did_you_mean
+
+OptionValue = str | int | float | bool | None
+_TRUE: Final = ("true", "yes", "on", "1")
+_FALSE: Final = ("false", "no", "off", "0")
+KINDS: Final = MappingProxyType({"str": str, "int": int, "float": float, "bool": bool})
+
+
+@attrs.frozen
+class Option:
+    """One option of a spec.
+
+    Attributes:
+        name: as typed. kind: `str`, `int`, `float` or `bool`. default: the value when not set (None: decided at use).
+        help: one line. choices: the allowed values, if few. minimum, maximum: inclusive bounds of a number.
+    """
+
+    name: str = attrs.field()
+    kind: str = attrs.field(validator=attrs.validators.in_(tuple(KINDS)))
+    default: OptionValue
+    help: str
+    choices: tuple[OptionValue, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @name.validator
+    def _typeable(self, _: object, value: str) -> None:
+        if not isinstance(value, str) or not value.isidentifier():
+            raise BadOption(f"option name {value!r} cannot be typed", "a Python identifier")
+
+    def __attrs_post_init__(self) -> None:
+        if self.default is None:
+            return
+        try:  # a default must be what the user could have typed, and is of the declared type from here on
+            object.__setattr__(self, "default", self.parse(self.default))
+        except BadOption as error:
+            raise BadOption(f"an option's default does not fit: {error.given}", error.expected) from None
+
+    def parse(self, value: object, *, owner: str = "") -> OptionValue:
+        """Convert and check a value given as text or as data.
+
+        Raises:
+            BadOption: wrong type, not among the choices, or out of bounds.
+        """
+        where = f"{owner}.{self.name}" if owner else self.name
+        if value is None and self.default is None:
+            return None
+        try:
+            parsed = self._convert(value)
+        except (TypeError, ValueError, OverflowError):
+            article = "an" if self.kind == "int" else "a"
+            raise BadOption(
+                f"{where}={value!r} cannot be read", f"{article} {self.kind}", f"{where}={self.default}"
+            ) from None
+        if self.choices and parsed not in self.choices:
+            raise BadOption(f"{where}={value!r} is not a choice", f"one of {', '.join(map(str, self.choices))}")
+        if isinstance(parsed, int | float) and not isinstance(parsed, bool):
+            low = self.minimum if self.minimum is not None else float("-inf")
+            high = self.maximum if self.maximum is not None else float("inf")
+            if not low <= parsed <= high:  # NaN fails here too
+                raise BadOption(f"{where}={value!r} is out of bounds", f"a number from {low:g} to {high:g}")
+        return parsed
+
+    def _convert(self, value: Any) -> OptionValue:
+        if self.kind == "bool":
+            text = str(value).lower()
+            if text not in (*_TRUE, *_FALSE):
+                raise ValueError(value)
+            return text in _TRUE
+        if self.kind == "int" and isinstance(value, float) and not value.is_integer():
+            raise ValueError(value)
+        if isinstance(value, bool) and self.kind != "str":
+            raise ValueError(value)
+        return KINDS[self.kind](value)  # type: ignore[no-any-return]
+
+
+def resolve_options(owner: str, options: Iterable[Option], given: Mapping[str, object]) -> dict[str, Any]:
+    """Every option's value, `given` ones parsed and the rest at their defaults.
+
+    Raises:
+        BadOption: a key that `owner` does not take, or a value that does not fit.
+    """
+    known = {option.name: option for option in options}
+    for key in given:
+        if key not in known:
+            takes = ", ".join(known) or "no options"
+            raise BadOption(f"{owner} takes no option {key!r}", takes, did_you_mean(key, known))
+    return {
+        name: option.parse(given[name], owner=owner) if name in given else option.default
+        for name, option in known.items()
+    }
+
+
+def options_of(config: type[attrs.AttrsInstance]) -> tuple[Option, ...]:
+    """The options of an attrs config class, so that defaults, bounds and help are written once, at its fields.
+
+    A field's `metadata` may hold `help`, `minimum`, `maximum` and `choices`; its type is that of its default.
+    """
+    return tuple(
+        Option(
+            field.name,
+            type(field.default).__name__,
+            field.default,
+            field.metadata.get("help", ""),
+            **{k: field.metadata[k] for k in ("choices", "minimum", "maximum") if k in field.metadata},
+        )
+        for field in attrs.fields(config)
+    )

@@ -1,0 +1,280 @@
+"""What a plugin hands in: plain data about a part, with the part itself named as `package.module:Name`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import ClassVar, Final
+
+import attrs
+
+from esper_core.leyline.errors import EsperError
+from esper_core.leyline.options import Option
+from esper_core.leyline.tags import LAYOUTS, is_tag
+
+API_VERSION: Final = 1
+"""The plugin API of this core. Specs written for it or for the version before it are accepted."""
+
+OLDEST_API_VERSION: Final = max(1, API_VERSION - 1)
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
+_FACTORY: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def _options(values: Iterable[Option]) -> tuple[Option, ...]:
+    options = tuple(values)
+    for option in options:
+        if not isinstance(option, Option):
+            raise EsperError(f"option {option!r} is a {type(option).__name__}", "a leyline.options.Option")
+    return options
+
+
+def _words(values: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise EsperError(f"{values!r} is one string", "a collection of strings")
+    words = tuple(values)
+    for word in words:
+        if not isinstance(word, str):
+            raise EsperError(f"{word!r} is a {type(word).__name__}", "a string")
+    return words
+
+
+def _tags(values: Iterable[str]) -> frozenset[str]:
+    if isinstance(values, str):
+        raise EsperError(f"tags {values!r} are one string", "a collection of tags")
+    return frozenset(_words(values))
+
+
+def _check_tags(_: object, attribute: attrs.Attribute[frozenset[str]], value: frozenset[str]) -> None:
+    for tag in sorted(value):
+        if not is_tag(tag):
+            raise EsperError(f"unknown tag {tag!r} in {attribute.name}", "a tag of leyline.tags or one with prefix x-")
+
+
+def _check_factory(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not isinstance(value, str) or not _FACTORY.fullmatch(value):
+        raise EsperError(f"{attribute.name} {value!r} is not importable", 'text like "package.module:Name"')
+
+
+def _check_layouts(_: object, attribute: attrs.Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
+    if not value or not set(value) <= set(LAYOUTS):
+        raise EsperError(f"{attribute.name} {list(value)}", f"some of {', '.join(LAYOUTS)}")
+
+
+def _check_text(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not isinstance(value, str) or "\n" in value:
+        raise EsperError(f"{attribute.name} {value!r} is not one line of text", "a string without line breaks")
+
+
+def _check_api(_: object, attribute: attrs.Attribute[int], value: int) -> None:
+    if not isinstance(value, int):
+        raise EsperError(f"{attribute.name} {value!r} is a {type(value).__name__}", f"an integer such as {API_VERSION}")
+
+
+# Equality and representation are written once, not generated for every class: making these classes is the greater
+# part of what importing them costs, and every command pays it.
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class PluginSpec:
+    """What every spec says of itself.
+
+    Attributes:
+        name: what the user types: lower case, digits, `_` and `-`.
+        summary: one line for listings.
+        factory: where the part is, as `package.module:Name`; imported only when the part is used.
+        options: the options that the factory takes as keyword arguments.
+        needs: tags that whatever this is used with must have.
+        capabilities: tags that this offers.
+        sensors: names of the sensors that make it visible to controllers.
+        requires: top-level modules that the factory imports beyond the core's own needs.
+        install: what to `pip install` when one of `requires` is missing, such as `esper-core[timm]`.
+        source: paper or origin, in one line.
+        api: plugin API version that the spec was written for.
+    """
+
+    kind: ClassVar[str] = ""
+    needs_sensors: ClassVar[bool] = False
+    factory_signature: ClassVar[str] = ""
+
+    name: str = attrs.field()
+    summary: str = attrs.field(validator=_check_text)
+    factory: str = attrs.field(validator=_check_factory)
+    options: tuple[Option, ...] = attrs.field(default=(), converter=_options)
+    needs: frozenset[str] = attrs.field(default=frozenset(), converter=_tags, validator=_check_tags)
+    capabilities: frozenset[str] = attrs.field(default=frozenset(), converter=_tags, validator=_check_tags)
+    sensors: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    requires: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    install: str = attrs.field(default="", validator=_check_text)
+    source: str = attrs.field(default="", validator=_check_text)
+    api: int = attrs.field(default=API_VERSION, validator=_check_api)
+
+    @name.validator
+    def _nameable(self, _: object, value: str) -> None:
+        if not isinstance(value, str) or not _NAME.fullmatch(value):
+            raise EsperError(
+                f"{self.kind or 'spec'} name {value!r} cannot be typed", "lower-case letters, digits, '_' and '-'"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(getattr(self, field.name) == getattr(other, field.name) for field in attrs.fields(type(self)))
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.name, self.factory))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(name={self.name!r}, factory={self.factory!r}, …)"
+
+    @property
+    def example(self) -> str:
+        """A command line that uses this part."""
+        return f"esper plugins info {self.name}"
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class HostSpec(PluginSpec):
+    """A family of models that can grow.
+
+    `factory(argument, *, outputs, input_shape, seed, **options) -> HostProtocol`; `argument` is what stands after
+    `:` in `--host name:argument` (empty if nothing does), `outputs` and `input_shape` come from the task and may
+    be None.
+
+    Attributes:
+        argument: what the argument means, or empty if the host takes none.
+        default_task: the task of a run that names none.
+    """
+
+    kind: ClassVar[str] = "host"
+    needs_sensors: ClassVar[bool] = True
+    factory_signature: ClassVar[str] = "factory(argument, *, outputs, input_shape, seed, **options) -> HostProtocol"
+    argument: str = ""
+    default_task: str = "digits"
+
+    @property
+    def example(self) -> str:
+        return f"esper run --host {self.name}{':' + self.argument if self.argument else ''}"
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class BlueprintSpec(PluginSpec):
+    """A module that can grow at a slot.
+
+    `factory(point, **options) -> nn.Module` maps a feature to a *delta* of the same shape and dtype; the blend adds
+    it to the host's. `estimate(point, **options) -> (params, flops)` says what such a module costs for one example
+    without building it. `point` is an `InjectionSpec`.
+
+    Attributes:
+        family: a word by which controllers group blueprints.
+        layouts: the feature layouts that it serves.
+        estimate: where the estimate is, as `package.module:name`.
+    """
+
+    kind: ClassVar[str] = "blueprint"
+    needs_sensors: ClassVar[bool] = True
+    factory_signature: ClassVar[str] = "factory(point, **options) -> nn.Module"
+    family: str = attrs.field(validator=_check_text)
+    layouts: tuple[str, ...] = attrs.field(converter=_words, validator=_check_layouts)
+    estimate: str = attrs.field(validator=_check_factory)
+
+    @property
+    def example(self) -> str:
+        host = "cnn" if "NCHW" in self.layouts else "transformers:gpt2"
+        return f"esper run --host {host} --blueprints {self.name}"
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class BlendSpec(PluginSpec):
+    """One half of a blend: how seed and host combine, or how alpha moves in time.
+
+    combination: `factory(point, **options) -> nn.Module` with `forward(h, s, alpha) -> h'`, identity at alpha 0.
+    curve: `factory(**options) -> Callable[[float], float]`, monotone from 0 to 0 and from 1 to 1.
+
+    Attributes:
+        part: `combination` or `curve`.
+    """
+
+    kind: ClassVar[str] = "blend"
+    factory_signature: ClassVar[str] = "factory(point, **options) -> nn.Module, or factory(**options) -> curve"
+    part: str = attrs.field(validator=attrs.validators.in_(("combination", "curve")))
+
+    @property
+    def example(self) -> str:
+        return f"esper run --host cnn --blends {self.name}"
+
+
+class RewardSpec(PluginSpec):
+    """A term of the reward. `factory(**options) -> RewardTerm` (see `leyline.outcome`)."""
+
+    __slots__ = ()
+    kind: ClassVar[str] = "reward"
+    factory_signature: ClassVar[str] = "factory(**options) -> RewardTerm"
+
+    @property
+    def example(self) -> str:
+        return f"esper run --host cnn --rewards {self.name}=1.0"
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class ControllerSpec(PluginSpec):
+    """Something that decides. `factory(argument, *, seed, **options) -> Controller`.
+
+    Attributes:
+        argument: what stands after `:` in `--controller name:argument`, or empty.
+    """
+
+    kind: ClassVar[str] = "controller"
+    factory_signature: ClassVar[str] = "factory(argument, *, seed, **options) -> Controller"
+    argument: str = ""
+
+    @property
+    def example(self) -> str:
+        return f"esper run --host cnn --controller {self.name}{':' + self.argument if self.argument else ''}"
+
+
+class AdapterSpec(PluginSpec):
+    """A kind of adapter on a frozen Tamiyo core. `factory(core, **options) -> Adapter`."""
+
+    __slots__ = ()
+    kind: ClassVar[str] = "adapter"
+    factory_signature: ClassVar[str] = "factory(core, **options) -> Adapter"
+
+    @property
+    def example(self) -> str:
+        return f"esper tamiyo adapt --kind {self.name} --domain language"
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class TaskSpec(PluginSpec):
+    """Something to learn. `factory(argument, *, seed, **options) -> TaskProtocol`.
+
+    Attributes:
+        argument: what stands after `:` in `--task name:argument`, or empty.
+    """
+
+    kind: ClassVar[str] = "task"
+    factory_signature: ClassVar[str] = "factory(argument, *, seed, **options) -> TaskProtocol"
+    argument: str = ""
+
+    @property
+    def example(self) -> str:
+        return f"esper run --host cnn --task {self.name}{':' + self.argument if self.argument else ''}"
+
+
+class SinkSpec(PluginSpec):
+    """A place to which events go. `factory(folder, **options) -> Sink` with `write(event)`, `flush()`, `close()`."""
+
+    __slots__ = ()
+    kind: ClassVar[str] = "sink"
+    factory_signature: ClassVar[str] = "factory(folder, **options) -> Sink"
+
+    @property
+    def example(self) -> str:
+        return f"esper run --host cnn --sinks {self.name}"
+
+
+SPEC_KINDS: Final[tuple[type[PluginSpec], ...]] = (
+    HostSpec, BlueprintSpec, BlendSpec, RewardSpec, ControllerSpec, AdapterSpec, TaskSpec, SinkSpec,
+)  # fmt: skip
+"""Every kind of spec; the hook `esper_<kind>s` returns specs of that kind."""

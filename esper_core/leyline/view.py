@@ -1,0 +1,149 @@
+"""What a controller sees: plain data, where None means unmeasured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import attrs
+
+from esper_core.leyline.actions import Command
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.stages import Op, Stage
+
+
+@attrs.frozen
+class Interval:
+    """A paired mean with its 95% interval. Positive means that the measured thing helps.
+
+    Attributes:
+        mean: mean paired difference.
+        low, high: ends of the 95% interval.
+        count: number of paired examples.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@attrs.frozen
+class BlueprintView:
+    """Descriptor of a blueprint at one slot, so that a controller can judge one that it never saw.
+
+    Attributes:
+        name: as used in a command.
+        family: `convolution`, `attention`, `feed-forward`, `normalization`, `adapter`, `mixing`, `routing`, …
+        tags: capabilities of the blueprint.
+        params: parameters of a seed built at this slot.
+        flops: forward FLOPs of such a seed for one example (a multiply-add counts as two).
+    """
+
+    name: str
+    family: str
+    tags: frozenset[str]
+    params: int
+    flops: int
+
+
+@attrs.frozen
+class SlotView:
+    """One slot as a controller sees it. Ages are in decision steps, counts in measurements.
+
+    Attributes:
+        path: address of the slot, such as `layer2.0` or `layer2/organ/slot0`.
+        spec: the injection point.
+        stage, alpha, age, stage_age: where the seed stands; ages count decision steps.
+        blueprint, blend: what grows here; empty when nothing does.
+        params, flops: of the seed; 0 when there is none.
+        legal: operations that table, gates, budgets and embargoes allow now.
+        blueprints: what could be germinated here now, within the budget.
+        counterfactual: validation loss without the slot minus with it (nats); None when unmeasured.
+        accuracy_counterfactual: the same for accuracy (with minus without, in points of 1).
+        readings: sensor readings by name; a missing key is unmeasured.
+        embargo_left: decision steps until the slot may germinate again.
+        seed_family, seed_tags: of the blueprint that grows here; empty when nothing does.
+    """
+
+    path: str
+    spec: InjectionSpec
+    stage: Stage
+    alpha: float
+    age: int
+    stage_age: int
+    blueprint: str
+    blend: str
+    params: int
+    flops: int
+    legal: frozenset[Op]
+    blueprints: tuple[BlueprintView, ...]
+    counterfactual: Interval | None
+    accuracy_counterfactual: Interval | None
+    readings: Mapping[str, float]
+    embargo_left: int
+    seed_family: str = ""
+    seed_tags: frozenset[str] = frozenset()
+
+
+@attrs.frozen
+class RunView:
+    """The whole run as a controller sees it at a decision step.
+
+    Attributes:
+        decision: index of the decision step, from 0; `decisions` in the whole run.
+        epoch, epochs: the current epoch (fractional) and how many there are.
+        train_loss: mean since the last decision. validation_loss, validation_accuracy: on the validation split.
+        history: earlier (train_loss, validation_loss, validation_accuracy), oldest first, one a decision.
+        host_params, host_flops: of the host alone; flops for one example's forward pass.
+        seed_params, seed_flops: of all seeds that pay rent.
+        params_left, flops_left: what the budgets still allow; None when unlimited.
+        rent: lambda of the rent term.
+        learning_rate: of the host, as a share of its peak.
+        governor: `calm`, `watching` or `recovering`. rollbacks: so far.
+        slots: every slot in depth order. blends: the blends that commands may name.
+    """
+
+    decision: int
+    decisions: int
+    epoch: float
+    epochs: int
+    train_loss: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
+    history: Sequence[tuple[float | None, float | None, float | None]]
+    host_params: int
+    host_flops: int
+    seed_params: int
+    seed_flops: int
+    params_left: int | None
+    flops_left: int | None
+    rent: float
+    learning_rate: float
+    governor: str
+    rollbacks: int
+    slots: tuple[SlotView, ...]
+    blends: tuple[str, ...]
+
+    @property
+    def excess_params_ratio(self) -> float:
+        """(P_fossilised + P_active) / P_host, the mass on which rent is paid."""
+        return self.seed_params / max(self.host_params, 1)
+
+    @property
+    def excess_flops_ratio(self) -> float:
+        """The same for forward FLOPs."""
+        return self.seed_flops / max(self.host_flops, 1)
+
+
+class Controller(Protocol):
+    """Decides where, what, how and when. State must be plain data, so that a resumed run decides the same."""
+
+    def decide(self, view: RunView) -> Sequence[Command]:
+        """Commands for this decision step; an empty sequence is WAIT."""
+
+    def state_dict(self) -> dict[str, object]:
+        """State as JSON-compatible data (numbers, strings, lists, mappings)."""
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue from `state_dict()`'s answer."""

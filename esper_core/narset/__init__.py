@@ -1,0 +1,1 @@
+"""Narset, the manager: regions of slots and their budgets."""

@@ -1,0 +1,22 @@
+"""How Narset shares budgets; apart from the sharing, so that a listing of plugins need not import it."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen
+class OrganConfig:
+    """How budgets are shared; each is an option `--set regions.NAME=VALUE`."""
+
+    floor: float = attrs.field(
+        default=0.5,
+        metadata={"help": "share of an equal split that every region keeps", "minimum": 0.0, "maximum": 1.0},
+    )
+    prior_params: float = attrs.field(
+        default=0.05,
+        metadata={"help": "parameters (share of the host's) that the common gain counts for", "minimum": 1e-6},
+    )
+    total: float = attrs.field(
+        default=1.0, metadata={"help": "budget of all regions (share of the host) in a run without one", "minimum": 0.0}
+    )

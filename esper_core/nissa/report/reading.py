@@ -1,0 +1,258 @@
+"""Reads a run folder into the plain data that the report draws. Tolerates unfinished, damaged and foreign files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from esper_core.leyline.stages import STAGES, Stage
+from esper_core.nissa.report.wording import GROUPS, describe, number
+
+MAX_POINTS: Final = 1200
+"""Points of one curve in the report; longer ones keep the extremes of each bucket."""
+
+MAX_SLOT_POINTS: Final = 240
+BRIEF: Final = frozenset({"run_started", "epoch_ended", "stage_changed", "counterfactual", "rolled_back", "run_ended"})
+MAX_LOG: Final = 6000
+
+_EPOCH_FIELDS: Final = (
+    "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate", "seed_params",
+    "excess_params_ratio", "total_flops",
+)  # fmt: skip
+_DECISION_FIELDS: Final = ("train_loss", "validation_loss", "validation_accuracy")
+_COUNTERFACTUAL_FIELDS: Final = (
+    "loss_mean", "loss_low", "loss_high", "accuracy_mean", "accuracy_low", "accuracy_high", "rent",
+)  # fmt: skip
+_READING_FIELDS: Final = ("alpha", "gradient_norm")
+
+Columns = dict[str, list[float | None]]
+
+
+def read_json(path: Path) -> Any:
+    """The file's JSON, or None when it is missing, damaged or nested beyond reading."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_lines(path: Path, skip: re.Pattern[str] | None = None) -> Iterator[dict[str, Any] | None]:
+    """Each line of a file of JSON mappings; None for a damaged one. Nothing for a missing file, or lines to `skip`."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if not line.strip() or (skip and skip.match(line)):
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    yield None
+                    continue
+                yield record if isinstance(record, dict) else None
+    except FileNotFoundError:
+        return
+
+
+def read_events(path: Path, kinds: frozenset[str] | None = None) -> Iterator[dict[str, Any] | None]:
+    """Each line of an `events.jsonl` as a mapping; None for a line that is damaged, such as a truncated last one.
+
+    With `kinds`, events of other kinds are passed over, most of them without being parsed.
+    """
+    skip = re.compile(rf'\{{"kind":"(?!(?:{"|".join(kinds)})")\w+"') if kinds else None
+    for event in read_lines(path, skip):
+        yield event if event is not None and isinstance(event.get("kind"), str) else None
+
+
+@attrs.define
+class SlotHistory:
+    """One slot over the run. A segment is [start, end, stage, blueprint, parameters, reason]."""
+
+    point: dict[str, Any]
+    segments: list[list[Any]] = attrs.field(factory=list)
+    counterfactual: list[list[float | None]] = attrs.field(factory=list)
+    readings: list[list[float | None]] = attrs.field(factory=list)
+
+    def enter(self, step: int, stage: str, blueprint: str = "", params: float | None = 0, reason: str = "") -> None:
+        """Close the open segment at `step` and open the next."""
+        if self.segments:
+            self.segments[-1][1] = step
+            if self.segments[-1][0] >= step:
+                self.segments.pop()
+        self.segments.append([step, step, stage, blueprint, params, reason])
+
+    def state_at(self, step: int) -> tuple[str, str, float | None]:
+        """(stage, blueprint, parameters) at `step`."""
+        held = next((s for s in reversed(self.segments) if s[0] <= step), None)
+        return (held[2], held[3], held[4]) if held else (Stage.DORMANT.value, "", 0)
+
+
+class RunDigest:
+    """Everything that the report shows of a run, gathered in one pass over its events.
+
+    Args:
+        folder: the run folder. Nothing in it need exist.
+        brief: leave out what only drawings need: readings, decisions, rewards.
+    """
+
+    def __init__(self, folder: Path, *, brief: bool = False) -> None:
+        self.folder = folder
+        self.started: dict[str, Any] = {}
+        self.ended: dict[str, Any] | None = None
+        self.last_step = self.total = self.unreadable = 0
+        self.slots: dict[str, SlotHistory] = {}
+        self.epochs: list[list[float | None]] = []
+        self.decisions: list[list[float | None]] = []
+        self.marks: list[list[Any]] = []
+        self.log: list[list[Any]] = []
+        for event in read_events(folder / "events.jsonl", BRIEF if brief else None):
+            if event is None:
+                self.unreadable += 1
+            else:
+                self._take(event)
+        for slot in self.slots.values():
+            if slot.segments:
+                slot.segments[-1][1] = self.last_step
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind, given = event["kind"], number(event.get("step"))
+        step = self.last_step if given is None else int(given)
+        if step < self.last_step:  # a rollback that also took the step counter back
+            self._forget_after(step)
+        self.last_step = step
+        text, group = describe(event), GROUPS.get(kind, "routine")
+        self.log.append([self.total, step, kind, group, str(event.get("slot") or ""), text])
+        self.total += 1
+        handler = getattr(self, f"_on_{kind}", None)
+        if handler is not None:
+            handler(step, event)
+        if group == "governor" and kind != "command_refused":
+            self.marks.append([step, kind, "", text])
+
+    def _forget_after(self, step: int) -> None:
+        for rows in (self.epochs, self.decisions, *(s.counterfactual for s in self.slots.values())):
+            while rows and (rows[-1][0] or 0) > step:
+                rows.pop()
+
+    def _slot(self, path: object) -> SlotHistory:
+        name = str(path)
+        if name not in self.slots:  # a slot inside a seed, or stacked on one: drawn after the slot that holds it
+            order = max(
+                (s.point["order"] for n, s in self.slots.items() if name.startswith(n)), default=len(self.slots)
+            )
+            self.slots[name] = SlotHistory(
+                {"name": name, "order": order, "region": name.rsplit("/", 1)[0], "inner": True}
+            )
+        return self.slots[name]
+
+    def _on_run_started(self, step: int, event: dict[str, Any]) -> None:
+        points = event.pop("points", None)
+        self.started = self.started or event
+        for index, point in enumerate(points if isinstance(points, list) else ()):
+            if isinstance(point, Mapping) and str(point.get("name")) not in self.slots:
+                cleaned = {**point, "name": str(point.get("name")), "region": str(point.get("region") or "")}
+                cleaned["order"] = number(point.get("order")) if number(point.get("order")) is not None else index
+                self.slots[cleaned["name"]] = SlotHistory(cleaned)
+
+    def _on_run_ended(self, step: int, event: dict[str, Any]) -> None:
+        self.ended = event
+
+    def _on_epoch_ended(self, step: int, event: dict[str, Any]) -> None:
+        self.epochs.append([step, *(number(event.get(name)) for name in _EPOCH_FIELDS)])
+        self.ended = None  # a run that was resumed after it had ended
+
+    def _on_decided(self, step: int, event: dict[str, Any]) -> None:
+        self.decisions.append([step, *(number(event.get(name)) for name in _DECISION_FIELDS)])
+
+    def _on_stage_changed(self, step: int, event: dict[str, Any]) -> None:
+        stage = str(event.get("after"))
+        blueprint, params = str(event.get("blueprint") or ""), number(event.get("params"))
+        self._slot(event.get("slot")).enter(step, stage, blueprint, params, str(event.get("reason") or ""))
+        self.marks.append([step, stage, str(event.get("slot")), describe(event)])
+
+    def _on_counterfactual(self, step: int, event: dict[str, Any]) -> None:
+        row = [step, *(number(event.get(name)) for name in _COUNTERFACTUAL_FIELDS)]
+        self._slot(event.get("slot")).counterfactual.append(row)
+
+    def _on_slot_read(self, step: int, event: dict[str, Any]) -> None:
+        readings = event.get("readings") if isinstance(event.get("readings"), Mapping) else {}
+        values = {**(readings or {}), "alpha": event.get("alpha")}
+        self._slot(event.get("slot")).readings.append([step, *(number(values.get(name)) for name in _READING_FIELDS)])
+
+    def _on_rolled_back(self, step: int, event: dict[str, Any]) -> None:
+        """Every slot stands again where it stood at `to_step`; a seed born since is gone."""
+        before = int(number(event.get("to_step")) or 0)
+        for slot in self.slots.values():
+            if slot.segments and slot.segments[-1][0] > before:
+                slot.enter(step, *slot.state_at(before), "rolled back")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data for the template: curves as columns, downsampled; the log cut to `MAX_LOG` entries."""
+        manifest = read_json(self.folder / "run.json")
+        compare = read_json(self.folder / "compare.json")
+        return {
+            "name": self.folder.name,
+            "started": self.started,
+            "ended": self.ended,
+            "last_step": self.last_step,
+            "epochs": _columns(("step", *_EPOCH_FIELDS), _thin(self.epochs, MAX_POINTS)),
+            "decisions": _columns(("step", *_DECISION_FIELDS), _thin(self.decisions, MAX_POINTS)),
+            "slots": [self._slot_dict(slot) for slot in sorted(self.slots.values(), key=lambda s: s.point["order"])],
+            "marks": self.marks[-MAX_LOG:],
+            "log": _shorten_log(self.log),
+            "total": self.total,
+            "unreadable": self.unreadable,
+            "config": manifest,
+            "compare": compare if isinstance(compare, dict) else None,
+            "stages": {s.stage.value: {"colour": s.colour, "summary": s.summary, "isolated": s.isolated,
+                                       "contributes": s.contributes} for s in STAGES.values()},
+        }  # fmt: skip
+
+    def _slot_dict(self, slot: SlotHistory) -> dict[str, Any]:
+        measured = _thin(slot.counterfactual, MAX_SLOT_POINTS)
+        return {
+            **slot.point,
+            "segments": slot.segments[-MAX_LOG:],
+            "counterfactual": _columns(("step", *_COUNTERFACTUAL_FIELDS), measured),
+            "readings": _columns(("step", *_READING_FIELDS), _thin(slot.readings, MAX_SLOT_POINTS)),
+        }
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Columns:
+    return {name: [_round(row[i]) for row in rows] for i, name in enumerate(names)}
+
+
+def _round(value: float | None) -> float | None:
+    return value if value is None or value == int(value) else float(f"{value:.6g}")
+
+
+def _thin(rows: list[list[float | None]], limit: int) -> list[list[float | None]]:
+    """Hardly more than `limit` rows: each bucket keeps its first, and the lowest and highest of its second column."""
+    if len(rows) <= limit:
+        return rows
+    buckets, kept = limit // 3, set()
+    for b in range(buckets):
+        span = range(b * len(rows) // buckets, (b + 1) * len(rows) // buckets)
+        known = [i for i in span if rows[i][1] is not None]
+        kept.add(span[0])
+        if known:
+            kept |= {min(known, key=lambda i: rows[i][1] or 0.0), max(known, key=lambda i: rows[i][1] or 0.0)}
+    kept.add(len(rows) - 1)
+    return [rows[i] for i in sorted(kept)]
+
+
+def _shorten_log(log: list[list[Any]]) -> list[list[Any]]:
+    """The log without its commonest groups, as far as needed to fit; what remains is in order."""
+    for dropped in ("routine", "measurement", "epoch"):
+        if len(log) <= MAX_LOG:
+            return log
+        rare = [entry for entry in log if entry[3] != dropped]
+        common = [entry for entry in log if entry[3] == dropped]
+        room = max(0, MAX_LOG - len(rare))
+        step = len(common) / room if room else 0.0
+        log = sorted([*rare, *(common[int(i * step)] for i in range(room))])
+    return log[-MAX_LOG:]

@@ -1,0 +1,155 @@
+"""Events and figures in words, for the report, the live view and the plain lines. Takes events as read from JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+Record = Mapping[str, Any]
+
+GROUPS: Final[Mapping[str, str]] = {
+    "stage_changed": "growth", "audited": "growth", "governor_alarm": "governor", "rolled_back": "governor",
+    "fault": "governor", "command_refused": "governor", "run_started": "run", "run_ended": "run",
+    "epoch_ended": "epoch", "counterfactual": "measurement",
+}  # fmt: skip
+"""Kind of event to the group under which a reader filters; what is not named here is `routine`."""
+
+
+_CONTROLS: Final = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
+
+
+def printable(value: object) -> str:
+    """`value` as text without control characters, so that no name from a file can steer a terminal."""
+    return str(value).translate(_CONTROLS)
+
+
+def number(value: object) -> float | None:
+    """`value` as a finite float, or None for whatever is not one (text such as `"nan"` included)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+    return result if math.isfinite(result) else None
+
+
+def quantity(value: object, unit: str = "") -> str:
+    """A large number with three figures and a prefix: `quantity(11_181_642)` is `11.2M`.
+
+    >>> quantity(6.93e12, "FLOP")
+    '6.93 TFLOP'
+    """
+    x = number(value)
+    if x is None:
+        return "unknown"
+    prefixes = [(1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k"), (0.0, "")]
+    factor, prefix = next((f, p) for f, p in prefixes if abs(x) >= f)
+    scaled = x / (factor or 1.0)
+    figures = f"{scaled:.3g}" if abs(scaled) < 1000 else f"{scaled:.0f}"
+    return f"{figures} {prefix}{unit}".rstrip() if unit else f"{figures}{prefix}"
+
+
+def percent(value: object, digits: int = 1) -> str:
+    """A share of 1 as a percentage; `unknown` when it was not measured."""
+    x = number(value)
+    return "unknown" if x is None else f"{100 * x:.{digits}f}%"
+
+
+def nats(value: object) -> str:
+    """A loss or a difference of losses with enough digits to tell it from nothing."""
+    x = number(value)
+    return "unknown" if x is None else f"{x:.3f}" if abs(x) >= 0.1 or x == 0 else f"{x:.2g}"
+
+
+def _signed(value: object) -> str:
+    x = number(value)
+    return "unknown" if x is None else ("+" if x >= 0 else "−") + nats(abs(x))
+
+
+def _because(e: Record) -> str:
+    reason, source = str(e.get("reason") or ""), str(e.get("source") or "")
+    return f" ({source}: {reason})" if reason and source else f" ({reason or source})" if reason or source else ""
+
+
+def _stage(e: Record) -> str:
+    if e.get("after") == "germinated":
+        seed = f"{e.get('blueprint')}, {quantity(e.get('params'))} parameters"
+        return f"{e.get('slot')} → germinated with {seed}{_because(e)}"
+    return f"{e.get('slot')} {e.get('before')} → {e.get('after')}{_because(e)}"
+
+
+def _epoch(e: Record) -> str:
+    return (
+        f"epoch {int(number(e.get('epoch')) or 0) + 1}: validation accuracy {percent(e.get('validation_accuracy'))}, "
+        f"loss {nats(e.get('validation_loss'))}, train loss {nats(e.get('train_loss'))}, "
+        f"seeds {quantity(e.get('seed_params'))} parameters"
+    )
+
+
+def _decided(e: Record) -> str:
+    commands = [c for c in e.get("commands") or [] if isinstance(c, Mapping)]
+    words = [" ".join(str(c[k]) for k in ("op", "slot", "blueprint") if c.get(k)) for c in commands]
+    return f"{e.get('controller')} decides: {', '.join(words) or 'wait'}"
+
+
+def _rollback(e: Record) -> str:
+    lost, guilty = e.get("lost"), e.get("guilty")
+    text = f"rolled back to step {e.get('to_step')}"
+    if isinstance(lost, list) and lost:
+        text += f", lost the seed of {', '.join(map(str, lost))}"
+    if isinstance(guilty, Mapping):
+        text += f", embargoed {guilty.get('op')} {guilty.get('blueprint') or ''} at {guilty.get('slot')}".replace(
+            "  ", " "
+        )
+    return text
+
+
+def _ended(e: Record) -> str:
+    text = f"run {e.get('status')}: {e.get('reason')}"
+    if number(e.get("test_accuracy")) is not None:
+        text += f"; test accuracy {percent(e['test_accuracy'], 2)}"
+    return text + f", {quantity(e.get('params'))} parameters, {quantity(e.get('total_flops'), 'FLOP')}"
+
+
+def _readings(e: Record) -> str:
+    readings = e.get("readings")
+    pairs = readings.items() if isinstance(readings, Mapping) else ()
+    return ", ".join(f"{name} {nats(value)}" for name, value in pairs)
+
+
+_PHRASES: Final[Mapping[str, Callable[[Record], str]]] = {
+    "run_started": lambda e: (
+        f"{e.get('host')} on {e.get('task')} under {e.get('controller')}, seed {e.get('seed')}: "
+        f"{quantity(e.get('host_params'))} parameters, {quantity(e.get('host_flops'), 'FLOP')} an example, "
+        f"{len(e.get('points') or [])} points to grow at"
+    ),
+    "epoch_ended": _epoch,
+    "decided": _decided,
+    "command_refused": lambda e: f"refused {e.get('op')} at {e.get('slot')}{_because(e)}",
+    "stage_changed": _stage,
+    "slot_read": lambda e: f"{e.get('slot')} {e.get('stage')}, alpha {nats(e.get('alpha'))}: {_readings(e)}",
+    "host_read": lambda e: f"host: {_readings(e)}",
+    "counterfactual": lambda e: (
+        f"{e.get('slot')} is worth {_signed(e.get('loss_mean'))} nats of validation loss "
+        f"[{_signed(e.get('loss_low'))}, {_signed(e.get('loss_high'))}] at a rent of {nats(e.get('rent'))}"
+    ),
+    "audited": lambda e: f"audit of {e.get('slot')}: churn {_signed(e.get('churn'))} nats, verdict {e.get('verdict')}",
+    "reward": lambda e: f"reward {_signed(e.get('total'))} at decision {e.get('decision')}",
+    "governor_alarm": lambda e: f"governor: {e.get('cause')} ({nats(e.get('value'))} against {nats(e.get('limit'))})",
+    "rolled_back": _rollback,
+    "fault": lambda e: f"fault in {e.get('where')}: {e.get('error')}; {e.get('action')}",
+    "run_ended": _ended,
+}  # fmt: skip
+
+
+def describe(event: Record) -> str:
+    """One event as a phrase without its step; events of unknown kinds are listed field by field."""
+    phrase = _PHRASES.get(str(event.get("kind")))
+    if phrase is None:
+        return printable(", ".join(f"{k} {v}" for k, v in event.items() if k not in ("kind", "step")))
+    try:
+        return printable(phrase(event))
+    except (TypeError, ValueError, KeyError, AttributeError):  # a field of another type than the contract's
+        return f"malformed {event.get('kind')} event"

@@ -1,0 +1,1 @@
+"""Simic, the gym: the population engine, rewards, PPO and the curriculum."""

@@ -1,0 +1,116 @@
+"""Exact sharing: environments with the same host, batches and order compute their host once while seeds are isolated.
+
+While all its seeds are GERMINATED or TRAINING, an environment's host is bit-identical to one without seeds. So one
+trunk, which grows nothing and is the WAIT twin at the same time, is computed for all, and every seed trains from the
+feature and the loss's gradient at its slot: `slot(h.detach()).backward(dL/dh)`. When a seed begins to show, its
+environment goes on alone from a copy of the trunk. Hosts stay bit-equal to separate runs', and so do seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from esper_core.kasmina.slot import SeedSlot
+from esper_core.leyline.actions import Command
+from esper_core.leyline.errors import RunFailed
+from esper_core.leyline.host import Batch
+from esper_core.leyline.view import RunView
+from esper_core.simic.member import LentSensors, Member
+
+
+class Cohort:
+    """A trunk and the environments that started from it.
+
+    Args:
+        trunk: the WAIT twin; never given a command.
+        members: environments whose hosts have the trunk's initial weights and training state.
+        share: whether to share at all; without, every member trains by itself.
+    """
+
+    def __init__(self, trunk: Member, members: Sequence[Member], *, share: bool = True) -> None:
+        self.trunk, self.members = trunk, list(members)
+        for member in self.members:
+            member.shared = share and member.may_share(trunk)
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.wanted: frozenset[str] = frozenset()
+        for slot in trunk.plane.slots.values():
+            slot.register_forward_hook(_Capture(self))
+
+    def step(self, batch: Batch, rate: float) -> None:
+        """Trunk and members train on `batch` at the host's learning rate `rate`."""
+        sharing = [m for m in self.members if m.shared and not m.failed]
+        self.seen, self.wanted = {}, frozenset(path for m in sharing for path in m.plane.seed_groups())
+        self.trunk.backward(batch)
+        for member in sharing:
+            member.follow(self.trunk, self.seen)
+            member.move(rate)
+        self.seen, self.wanted = {}, frozenset()
+        self.trunk.move(rate)
+        self.trunk.after_step(batch.size)
+        for member in sharing:
+            if member.due:
+                member.copy_host(self.trunk)
+            member.after_step(batch.size)
+            self._part(member)
+        for member in self.members:
+            if not member.shared and not member.failed and member not in sharing:
+                member.train(batch, rate)
+
+    def observe(self, batches: Iterable[Batch], epoch: float) -> list[RunView]:
+        """What every member sees at a decision; the trunk has its own beside them.
+
+        Raises:
+            RunFailed: the trunk, which grows nothing, is beyond rescue.
+        """
+        self.trunk.observe(batches, epoch)
+        if self.trunk.failed:
+            raise RunFailed(f"the host fails without any growth: {self.trunk.failed}")
+        readings = {path: dict(growth.readings) for path, growth in self.trunk.plane.growths.items()}
+        views = []
+        for member in self.members:
+            sensors = member.tolaria.sensors
+            assert isinstance(sensors, LentSensors)
+            sensors.lent, member.tolaria.lent = ({}, None) if not member.shared else (readings, self.trunk.measured)
+            if member.shared:
+                member.copy_host(self.trunk)
+            views.append(member.observe(batches, epoch))
+            self._part(member)
+        return views
+
+    def act(self, k: int, commands: Iterable[Command]) -> list[Command]:
+        """Have member k carry out what is legal of `commands`; the commands that were."""
+        done = self.members[k].act(commands)
+        self._part(self.members[k])
+        return done
+
+    def _part(self, member: Member) -> None:
+        """Let a member go its own way once it must. Its host is a copy of the trunk's: decisions and checks made it."""
+        member.shared = member.shared and member.may_share(self.trunk)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cohort:
+        raise TypeError("a cohort is not copied; copy its members' planes")
+
+
+@attrs.frozen
+class _Capture:
+    """A forward hook on the trunk's empty slots: keeps the feature, and the loss's gradient when it comes by."""
+
+    cohort: Cohort
+
+    def __call__(self, slot: SeedSlot, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if slot.path not in self.cohort.wanted:
+            return None
+        seen, path = self.cohort.seen, slot.path
+        feature = inputs[0].detach()
+        # A copy: the host may go on in place, and one that shows slots a view goes on only with a new answer.
+        out = output.clone() if output.requires_grad else output.detach().clone().requires_grad_()
+
+        def note(gradient: Tensor) -> None:
+            seen[path] = (feature, gradient)
+
+        out.register_hook(note)  # type: ignore[no-untyped-call]
+        return out

@@ -1,0 +1,332 @@
+"""The arms that growing must beat, on the same data with paired seeds, one file each so that nothing is run twice.
+
+`grown` is the run itself; `host` never grows; `static` has the grown run's final architecture from the first step
+on and trains for the same epochs; `static@FLOPs` has a schedule of its own that ends when it has spent what the grown
+run spent (growth, probes, counterfactuals and culled seeds included); `random search` shares that same budget among
+random architectures of the same slots and blueprints and takes the best by validation; `random controller` grows at
+random. The test split is read once an arm and seed, at its end, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
+
+import attrs
+import torch
+
+from esper_core.kasmina.counterfactual import measure_counterfactuals
+from esper_core.kasmina.tensor_file import parse_json, read_json_file, write_json_file
+from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
+from esper_core.registry import Registry, load_registry
+from esper_core.simic.static import Ground, Organ, StaticResult, implant, lay_ground, organs_of, train_static
+from esper_core.simic.statistics import paired_interval
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.model_file import load_plane
+from esper_core.tolaria.run import resume_run, start_run
+from esper_core.tolaria.run_folder import RunFolder
+
+ARMS: Final = ("grown", "host", "static", "static@FLOPs", "random search", "random controller")
+"""Every arm, in the order of tables."""
+
+_AFTER_GROWN: Final = ("static", "static@FLOPs", "random search")
+
+
+@attrs.frozen
+class CompareConfig:
+    """What to compare.
+
+    Attributes:
+        seeds: how many, from the run's own on.
+        arms: which of `ARMS`; `grown` is always among them.
+        candidates: random architectures of a random search, which share its FLOPs.
+        workers: processes, of one thread each.
+        disabled: plugins that workers shall not load.
+    """
+
+    seeds: int = attrs.field(default=5, validator=attrs.validators.ge(1))
+    arms: tuple[str, ...] = attrs.field(default=ARMS)
+    candidates: int = attrs.field(default=3, validator=attrs.validators.ge(1))
+    workers: int = attrs.field(default=2, validator=attrs.validators.ge(1))
+    disabled: tuple[str, ...] = ()
+
+    @arms.validator
+    def _known(self, _: object, value: tuple[str, ...]) -> None:
+        for arm in value:
+            if arm not in ARMS:
+                raise BadOption(f"unknown arm {arm!r}", ", ".join(ARMS), did_you_mean(arm, ARMS))
+
+
+@attrs.frozen
+class Unit:
+    """One arm with one seed of the comparison in `folder`."""
+
+    folder: Path
+    arm: str
+    seed: int
+    config: RunConfig
+    candidates: int
+    disabled: tuple[str, ...]
+
+    @property
+    def file(self) -> Path:
+        """Where its outcome is written when it is done."""
+        return self.folder / f"{self.arm.replace(' ', '-').replace('@', '-at-')}-{self.seed}.json"
+
+    @property
+    def grown_run(self) -> Path:
+        """The run folder of the grown model of this seed."""
+        done = self.folder / f"grown-{self.seed}.json"
+        return Path(read_json_file(done)["run"]) if done.is_file() else self.folder / "runs" / f"grown-{self.seed}"
+
+
+def compare_run(
+    path: str | Path, config: CompareConfig = CompareConfig(), *, notify: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Train every arm that is not done yet, beside the finished run at `path`, and write `compare.json` into it.
+
+    Args:
+        path: a finished run, which is the grown arm of its own seed.
+        notify: told of every arm and seed that is done.
+
+    Returns:
+        What `compare.json` holds.
+
+    Raises:
+        BadFile: no run there, or one that is not finished.
+    """
+    folder, run, _ = RunFolder.open(path)
+    result = folder.result()
+    if result.get("status") != "finished":
+        raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {folder.path}")
+    beside = folder.path / "compare"
+    beside.mkdir(exist_ok=True)
+    own = beside / f"grown-{run.seed}.json"
+    if not own.exists():
+        write_json_file(own, _describe_grown("grown", run.seed, folder.path, result, _seconds(folder.path)))
+    units = _units(beside, run, config)
+    todo = [unit for unit in units if not unit.file.is_file()]
+    for unit, left in _run_all(todo, config.workers):
+        outcome = read_json_file(unit.file)
+        score = outcome["accuracy"]
+        notify(f"{unit.arm}, seed {unit.seed}: accuracy {score:.4f}, loss {outcome['loss']:.4f}; {left} to go")
+    summary = summarise(beside, run, config)
+    write_json_file(folder.path / "compare.json", summary)
+    return summary
+
+
+def summarise(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, Any]:
+    """The table of arms from the files of every unit that is done."""
+    arms = []
+    metric = "accuracy"
+    for arm in ARMS:
+        units = [unit for unit in _units(beside, run, config) if unit.arm == arm and unit.file.is_file()]
+        rows = [read_json_file(unit.file) for unit in units]
+        if not rows:
+            continue
+        entry: dict[str, Any] = {"name": arm, "seeds": [row["seed"] for row in rows]}
+        entry |= {key: [row[key] for row in rows] for key in ("accuracy", "loss", "validation_accuracy")}
+        entry |= {key: fmean(row[key] for row in rows) for key in ("params", "flops", "wall_s")}
+        if any(row["kind"] == "language-modelling" for row in rows):
+            metric = "bits_per_byte"
+            entry["bits_per_byte"] = [row["loss"] / math.log(2) for row in rows]
+        arms.append(entry)
+    return {"arms": arms, "paired": list(_pairs(arms, metric)), "metric": metric}
+
+
+def _pairs(arms: Sequence[Mapping[str, Any]], metric: str) -> Iterator[dict[str, Any]]:
+    grown = next((arm for arm in arms if arm["name"] == "grown"), None)
+    for arm in arms:
+        if grown is None or arm is grown:
+            continue
+        both = [seed for seed in grown["seeds"] if seed in arm["seeds"]]
+        if both:
+            scores = [[side[metric][side["seeds"].index(seed)] for seed in both] for side in (grown, arm)]
+            mean, low, high = paired_interval(*scores)
+            ends = {key: value if math.isfinite(value) else None for key, value in (("low", low), ("high", high))}
+            yield {"arm": "grown", "minus": arm["name"], "mean": mean, **ends, "n": len(both)}
+
+
+def _units(beside: Path, run: RunConfig, config: CompareConfig) -> list[Unit]:
+    arms = tuple(dict.fromkeys(("grown", *config.arms)))
+    return [
+        Unit(
+            beside, arm, seed, attrs.evolve(run, seed=seed, out="", sinks=()), config.candidates, config.disabled
+        )
+        for seed in range(run.seed, run.seed + config.seeds)
+        for arm in ARMS
+        if arm in arms
+    ]  # fmt: skip
+
+
+def _run_all(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, int]]:
+    """Run units in worker processes, those that need the grown run after it; yields each that is done."""
+    waiting, running = list(units), dict[Future[None], Unit]()
+    if not waiting:
+        return
+    context = multiprocessing.get_context("spawn")  # a forked torch keeps its parent's threads and locks
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        while waiting or running:
+            for unit in [u for u in waiting if _is_ready(u)][: workers - len(running)]:
+                waiting.remove(unit)
+                running[pool.submit(run_unit, unit)] = unit
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                unit = running.pop(future)
+                future.result()
+                yield unit, len(waiting) + len(running)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _is_ready(unit: Unit) -> bool:
+    return unit.arm not in _AFTER_GROWN or (unit.folder / f"grown-{unit.seed}.json").is_file()
+
+
+def run_unit(unit: Unit) -> None:
+    """Train one arm with one seed and write its file."""
+    registry = load_registry(unit.disabled)
+    began = time.monotonic()
+    if unit.arm in ("grown", "random controller"):
+        outcome = _grow(unit, registry)
+    else:
+        found = _train_fixed(unit, registry)
+        outcome = {
+            "arm": unit.arm,
+            "seed": unit.seed,
+            "kind": found[0].task.kind,
+            "loss": found[1].test_loss,
+            "accuracy": found[1].test_accuracy,
+            "validation_loss": found[1].validation_loss,
+            "validation_accuracy": found[1].validation_accuracy,
+            "params": found[1].params,
+            "flops": found[2],
+            "steps": found[1].steps,
+            "organs": [attrs.asdict(organ) for organ in found[3]],
+            "wall_s": time.monotonic() - began,
+        }
+    write_json_file(unit.file, outcome)
+
+
+def _grow(unit: Unit, registry: Registry) -> dict[str, Any]:
+    path = unit.folder / "runs" / unit.file.stem
+    controller = "random" if unit.arm == "random controller" else unit.config.controller
+    overseers = () if unit.arm == "random controller" else unit.config.overseers
+    config = attrs.evolve(unit.config, controller=controller, overseers=overseers, out=str(path))
+    if (path / "run.json").is_file():
+        result = RunFolder.open(path)[0].result()
+        if result.get("status") != "finished":
+            result = resume_run(path, registry=registry).to_mapping()
+    else:
+        result = start_run(config, registry=registry).to_mapping()
+    return _describe_grown(unit.arm, unit.seed, path, result, _seconds(path))
+
+
+def _describe_grown(arm: str, seed: int, path: Path, result: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    config = RunFolder.open(path)[1]
+    _, header = load_plane(path, load_registry())
+    return {
+        "arm": arm,
+        "seed": seed,
+        "kind": header["task"]["kind"],
+        "loss": result["test_loss"],
+        "accuracy": result["test_accuracy"],
+        "validation_loss": result["validation_loss"],
+        "validation_accuracy": result["validation_accuracy"],
+        "params": result["params"],
+        "flops": training_flops(path),
+        "organs": [attrs.asdict(organ) for organ in organs_of(header["structure"])],
+        "controller": config.controller,
+        "run": str(path),
+        "wall_s": seconds,
+    }
+
+
+def training_flops(path: Path) -> float:
+    """FLOPs of a run up to its last epoch's end, probes included; reading the test split is not training.
+
+    Raises:
+        BadFile: the run logged no epoch.
+    """
+    total = None
+    for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines():
+        if '"kind":"epoch_ended"' in line:
+            total = float(parse_json(line, path)["total_flops"])
+    if total is None:
+        raise BadFile(f"{path} logged no epoch", "a finished run")
+    return total
+
+
+def _seconds(path: Path) -> float:
+    """Seconds of training that a run noted, over all its sittings."""
+    lines = (path / "timings.jsonl").read_text(encoding="utf-8").splitlines()
+    return math.fsum(float(json.loads(line)["seconds"]) for line in lines if line.strip())
+
+
+def _train_fixed(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, float, tuple[Organ, ...]]:
+    """The arm's model, what it reached, the FLOPs that the arm spent in all, and its seeds."""
+    if unit.arm == "random search":
+        return _search(unit, registry)
+    ground = lay_ground(unit.config, registry)
+    organs: tuple[Organ, ...] = ()
+    steps = ground.epoch_steps * unit.config.epochs
+    if unit.arm != "host":
+        organs = organs_of(load_plane(unit.grown_run, registry)[1]["structure"])
+        implant(ground.plane, organs)
+    if unit.arm == "static@FLOPs":
+        steps = max(1, round(training_flops(unit.grown_run) / ground.step_flops()))
+    result = train_static(ground, steps)
+    return ground, result, result.flops, organs
+
+
+def _search(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, float, tuple[Organ, ...]]:
+    """Random architectures that share the grown run's FLOPs; the best by validation is the arm's model."""
+    budget, spent = training_flops(unit.grown_run) / unit.candidates, 0.0
+    best: tuple[Ground, StaticResult, tuple[Organ, ...]] | None = None
+    for index in range(unit.candidates):
+        ground = lay_ground(unit.config, registry)
+        organs = draw_organs(ground, random.Random(f"{unit.seed}:{index}"))
+        result = train_static(ground, max(1, round(budget / ground.step_flops())), test=False)
+        spent += result.flops
+        if best is None or _score(ground, result) > _score(best[0], best[1]):
+            best = ground, result, organs
+    assert best is not None
+    ground, result, organs = best
+    batches = ground.task.test.batches(unit.config.batch_size, device=str(ground.device))
+    final = measure_counterfactuals(ground.plane, batches, paths=[], count_cost=False)
+    result = attrs.evolve(result, test_loss=final.loss, test_accuracy=final.accuracy)
+    return ground, result, spent, organs
+
+
+def _score(ground: Ground, result: StaticResult) -> float:
+    language = ground.task.kind == "language-modelling"
+    return -result.validation_loss if language else result.validation_accuracy
+
+
+def draw_organs(ground: Ground, draw: random.Random) -> tuple[Organ, ...]:
+    """Implant a random architecture within the run's budgets: each slot gets a seed with even odds, at least one does.
+
+    Returns:
+        What was implanted; nothing if the budgets allow no seed at all.
+    """
+    organs: list[Organ] = []
+    while True:
+        views = {view.path: view for view in ground.plane.views()}
+        able = [path for path, view in views.items() if view.blueprints]
+        if not able:
+            return tuple(organs)
+        path = draw.choice(able)
+        organ = Organ(path, draw.choice(views[path].blueprints).name, draw.choice(ground.plane.blends))
+        implant(ground.plane, [organ])
+        organs.append(organ)
+        if draw.random() < 1 / max(2, len(able)):
+            return tuple(organs)

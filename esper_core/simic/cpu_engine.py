@@ -1,0 +1,268 @@
+"""One worker process a core, with one intra-op thread and a tuned allocator; batches and losses in shared memory.
+
+glibc reads its settings when a process starts, so they are set around the spawn: with the defaults, large tensors are
+mapped anew and fault in page by page at every allocation. Two intra-op threads would wait for each other as soon as
+the other core is busy, so there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import Any, Final
+
+import torch
+import torch.multiprocessing as processes
+from torch import Tensor
+
+from esper_core.leyline.actions import Command
+from esper_core.leyline.errors import EsperError
+from esper_core.leyline.host import Batch
+from esper_core.leyline.view import RunView
+
+WORKER_ENVIRONMENT: Final[Mapping[str, str]] = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
+}  # fmt: skip
+"""What a worker starts with; `MALLOC_*` are glibc's own."""
+
+_RING: Final = 8
+"""Batches that may be on their way to the workers at once."""
+
+Task = Callable[..., Any]
+"""A module's function, called as `task(state, *arguments)`; `state` is a dict that the worker keeps between calls."""
+
+
+class WorkerFailed(EsperError):
+    """A worker process raised or died."""
+
+    exit_code = 1
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    state: dict[str, Any] = {}
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if message is None:
+            return
+        task, arguments = message
+        try:
+            pipe.send((True, task(state, *arguments)))
+        except Exception as error:  # noqa: BLE001 - whatever a task raises belongs to the caller, in its own process
+            pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+class WorkerPool:
+    """Processes that carry out tasks in the order in which they were asked.
+
+    Args:
+        workers: how many; 0 for one a core.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
+        context = processes.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        with _environment(WORKER_ENVIRONMENT):
+            for _ in range(workers or len(os.sched_getaffinity(0))):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+
+    def __len__(self) -> int:
+        return len(self._pipes)
+
+    def send(self, worker: int, task: Task, *arguments: Any) -> None:
+        """Ask `worker` to run `task`; returns at once."""
+        try:
+            self._pipes[worker].send((task, arguments))
+        except OSError as error:
+            raise WorkerFailed(f"worker {worker} is gone: {error}") from error
+
+    def receive(self, worker: int) -> Any:
+        """The answer to `worker`'s oldest task that was not received yet.
+
+        Raises:
+            WorkerFailed: the task raised, or the process died.
+        """
+        try:
+            well, answer = self._pipes[worker].recv()
+        except (EOFError, OSError) as error:
+            raise WorkerFailed(f"worker {worker} died", "", "look for the kernel's out-of-memory killer") from error
+        if not well:
+            raise WorkerFailed(f"worker {worker} raised {answer}")
+        return answer
+
+    def everywhere(self, task: Task, *arguments: Any) -> list[Any]:
+        """Run `task` in every worker; their answers."""
+        for worker in range(len(self)):
+            self.send(worker, task, *arguments)
+        return [self.receive(worker) for worker in range(len(self))]
+
+    def run(self, jobs: Sequence[tuple[Task, tuple[Any, ...]]]) -> list[Any]:
+        """Run `jobs` on whichever worker is free; answers in the order of `jobs`."""
+        answers: list[Any] = [None] * len(jobs)
+        waiting, busy = list(enumerate(jobs)), dict[int, int]()
+        while waiting or busy:
+            for worker in range(len(self)):
+                if worker not in busy and waiting:
+                    number, (task, arguments) = waiting.pop(0)
+                    self.send(worker, task, *arguments)
+                    busy[worker] = number
+            ready = wait([self._pipes[worker] for worker in busy])
+            for worker in [w for w in busy if self._pipes[w] in ready]:
+                answers[busy.pop(worker)] = self.receive(worker)
+        return answers
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            try:
+                pipe.send(None)
+            except OSError:  # it is gone already
+                continue
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.terminate()
+        self._pipes, self._processes = [], []
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ProcessPopulation:
+    """A population over worker processes; see `simic.population`.
+
+    `step` writes the batch into a ring in shared memory and returns: workers read it there, train, and write losses
+    into `losses` (steps of the ring, N). It waits only when the ring is full.
+    """
+
+    def __init__(self, config: Any, size: int, *, workers: int = 0, share: bool = True) -> None:
+        self.pool = WorkerPool(min(workers or len(os.sched_getaffinity(0)), size))
+        self.size, self.steps = size, 0
+        self._ring: list[Batch] = []
+        self._owed = [0] * len(self.pool)
+        self.losses: Tensor = torch.zeros(_RING, size).share_memory_()  # type: ignore[no-untyped-call]
+        bounds = [round(i * size / len(self.pool)) for i in range(len(self.pool) + 1)]
+        self._places = [(w, k - bounds[w]) for w in range(len(self.pool)) for k in range(bounds[w], bounds[w + 1])]
+        for worker in range(len(self.pool)):
+            span = (bounds[worker], bounds[worker + 1])
+            self.pool.send(worker, _build, config, span, share, self.losses)
+        for worker in range(len(self.pool)):
+            self.pool.receive(worker)
+
+    def step(self, batch: Batch, learning_rate: float) -> None:
+        """Every environment trains on `batch`."""
+        place = self.steps % _RING
+        if len(self._ring) <= place:
+            self._ring.append(_shared(batch))
+            self.wait()
+            self.pool.everywhere(_add_batch, self._ring[-1])
+        for worker in range(len(self.pool)):
+            if self._owed[worker] >= _RING - 1:
+                self.pool.receive(worker)
+                self._owed[worker] -= 1
+        for target, source in zip(_leaves(self._ring[place]), _leaves(batch), strict=True):
+            target[: len(source)].copy_(source)
+        for worker in range(len(self.pool)):
+            self.pool.send(worker, _step, place, batch.size, learning_rate)
+            self._owed[worker] += 1
+        self.steps += 1
+
+    def wait(self) -> None:
+        """Until every worker has trained on every batch."""
+        for worker, owed in enumerate(self._owed):
+            for _ in range(owed):
+                self.pool.receive(worker)
+            self._owed[worker] = 0
+
+    def observe(self, epoch: float) -> list[RunView]:
+        """What every environment sees now, on the validation split."""
+        self.wait()
+        return [view for views in self.pool.everywhere(_observe, epoch) for view in views]
+
+    def act(self, k: int, commands: Sequence[Command]) -> list[Command]:
+        """Have environment k carry out what is legal of `commands`; the commands that were."""
+        self.wait()
+        worker, number = self._places[k]
+        self.pool.send(worker, _act, number, list(commands))
+        done: list[Command] = self.pool.receive(worker)
+        return done
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.close()
+
+
+def _leaves(batch: Batch) -> list[Tensor]:
+    inputs = batch.inputs
+    return [*([inputs] if isinstance(inputs, Tensor) else inputs.values()), batch.targets]
+
+
+def _shared(batch: Batch) -> Batch:
+    def share(tensor: Tensor) -> Tensor:
+        copy: Tensor = tensor.clone().share_memory_()  # type: ignore[no-untyped-call]
+        return copy
+
+    inputs = batch.inputs
+    shared = share(inputs) if isinstance(inputs, Tensor) else {name: share(value) for name, value in inputs.items()}
+    return Batch(shared, share(batch.targets))
+
+
+# --- Tasks that run in a worker ---
+
+
+def _build(state: dict[str, Any], config: Any, span: tuple[int, int], share: bool, losses: Tensor) -> None:
+    from esper_core.registry import load_registry
+    from esper_core.simic.population import LocalPopulation
+
+    state["population"] = LocalPopulation(config, span[1] - span[0], registry=load_registry(), share=share)
+    state["losses"], state["ring"] = losses[:, span[0] : span[1]], []
+
+
+def _add_batch(state: dict[str, Any], batch: Batch) -> None:
+    state["ring"].append(batch)
+
+
+def _step(state: dict[str, Any], place: int, size: int, learning_rate: float) -> None:
+    batch = state["ring"][place]
+    inputs = batch.inputs
+    cut = inputs[:size] if isinstance(inputs, Tensor) else {name: value[:size] for name, value in inputs.items()}
+    population = state["population"]
+    population.step(Batch(cut, batch.targets[:size]), learning_rate)
+    state["losses"][place] = population.losses
+
+
+def _observe(state: dict[str, Any], epoch: float) -> list[RunView]:
+    views: list[RunView] = state["population"].observe(epoch)
+    return views
+
+
+def _act(state: dict[str, Any], k: int, commands: list[Command]) -> list[Command]:
+    done: list[Command] = state["population"].act(k, commands)
+    return done

@@ -1,0 +1,171 @@
+"""What Tamiyo trains on: stages of worlds, written as TOML and shipped with the package, or of one's own.
+
+A world is a family of runs: fields of `RunConfig`, and under `vary` lists from which each episode draws. `blueprints`
+may be a table `{pool, least, most}`: each episode offers a random subset, so that no blueprint is learnt by heart.
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+
+from esper_core.leyline.errors import BadFile, UnknownName, did_you_mean
+from esper_core.simic.ppo import PPOConfig
+from esper_core.tamiyo.core import CoreConfig
+from esper_core.tolaria.config import RunConfig
+
+_Part = TypeVar("_Part", bound=attrs.AttrsInstance)
+_LIMIT_BYTES = 1 << 20
+
+
+@attrs.frozen(kw_only=True)
+class World:
+    """A family of runs.
+
+    Attributes:
+        name: for curves and tables. domain: `vision`, `language`, `signal`; adapters train on one.
+        held_out: only evaluated on. weight: how often it is drawn beside the others.
+        run: fields of `RunConfig`. vary: field, or `settings.part.option`, to values that an episode draws from.
+        schedule: the blueprint of the fixed-schedule control.
+    """
+
+    name: str
+    domain: str = "vision"
+    held_out: bool = False
+    weight: float = 1.0
+    run: Mapping[str, Any] = attrs.field(factory=dict)
+    vary: Mapping[str, Sequence[Any]] = attrs.field(factory=dict)
+    schedule: str = ""
+
+    def draw(self, rng: random.Random, seed: int) -> RunConfig:
+        """One run of this family."""
+        fields = {**self.run, "settings": dict(self.run.get("settings", {})), "seed": seed}
+        for name, values in self.vary.items():
+            value = rng.choice(list(values))
+            if name.startswith("settings."):
+                fields["settings"][name.removeprefix("settings.")] = value
+            else:
+                fields[name] = value
+        offer = fields.get("blueprints")
+        if isinstance(offer, Mapping):
+            pool = list(offer["pool"])
+            count = rng.randint(int(offer.get("least", len(pool))), int(offer.get("most", len(pool))))
+            fields["blueprints"] = sorted(rng.sample(pool, count))
+        return RunConfig.from_mapping(fields)
+
+
+@attrs.frozen(kw_only=True)
+class Curriculum:
+    """One stage of the curriculum.
+
+    Attributes:
+        iterations: policy updates. groups: episode groups in each. group_size: environments in a group.
+        rewards: `name=weight`. controllers: what an evaluation puts beside the agent.
+        checkpoint_every: iterations between checkpoints.
+    """
+
+    name: str
+    summary: str
+    iterations: int = 100
+    groups: int = 4
+    group_size: int = 8
+    rewards: Sequence[str] = ("loss=1", "rent=1", "governor_death=1")
+    controllers: Sequence[str] = ("wait", "random", "schedule", "heuristic")
+    checkpoint_every: int = 5
+    ppo: PPOConfig = attrs.Factory(PPOConfig)
+    core: CoreConfig = attrs.Factory(CoreConfig)
+    worlds: Sequence[World] = ()
+
+    def chosen(self, *, held_out: bool, domain: str = "") -> list[World]:
+        """The worlds to train on, or those held out, of one domain if it is named.
+
+        Raises:
+            UnknownName: there is none.
+        """
+        worlds = [w for w in self.worlds if w.held_out is held_out and domain in ("", w.domain)]
+        if not worlds:
+            domains = ", ".join(sorted({w.domain for w in self.worlds}))
+            raise UnknownName(
+                f"{self.name} has no such world (domain {domain or 'any'!r}, held out {held_out})", domains
+            )
+        return worlds
+
+    def draw(
+        self, seed: int, iteration: int, group: int, *, held_out: bool = False, domain: str = ""
+    ) -> tuple[World, RunConfig]:
+        """The world and run of one episode group; the same arguments give the same."""
+        rng = random.Random(f"{seed}|{iteration}|{group}|{held_out}")
+        worlds = self.chosen(held_out=held_out, domain=domain)
+        world = rng.choices(worlds, [w.weight for w in worlds])[0]
+        run = world.draw(rng, rng.randrange(1 << 31))
+        return world, attrs.evolve(run, rewards=tuple(self.rewards))
+
+
+def stages() -> list[str]:
+    """Names of the curricula that ship with Esper."""
+    return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
+
+
+def load_curriculum(name: str) -> Curriculum:
+    """A curriculum that ships with Esper, by name, or one's own, by the path of its TOML file.
+
+    Raises:
+        UnknownName: no such stage and no such file.
+        BadFile: no TOML, or a key that does not exist.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".toml" and path.is_file():
+            if path.stat().st_size > _LIMIT_BYTES:
+                raise BadFile(f"{path} is larger than {_LIMIT_BYTES} bytes", "a curriculum")
+            text = path.read_text(encoding="utf-8")
+        elif name in stages():
+            text = (_folder() / f"{name}.toml").read_text(encoding="utf-8")
+        else:
+            raise UnknownName(f"no curriculum {name!r}", ", ".join(stages()), did_you_mean(name, stages()))
+        return _read(tomllib.loads(text), name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadFile(
+            f"the curriculum {name!r} cannot be read: {error}", "a TOML file as in docs/curriculum.md"
+        ) from error
+
+
+def _read(data: dict[str, Any], name: str) -> Curriculum:
+    shared = data.pop("run", {})
+    worlds = []
+    for raw in data.pop("worlds", []):
+        own = raw.get("run", {})
+        settings = {**_flat(shared.get("settings", {})), **_flat(own.get("settings", {}))}
+        worlds.append(_part(World, {**raw, "run": {**shared, **own, "settings": settings}}, f"a world of {name}"))
+    parts = {"ppo": _part(PPOConfig, _tuples(data.pop("ppo", {})), "ppo"),
+             "core": _part(CoreConfig, data.pop("core", {}), "core")}  # fmt: skip
+    return _part(Curriculum, {**data, **parts, "worlds": worlds}, name)
+
+
+def _part(kind: type[_Part], values: Mapping[str, Any], where: str) -> _Part:
+    known = attrs.fields_dict(kind)
+    for key in values:
+        if key not in known:
+            raise BadFile(f"{where} has an unknown key {key!r}", ", ".join(known), did_you_mean(key, known))
+    return kind(**values)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _folder() -> Any:
+    return files("esper_core.simic") / "curricula"

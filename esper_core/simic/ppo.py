@@ -1,0 +1,209 @@
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347) on whole episodes, in one file.
+
+An episode is one environment's run; the core's memory starts empty at its first decision and is recomputed over all
+of it, so that rollout and update see the same network. Shapes: T decisions, K commands a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from esper_core.tamiyo.core import Decision, TamiyoCore
+from esper_core.tamiyo.observation import FIELDS, Normaliser, Observation, ObservationBatch, collate
+
+
+@attrs.frozen
+class PPOConfig:
+    """What PPO is told. Every field is used as the paper uses it unless said otherwise."""
+
+    learning_rate: float = 3e-4
+    discount: float = 1.0  # episodes are short and end: what growth earns late counts fully
+    gae_lambda: float = 0.95  # Schulman et al. 2015, arXiv:1506.02438
+    clip: float = 0.2
+    value_weight: float = 0.5
+    entropy_weights: tuple[float, ...] = (0.01, 0.01, 0.01, 0.005, 0.005)  # a head each, in the order of FIELDS
+    epochs: int = 3
+    minibatch: int = 8  # episodes
+    gradient_norm: float = 0.5  # bound on each environment's own gradient
+    target_kl: float = 0.03  # stop before a step that starts from a policy further away than this
+    reward_scale: float = 1.0
+
+
+@attrs.frozen
+class Episode:
+    """What one environment saw, did and got.
+
+    Attributes:
+        observations: T of them. actions: (T, K, 5). log_prob, values, rewards: (T,).
+        group: episodes of one group share host, init and batches.
+    """
+
+    observations: Sequence[Observation]
+    actions: NDArray[np.int64]
+    log_prob: NDArray[np.float32]
+    values: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    group: int = 0
+
+    @property
+    def total(self) -> float:
+        """The return: the sum of rewards."""
+        return float(self.rewards.sum())
+
+
+class Policy(Protocol):
+    """What PPO needs of a policy; `CorePolicy` is the one that Simic trains."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What the optimizer moves."""
+
+    def score(self, episode: Episode) -> Decision:
+        """Log-probabilities, entropies and values (T,) of what was done in `episode`, with gradients."""
+
+
+class CorePolicy:
+    """A Tamiyo core over whole episodes: the slots of all decisions at once, then the memory through time."""
+
+    def __init__(self, core: TamiyoCore) -> None:
+        self.core = core
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The core's own, or those of its active adapters when the core is frozen."""
+        modules: list[nn.Module] = [self.core, *self.core.adapters.values()]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def score(self, episode: Episode) -> Decision:
+        """See `Policy.score`."""
+        batch = collate(episode.observations)
+        tokens, summary = self.core.perceive(batch)
+        hidden, memories = self.core.initial(1), []
+        for t in range(len(summary)):
+            hidden = self.core.memory(summary[t : t + 1], hidden)
+            memories.append(hidden)
+        return self.core.answer(batch, tokens, torch.cat(memories), actions=torch.from_numpy(episode.actions))
+
+
+def advantages(rewards: NDArray[Any], values: NDArray[Any], discount: float, gae_lambda: float) -> NDArray[np.float32]:
+    """Generalised advantage estimates (T,) of an episode that ends after its last reward (equation 16)."""
+    out = np.zeros(len(rewards), np.float32)
+    following, running = 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        error = rewards[t] + discount * following - values[t]
+        running = error + discount * gae_lambda * running
+        out[t], following = running, values[t]
+    return out
+
+
+def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """The clipped objective to be maximised (equation 7), elementwise."""
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    episodes: Sequence[Episode],
+    config: PPOConfig,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Improve `policy` on `episodes`; returns means over the minibatches that were stepped.
+
+    Entropies are reported by head over the decisions in which the head had a choice, so that a collapse is seen.
+    """
+    estimates = [advantages(e.rewards * config.reward_scale, e.values, config.discount, config.gae_lambda)
+                 for e in episodes]  # fmt: skip
+    flat = np.concatenate(estimates)
+    shift, scale = float(flat.mean()), float(flat.std()) + 1e-6
+    seen: dict[str, list[float]] = {}
+    steps, stopped, worst = 0, False, 0.0
+    for _ in range(config.epochs):
+        order = torch.randperm(len(episodes), generator=generator).tolist()
+        for start in range(0, len(order), config.minibatch):
+            chosen = order[start : start + config.minibatch]
+            total, kl, notes = _minibatch(policy, [episodes[i] for i in chosen],
+                                          [(estimates[i] - shift) / scale for i in chosen],
+                                          [estimates[i] for i in chosen], config)  # fmt: skip
+            worst = max(worst, kl)
+            if kl > config.target_kl:
+                stopped = True  # the gradient is thrown away: no step from a policy that has moved too far
+                break
+            for parameter, gradient in zip(policy.parameters(), total, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps += 1
+            for name, value in notes.items():
+                seen.setdefault(name, []).append(value)
+        if stopped:
+            break
+    means = {name: sum(values) / len(values) for name, values in seen.items()}
+    return {**means, "steps": float(steps), "kl_stop": float(stopped), "kl_worst": worst}
+
+
+def _minibatch(
+    policy: Policy,
+    episodes: Sequence[Episode],
+    scaled: Sequence[NDArray[np.float32]],
+    raw: Sequence[NDArray[np.float32]],
+    config: PPOConfig,
+) -> tuple[list[Tensor], float, dict[str, float]]:
+    """Summed gradient with every environment's share clipped on its own, mean KL, and what to report."""
+    parameters = list(policy.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    decisions = sum(len(e.rewards) for e in episodes)
+    kl, notes = 0.0, dict.fromkeys(("policy_loss", "value_loss", "clipped", "dropped"), 0.0)
+    entropy, asked = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0.0)
+    for episode, advantage, estimate in zip(episodes, scaled, raw, strict=True):
+        decision = policy.score(episode)
+        log_ratio = decision.log_prob - torch.from_numpy(episode.log_prob)
+        ratio = log_ratio.exp()
+        policy_loss = -surrogate(ratio, torch.from_numpy(advantage), config.clip).mean()
+        target = torch.from_numpy(estimate + episode.values)
+        value_loss = (decision.value - target).square().mean()
+        bonus = sum(
+            weight * decision.entropy[head].sum() / decision.asked[head].sum().clamp(min=1)
+            for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
+        )
+        loss = policy_loss + config.value_weight * value_loss - bonus
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+        if not torch.isfinite(norm):
+            notes["dropped"] += 1.0  # one environment's NaN must not reach the others
+            continue
+        factor = (config.gradient_norm / (norm + 1e-8)).clamp(max=1.0) / len(episodes)
+        for sum_of, gradient in zip(total, gradients, strict=True):
+            if gradient is not None:
+                sum_of.add_(gradient * factor)
+        with torch.no_grad():
+            # Schulman's k3 estimate of KL(old, new): unbiased and never negative
+            kl += float((ratio - 1 - log_ratio).sum()) / decisions
+            notes["policy_loss"] += float(policy_loss) / len(episodes)
+            notes["value_loss"] += float(value_loss) / len(episodes)
+            notes["clipped"] += float(((ratio - 1).abs() > config.clip).float().mean()) / len(episodes)
+            for head in FIELDS:
+                entropy[head] += float(decision.entropy[head].sum())
+                asked[head] += float(decision.asked[head].sum())
+    heads = {f"entropy_{head}": entropy[head] / asked[head] for head in FIELDS if asked[head]}
+    return total, kl, {**notes, "kl": kl, **heads}
+
+
+def update_normalisers(core: TamiyoCore, episodes: Sequence[Episode]) -> None:
+    """Take what was seen into the running normalisers: after the policy's update, never between rollout and update."""
+    for episode in episodes:
+        batch: ObservationBatch = collate(episode.observations)
+        rows = {
+            "run": batch.run,
+            "slots": batch.slots[batch.present],
+            "blueprints": batch.blueprints[batch.grows],
+            "blends": batch.blends[batch.blend_present],
+        }
+        for kind, normaliser in core.normalisers.items():
+            assert isinstance(normaliser, Normaliser)
+            normaliser.update(rows[kind])

@@ -1,0 +1,158 @@
+"""The shaped reward: terms from plugins, weighted and summed, over outcomes that are paired with the WAIT twin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from esper_core.leyline.errors import BadOption
+from esper_core.leyline.outcome import RewardTerm, StepOutcome
+
+if TYPE_CHECKING:
+    from esper_core.registry import Registry
+
+LOSS_CAP: Final = 5.0
+"""Bound (nats) on the loss gain. Levels are bounded, never their changes: a bounded fall that is climbed back in small
+steps would pay. A loss that is not finite counts as the bound, which is the worst."""
+
+
+def parse_rewards(references: Iterable[str]) -> dict[str, float]:
+    """Weights by term from `accuracy=1`, `rent=0.5`, or `churn` alone, which weighs 1.
+
+    Raises:
+        BadOption: an empty name, a repeated one, or a weight that is not a finite number.
+    """
+    weights: dict[str, float] = {}
+    for reference in references:
+        name, separator, text = reference.strip().partition("=")
+        name = name.strip()
+        try:
+            weight = float(text) if separator else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise BadOption(f"reward {reference!r} cannot be read", "name=weight", "--rewards accuracy=1,rent=1")
+        if name in weights:
+            raise BadOption(f"reward {name!r} is given twice", "each term once")
+        weights[name] = weight
+    return weights
+
+
+def build_terms(
+    names: Iterable[str],
+    registry: Registry,
+    settings: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+) -> dict[str, RewardTerm]:
+    """The reward terms of those names. `settings`: options by term.
+
+    Raises:
+        UnknownName, BadOption: no such term, or an option that it does not take.
+    """
+    return {name: registry.build("reward", name, options=settings.get(name, {})) for name in names}
+
+
+def compute_shaped_reward(
+    outcome: StepOutcome, terms: Mapping[str, RewardTerm], weights: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
+    """The reward of one decision step.
+
+    Returns:
+        The weighted sum, and each term's value before its weight. A term that is unmeasured (NaN) adds nothing
+        and is missing from the components: unknown is not zero.
+    """
+    components = {name: term(outcome) for name, term in terms.items()}
+    components = {name: value for name, value in components.items() if not math.isnan(value)}
+    return math.fsum(weights.get(name, 1.0) * value for name, value in components.items()), components
+
+
+@attrs.frozen
+class Standing:
+    """Where one environment stands on the validation split, and what its seeds weigh.
+
+    Attributes:
+        loss, accuracy: validation loss (nats) and accuracy (share of 1); None when unmeasured.
+        excess_params_ratio, excess_flops_ratio: of all seeds in the model.
+    """
+
+    loss: float | None
+    accuracy: float | None
+    excess_params_ratio: float = 0.0
+    excess_flops_ratio: float = 0.0
+
+
+@attrs.define
+class OutcomeMeter:
+    """Turns an environment's standing and its twin's into outcomes, one a decision step.
+
+    The gain starts at zero, where both are equal, so the changes of an episode sum to its last gain. A change is
+    taken since the last *measured* gain: nothing is lost or counted twice over a step that was not measured.
+    """
+
+    loss_gain: float = 0.0
+    accuracy_gain: float = 0.0
+
+    def measure(
+        self,
+        environment: Standing,
+        twin: Standing,
+        *,
+        slot_gains: Mapping[str, float] = MappingProxyType({}),
+        churn: Mapping[str, float] = MappingProxyType({}),
+        deaths: int = 0,
+        final: bool = False,
+    ) -> StepOutcome:
+        """The outcome of the step that ends now."""
+        loss_gain = _gain(_negative(environment.loss), _negative(twin.loss), LOSS_CAP)
+        accuracy_gain = _gain(environment.accuracy, twin.accuracy, 1.0)
+        loss_change = None if loss_gain is None else loss_gain - self.loss_gain
+        accuracy_change = None if accuracy_gain is None else accuracy_gain - self.accuracy_gain
+        self.loss_gain = self.loss_gain if loss_gain is None else loss_gain
+        self.accuracy_gain = self.accuracy_gain if accuracy_gain is None else accuracy_gain
+        return StepOutcome(
+            loss_gain=loss_gain,
+            loss_gain_change=loss_change,
+            accuracy_gain=accuracy_gain,
+            accuracy_gain_change=accuracy_change,
+            slot_gains=dict(slot_gains),
+            excess_params_ratio=environment.excess_params_ratio,
+            excess_flops_ratio=environment.excess_flops_ratio,
+            churn=dict(churn),
+            deaths=deaths,
+            final=final,
+        )
+
+    def state_dict(self) -> dict[str, float]:
+        """The last measured gains."""
+        return attrs.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.loss_gain, self.accuracy_gain = float(state["loss_gain"]), float(state["accuracy_gain"])
+
+
+def slot_credits(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """What each slot has earned between two decisions: the change of its own counterfactual (nats).
+
+    A slot that no longer contributes gives back what it had been credited, so credits sum to what stands at the end
+    and growing, culling and growing again earns nothing.
+    """
+    return {path: after.get(path, 0.0) - before.get(path, 0.0) for path in sorted(set(before) | set(after))}
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def _gain(own: float | None, twin: float | None, cap: float) -> float | None:
+    """`own - twin` within ±cap, where higher is better.
+
+    An own figure that is not finite is a catastrophe and counts as -cap. A twin whose figure is not finite cannot be
+    compared with, so the gain is unmeasured.
+    """
+    if own is None or twin is None or not math.isfinite(twin):
+        return None
+    return min(max(own - twin, -cap), cap) if math.isfinite(own) else -cap

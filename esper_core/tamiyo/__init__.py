@@ -1,0 +1,1 @@
+"""Tamiyo, the builder: controllers, from heuristic to learned."""

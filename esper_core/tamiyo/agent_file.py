@@ -1,0 +1,76 @@
+"""The agent as a product: one `.safetensors` file with its lineage, configuration and fingerprint in the header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import torch
+
+from esper_core.kasmina.tensor_file import read_tensor_file, write_tensor_file
+from esper_core.leyline.errors import BadFile
+from esper_core.tamiyo.features import schema
+
+if TYPE_CHECKING:
+    from esper_core.tamiyo.core import TamiyoCore
+
+FORMAT = "esper-agent-1"
+Core = TypeVar("Core", bound="TamiyoCore")
+
+
+def fingerprint_of(core: TamiyoCore) -> str:
+    """SHA-256 over configuration, names, shapes and bytes; equal fingerprints decide equally."""
+    digest = hashlib.sha256(json.dumps([attrs.asdict(core.config), schema()]).encode())
+    for name, tensor in sorted(core.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_core(core: TamiyoCore, path: str | Path) -> None:
+    """Write the core, without adapters; see the module's docstring."""
+    header = {
+        "format": FORMAT, "config": attrs.asdict(core.config), "features": schema(), "lineage": core.lineage,
+        "fingerprint": core.fingerprint,
+    }  # fmt: skip
+    write_tensor_file(path, core.state_dict(), header)
+
+
+def read_agent(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and header of an agent file.
+
+    Raises:
+        BadFile: damaged, hostile, no agent, or written for another feature table.
+    """
+    tensors, header = read_tensor_file(path)
+    if header.get("format") != FORMAT:
+        raise BadFile(f"{path} is no agent", f"a file of format {FORMAT}", "esper tamiyo train")
+    if header.get("features") != schema():
+        theirs = header.get("features")
+        count = len(theirs) if isinstance(theirs, list) else 0
+        raise BadFile(f"{path} sees {count} features of another table", f"the {len(schema())} of this version",
+                      "esper tamiyo train")  # fmt: skip
+    return tensors, header
+
+
+def load_core(cls: type[Core], path: str | Path) -> Core:
+    """Read an agent file into a core; see `TamiyoCore.load`."""
+    from esper_core.tamiyo.core import CoreConfig
+
+    tensors, header = read_agent(path)
+    try:
+        config = CoreConfig(**header["config"])
+        if not all(isinstance(v, int) and 0 < v <= 4096 for v in attrs.astuple(config)):
+            raise ValueError(header["config"])
+        core = cls(config)
+        core.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadFile(f"{path} does not hold the core that its header describes: {error}") from error
+    lineage = header.get("lineage")
+    core.lineage = lineage if isinstance(lineage, dict) else {}
+    if core.fingerprint != header.get("fingerprint"):
+        raise BadFile(f"{path} is damaged: its tensors do not match its fingerprint", "", "fetch or train it anew")
+    return core

@@ -1,0 +1,277 @@
+"""The heuristic Tamiyo: grows early where the host is pulled hardest, and keeps what earns its rent.
+
+Everything it knows is in the `RunView` and in a small JSON state (what each seed was last measured to gain).
+It never waits for a plateau: it plants as soon as the start of the run allows, and every stage has a patience.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from types import MappingProxyType
+from typing import Any, Final
+
+import attrs
+
+from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.stages import STAGES, Op, Stage
+from esper_core.leyline.view import BlueprintView, RunView, SlotView
+from esper_core.tamiyo.heuristic_config import HeuristicConfig
+
+FAMILY_PRIORS: Final = MappingProxyType(
+    {
+        "convolution": (1.0, 0.7),
+        "attention": (0.5, 1.0),
+        "feed-forward": (0.8, 1.0),
+        "mixing": (0.7, 0.7),
+        "adapter": (0.5, 0.5),
+        "normalization": (0.3, 0.3),
+        "routing": (0.5, 0.6),
+        "identity": (0.0, 0.0),
+    }
+)
+"""Prior weight of a blueprint family on maps and on sequences; other families count as `_OTHER`."""
+
+_OTHER: Final = 0.6
+_GROWING: Final = (
+    Stage.GERMINATED,
+    Stage.TRAINING,
+    Stage.BLENDING,
+    Stage.SHADOWING,
+    Stage.PROBATIONARY,
+    Stage.WITHERING,
+)
+_SETTLING: Final = 3
+"""Decisions from the end of blending to fossilisation: one in shadow, two in probation."""
+
+
+def measured_need(slot: SlotView) -> float | None:
+    """How much the loss asks for a change at a slot: the reading `need`, which is in nats; None when unmeasured.
+
+    It multiplies the gradient at the slot by the feature's size, so it is what a delta of a given size *relative*
+    to the feature could gain; unlike the gradient alone it does not depend on the feature's scale.
+    """
+    need = slot.readings.get("need")
+    return need if need is not None and math.isfinite(need) else None
+
+
+def prior(family: str, slot: SlotView) -> float:
+    """Prior weight of a blueprint family at a slot."""
+    spatial, sequence = FAMILY_PRIORS.get(family, (_OTHER, _OTHER))
+    return sequence if "sequence" in slot.spec.tags else spatial
+
+
+@attrs.frozen
+class Offer:
+    """A blueprint that may germinate in a slot, and the gain (nats) expected of it."""
+
+    slot: SlotView
+    blueprint: BlueprintView
+    gain: float
+
+    def surplus(self, price: float, host_params: int) -> float:
+        """Expected gain less `price` for each host of parameters."""
+        return self.gain - price * self.blueprint.params / max(host_params, 1)
+
+
+def choose(offers: Sequence[Offer], view: RunView, room: int) -> list[Offer]:
+    """At most one offer a slot and `room` in all, within the budgets, of the greatest surplus over the rent.
+
+    Where the budget is short, parameters get a shadow price on top of the rent (the multiplier of the budget), just
+    high enough for everything that is then worth its price to fit; what is left over buys the best upgrades.
+    """
+    fits = functools.partial(_fits, view=view)
+    price, ceiling = view.rent, view.rent
+    chosen = _best(offers, price, view, room)
+    if not fits(chosen):
+        for _ in range(60):  # seeds without parameters have no price; these are left to the upgrades
+            if fits(_best(offers, ceiling, view, room)):
+                break
+            ceiling = 2 * ceiling + 1e-3
+        for _ in range(40):
+            middle = (price + ceiling) / 2
+            price, ceiling = (price, middle) if fits(_best(offers, middle, view, room)) else (middle, ceiling)
+        chosen = _best(offers, ceiling, view, room)
+        chosen = chosen if fits(chosen) else []
+    worth = {id(offer): offer.surplus(view.rent, view.host_params) for offer in offers}
+    for offer in sorted(offers, key=lambda o: -worth[id(o)]):
+        others = [other for other in chosen if other.slot.path != offer.slot.path]
+        current = sum(worth[id(other)] for other in chosen) - sum(worth[id(other)] for other in others)
+        if worth[id(offer)] > max(current, 0.0) and len(others) < room and fits([*others, offer]):
+            chosen = [*others, offer]
+    return sorted(chosen, key=lambda offer: -worth[id(offer)])
+
+
+def _best(offers: Sequence[Offer], price: float, view: RunView, room: int) -> list[Offer]:
+    best: dict[str, tuple[float, Offer]] = {}
+    for offer in offers:
+        surplus = offer.surplus(price, view.host_params)
+        if surplus > best.get(offer.slot.path, (0.0,))[0]:
+            best[offer.slot.path] = surplus, offer
+    ranked = sorted(best.values(), key=lambda pair: -pair[0])  # ties keep depth order
+    return [offer for _, offer in ranked[:room]]
+
+
+def _fits(offers: Sequence[Offer], view: RunView) -> bool:
+    params = sum(offer.blueprint.params for offer in offers)
+    flops = sum(offer.blueprint.flops for offer in offers)
+    return params <= _or_all(view.params_left) and flops <= _or_all(view.flops_left)
+
+
+def _or_all(limit: int | None) -> float:
+    return math.inf if limit is None else limit
+
+
+class HeuristicController:
+    """Decides by measured need, expected gain per rent, and intervals.
+
+    Args:
+        argument: unused. seed: unused; the heuristic draws nothing.
+        options: fields of `HeuristicConfig`.
+    """
+
+    def __init__(self, argument: str = "", *, seed: int = 0, **options: Any) -> None:
+        self.config = HeuristicConfig(**options)
+        self._gains: dict[str, dict[str, float]] = {}  # blueprint → "slot@birth" → last measured gain, nats
+        self._failures: dict[str, int] = {}  # "slot blueprint" → how often such a seed was lost
+        self._alive: dict[str, str] = {}  # slot → blueprint, at the last decision
+        self._withering: set[str] = set()  # what it withered itself; an auditor's seeds are the auditor's
+        self._planted = 0
+
+    def decide(self, view: RunView) -> Sequence[Command]:
+        """Commands for every slot that needs one, and germinations within the budgets."""
+        self._remember(view)
+        commands = [command for slot in view.slots if (command := self._tend(slot, view)) is not None]
+        if view.governor != "recovering":
+            commands += self._plant(view)
+        return commands
+
+    def state_dict(self) -> dict[str, object]:
+        """Measured gains, failures, what lived at the last decision and the number of seeds planted."""
+        return {
+            "gains": self._gains,
+            "failures": self._failures,
+            "alive": self._alive,
+            "withering": sorted(self._withering),
+            "planted": self._planted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self._gains = {name: dict(gains) for name, gains in state["gains"].items()}
+        self._failures, self._alive = dict(state["failures"]), dict(state["alive"])
+        self._withering, self._planted = set(state["withering"]), int(state["planted"])
+
+    def _remember(self, view: RunView) -> None:
+        alive = {slot.path: slot.blueprint for slot in view.slots if STAGES[slot.stage].occupied}
+        for path, blueprint in self._alive.items():
+            if path not in alive:  # culled by whomever, or lost in a rollback
+                key = f"{path} {blueprint}"
+                self._failures[key] = self._failures.get(key, 0) + 1
+        self._alive = alive
+        self._withering &= {slot.path for slot in view.slots if slot.stage is Stage.WITHERING}
+        for slot in view.slots:
+            if slot.blueprint and slot.counterfactual is not None and slot.stage is not Stage.WITHERING:
+                born = f"{slot.path}@{view.decision - slot.age}"
+                self._gains.setdefault(slot.blueprint, {})[born] = slot.counterfactual.mean
+
+    # Seeds that live already
+
+    def _tend(self, slot: SlotView, view: RunView) -> Command | None:
+        if slot.stage is Stage.TRAINING:
+            return self._end_isolation(slot, view)
+        if slot.stage in (Stage.SHADOWING, Stage.PROBATIONARY):
+            return self._judge(slot, view)
+        if slot.stage is Stage.WITHERING and slot.path in self._withering and Op.CULL in slot.legal:
+            return self._command(Op.CULL, slot, "withered")
+        return None
+
+    def _end_isolation(self, slot: SlotView, view: RunView) -> Command | None:
+        isolation = self.config.isolation * view.decisions
+        if Op.ADVANCE in slot.legal and slot.stage_age >= isolation:
+            command = self._command(Op.ADVANCE, slot, f"learnt in isolation for {slot.stage_age} decisions")
+            return attrs.evolve(command, blend=slot.blend, tempo=self._tempo(view))
+        if Op.CULL in slot.legal and slot.stage_age >= isolation + self.config.learning_patience:
+            return self._command(Op.CULL, slot, f"learnt nothing in {slot.stage_age} decisions")
+        return None
+
+    def _judge(self, slot: SlotView, view: RunView) -> Command | None:
+        gain = slot.counterfactual
+        if gain is None:
+            return None
+        rent = view.rent * slot.params / max(view.host_params, 1)
+        # A young seed is still learning, and what was spent on it is lost if it is withered now.
+        on_trial = slot.stage_age < self.config.trial * view.decisions and view.decision + 1 < view.decisions
+        reason = f"gain {gain.mean:.4g} [{gain.low:.4g}, {gain.high:.4g}] against rent {rent:.3g}"
+        harms = gain.high < -rent - self.config.harm
+        if harms or (not on_trial and gain.mean <= rent):
+            if Op.WITHER not in slot.legal:
+                return None
+            self._withering.add(slot.path)
+            return self._command(Op.WITHER, slot, reason)
+        if Op.ADVANCE in slot.legal and (gain.low > 0 or not on_trial):
+            return self._command(Op.ADVANCE, slot, reason)
+        return None
+
+    # New seeds
+
+    def _plant(self, view: RunView) -> Iterator[Command]:
+        room = self.config.at_once - sum(slot.stage in _GROWING for slot in view.slots)
+        if room <= 0 or not self._in_season(view):
+            return
+        for offer in choose(self._offers(view), view, room):
+            self._planted += 1
+            yield Command(
+                Op.GERMINATE, offer.slot.path, offer.blueprint.name, view.blends[0] if view.blends else "",
+                self._tempo(view), source="heuristic", reason=self._why(offer),
+            )  # fmt: skip
+
+    def _in_season(self, view: RunView) -> bool:
+        """Late enough to have readings, early enough to blend, prove itself and fossilise before the end."""
+        if view.decision + 1 < self.config.start * view.decisions:
+            return False
+        life = 2 + (self.config.isolation + self.config.ramp) * view.decisions + _SETTLING
+        in_time = view.decision <= self.config.last * view.decisions and view.decision + life <= view.decisions
+        # A run too short for a whole life still grows: a seed that blends is worth more than none.
+        return in_time or (self._planted == 0 and view.decision <= view.decisions // 2)
+
+    def _offers(self, view: RunView) -> list[Offer]:
+        """Every blueprint that may germinate, slot by slot, with its expected gain."""
+        open_slots = [slot for slot in view.slots if Op.GERMINATE in slot.legal]
+        measured = {slot.path: measured_need(slot) for slot in open_slots}
+        typical = median([need for need in measured.values() if need is not None] or [1.0]) or 1.0
+        offers = []
+        for slot in open_slots:
+            need = measured[slot.path]
+            relative = 1.0 if need is None else min(max(need / typical, 0.1), 10.0)
+            for blueprint in slot.blueprints:
+                gain = self.expected_gain(blueprint, slot, view) * math.pow(relative, self.config.need_power)
+                failures = self._failures.get(f"{slot.path} {blueprint.name}", 0)
+                offers.append(Offer(slot, blueprint, gain * math.pow(self.config.failure_factor, failures)))
+        return offers
+
+    def expected_gain(self, blueprint: BlueprintView, slot: SlotView, view: RunView) -> float:
+        """Expected gain (nats): the family's prior for a seed of that size, and what this blueprint gained so far."""
+        config, gains = self.config, self._gains.get(blueprint.name, {}).values()
+        tenths = 10.0 * blueprint.params / max(view.host_params, 1)
+        guess = config.prior_gain * prior(blueprint.family, slot) * math.pow(tenths, config.elasticity)
+        return (config.prior_weight * guess + math.fsum(gains)) / max(config.prior_weight + len(gains), 1e-9)
+
+    # Words and pace
+
+    def _tempo(self, view: RunView) -> Tempo:
+        if view.governor != "calm" or view.rollbacks > 0:
+            return Tempo.SLOW
+        return Tempo.FAST  # seeds are born silent: a slow blend protects nobody and wastes the seed's time
+
+    @staticmethod
+    def _why(offer: Offer) -> str:
+        need = measured_need(offer.slot)
+        pull = "unmeasured" if need is None else f"{need:.3g}"
+        return f"need {pull}, expected gain {offer.gain:.3g} for {offer.blueprint.params} parameters"
+
+    @staticmethod
+    def _command(op: Op, slot: SlotView, reason: str) -> Command:
+        return Command(op, slot.path, source="heuristic", reason=reason)

@@ -1,0 +1,37 @@
+"""The thresholds of the heuristic controller, each settable with `--set heuristic.NAME=VALUE`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+
+def _option(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
+    bounds = {k: v for k, v in (("minimum", minimum), ("maximum", maximum)) if v is not None}
+    return attrs.field(default=default, metadata={"help": help, **bounds})
+
+
+@attrs.frozen
+class HeuristicConfig:
+    """When, where and what the heuristic grows. Shares are of the run's decision steps."""
+
+    start: float = _option(0.15, "share of the run before the first germination", 0.0, 1.0)
+    last: float = _option(0.6, "share of the run after which nothing new germinates", 0.0, 1.0)
+    at_once: int = _option(8, "seeds that may be in a stage before fossilized at the same time", 1)
+    isolation: float = _option(
+        0.0, "share of the run that a seed learns in isolation (never under one decision)", 0.0, 1.0
+    )
+    learning_patience: int = _option(4, "decisions after which a seed that has not learnt in isolation is culled", 1)
+    trial: float = _option(
+        0.15, "share of the run in which a blended seed is only withered if it plainly harms", 0.0, 1.0
+    )
+    harm: float = _option(0.02, "loss (nats) over the rent that plain harm costs for certain", 0.0)
+    ramp: float = _option(0.1, "share of the run that blending is expected to take", 0.0, 1.0)
+    prior_gain: float = _option(0.1, "gain (nats) expected of a seed of a tenth of the host, at prior 1", 0.0)
+    prior_weight: float = _option(1.0, "how many measured seeds the prior of a family counts for", 0.0)
+    elasticity: float = _option(0.3, "power of a seed's size in its expected gain", 0.0, 1.0)
+    need_power: float = _option(0.5, "power of a slot's measured need in the expected gain; 0 ignores it", 0.0, 2.0)
+    failure_factor: float = _option(
+        0.5, "factor on the gain expected of a slot and blueprint for each time that they failed", 0.0, 1.0
+    )

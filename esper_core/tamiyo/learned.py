@@ -1,0 +1,99 @@
+"""The learned controller, `agent:FILE`: a trained core, with an adapter if one is given, decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
+from typing import Any
+
+import torch
+
+from esper_core.leyline.actions import Command
+from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.leyline.stages import Op
+from esper_core.leyline.view import RunView
+from esper_core.registry import Registry, load_registry
+from esper_core.tamiyo.adapter import load_adapter
+from esper_core.tamiyo.blend_probe import BlendProbe
+from esper_core.tamiyo.core import TamiyoCore
+from esper_core.tamiyo.observation import FIELDS, OPS, collate, observe
+
+SHIPPED = "core_v1.safetensors"
+"""The core that comes with the package, used when no file is named."""
+
+
+def load_agent(path: str) -> TamiyoCore:
+    """The core in `path`, or the shipped one if `path` is empty.
+
+    Raises:
+        BadFile: damaged, hostile, or none is shipped with this installation.
+    """
+    if path:
+        return TamiyoCore.load(path)
+    resource = files("esper_core.tamiyo") / SHIPPED
+    if not resource.is_file():
+        raise BadFile("this installation ships no trained agent", "agent:FILE", "esper tamiyo train")
+    with as_file(resource) as shipped:
+        return TamiyoCore.load(shipped)
+
+
+class LearnedController:
+    """Decides with a trained core; the same view and memory give the same commands.
+
+    Args:
+        argument: path of an agent file; empty for the core that ships with Esper.
+        seed: of the draws, with `sample`.
+        sample: draw from the policy instead of taking its likeliest command.
+        adapter: path of an adapter file for this domain, or empty.
+        core: a core in memory instead of a file.
+
+    Raises:
+        BadFile: a file is damaged, or the adapter belongs to another core.
+    """
+
+    def __init__(
+        self,
+        argument: str = "",
+        *,
+        seed: int = 0,
+        sample: bool = False,
+        adapter: str = "",
+        core: TamiyoCore | None = None,
+        registry: Registry | None = None,
+    ) -> None:
+        self.core = core or load_agent(argument)
+        self.core.eval()
+        if adapter:
+            self.core.attach(load_adapter(adapter))
+        self.generator = torch.Generator().manual_seed(seed) if sample else None
+        self.hidden = self.core.initial(1)
+        self._probe = BlendProbe(registry or load_registry())
+
+    @torch.no_grad()
+    def decide(self, view: RunView) -> Sequence[Command]:
+        """See `Controller.decide`. The last decision of a run can change nothing any more, and waits."""
+        if view.decision + 1 >= view.decisions:
+            return ()
+        seen = observe(view, self._probe.describe(view.blends))
+        decision = self.core.decide(collate([seen]), self.hidden, generator=self.generator)
+        self.hidden = decision.hidden
+        reason = f"expected return from here {decision.value.item():+.3f}"
+        rows = decision.actions[0].tolist()
+        return [seen.command(row, "agent", reason) for row in rows if OPS[row[FIELDS.index("op")]] is not Op.WAIT]
+
+    def state_dict(self) -> dict[str, object]:
+        """Memory, and the generator's state if it draws."""
+        random = self.generator.get_state().tolist() if self.generator is not None else []
+        return {"fingerprint": self.core.fingerprint, "hidden": self.hidden[0].tolist(), "random": random}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            BadOption: the state is another core's.
+        """
+        if state["fingerprint"] != self.core.fingerprint:
+            raise BadOption(f"the run was decided by core {str(state['fingerprint'])[:12]}", "the same agent file")
+        self.hidden = torch.tensor([state["hidden"]], dtype=self.hidden.dtype)
+        if self.generator is not None:
+            self.generator.set_state(torch.tensor(state["random"], dtype=torch.uint8))

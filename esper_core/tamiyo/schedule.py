@@ -1,0 +1,133 @@
+"""A fixed schedule read from a file: what grows where and when, decided beforehand.
+
+TOML or JSON; in TOML:
+
+    advance = true            # move every seed on as soon as its gates pass (default)
+    [[steps]]
+    epoch = 2                 # or `decision = 4`, counted from 0
+    op = "germinate"
+    slot = "block2"           # `*` stands for every slot
+    blueprint = "depthwise"
+    blend = "residual:cosine"
+    tempo = "fast"
+
+A step whose time has come but which is not legal yet waits until it is. JSON may be the bare list of steps.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.errors import BadFile, did_you_mean
+from esper_core.leyline.stages import Op, Stage
+from esper_core.leyline.view import RunView, SlotView
+
+_LIMIT_BYTES = 1 << 20
+
+
+@attrs.frozen
+class ScheduledStep:
+    """One step: due at `decision`, or else at `epoch` (fractions allowed)."""
+
+    op: Op = attrs.field(converter=Op)
+    slot: str = attrs.field(validator=attrs.validators.instance_of(str))
+    epoch: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
+    decision: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
+    blueprint: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    blend: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    tempo: Tempo = attrs.field(default=Tempo.STANDARD, converter=Tempo)
+
+    def is_due(self, view: RunView) -> bool:
+        """Whether its time has come."""
+        if self.decision is not None:
+            return view.decision >= self.decision
+        return self.epoch is not None and view.epoch >= self.epoch
+
+    def covers(self, slot: SlotView) -> bool:
+        """Whether the step is about `slot`."""
+        return self.slot in ("*", slot.path)
+
+
+def _parse_step(raw: object, index: int, path: Path) -> ScheduledStep:
+    where = f"step {index} of {path}"
+    if not isinstance(raw, Mapping):
+        raise BadFile(f"{where} is {raw!r}", "a table of op, slot and epoch or decision")
+    known = [field.name for field in attrs.fields(ScheduledStep)]
+    for key in raw:
+        if key not in known:
+            raise BadFile(f"{where} has an unknown key {key!r}", ", ".join(known), did_you_mean(str(key), known))
+    if raw.get("epoch") is None and raw.get("decision") is None:
+        raise BadFile(f"{where} has no time", "epoch or decision")
+    try:
+        step = ScheduledStep(**raw)
+    except (TypeError, ValueError) as error:
+        raise BadFile(f"{where} cannot be read: {error}", "op, slot and epoch or decision") from error
+    if step.op is Op.GERMINATE and not step.blueprint:
+        raise BadFile(f"{where} germinates nothing", "a blueprint")
+    return step
+
+
+def read_schedule(path: Path) -> tuple[tuple[ScheduledStep, ...], bool]:
+    """The steps of a schedule file, and whether seeds advance by themselves.
+
+    Raises:
+        BadFile: missing, unreadable, or with a step that is not one.
+    """
+    try:
+        if path.stat().st_size > _LIMIT_BYTES:
+            raise BadFile(f"schedule {path} is larger than {_LIMIT_BYTES} bytes", "a short list of steps")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadFile(f"schedule {path} cannot be read: {error}", "a TOML or JSON file of steps") from error
+    table = {"steps": content} if isinstance(content, list) else content
+    if not isinstance(table, Mapping) or set(table) - {"steps", "advance"} or not isinstance(table.get("steps"), list):
+        raise BadFile(f"schedule {path} has no list of steps", "[[steps]] tables and, if wanted, `advance`")
+    return tuple(_parse_step(raw, i, path) for i, raw in enumerate(table["steps"])), bool(table.get("advance", True))
+
+
+class ScheduleController:
+    """Follows a file. `argument` is its path; `seed` is unused."""
+
+    def __init__(self, argument: str, *, seed: int = 0) -> None:
+        if not argument:
+            raise BadFile("the schedule controller got no file", "a path", "--controller schedule:plan.toml")
+        self.steps, self.advance = read_schedule(Path(argument))
+        self._done: set[tuple[int, str]] = set()
+
+    def decide(self, view: RunView) -> Sequence[Command]:
+        """The steps that are due and legal; at most one a slot."""
+        return [command for slot in view.slots if (command := self._for(slot, view)) is not None]
+
+    def _for(self, slot: SlotView, view: RunView) -> Command | None:
+        for index in self._due(slot, view):
+            step = self.steps[index]
+            if step.op in slot.legal:
+                self._done.add((index, slot.path))
+                reason = f"step {index} of the schedule"
+                return Command(step.op, slot.path, step.blueprint, step.blend, step.tempo, "schedule", reason)
+        if self.advance and Op.ADVANCE in slot.legal:
+            return Command(Op.ADVANCE, slot.path, blend=slot.blend, source="schedule", reason="its gates pass")
+        if slot.stage is Stage.WITHERING and Op.CULL in slot.legal and self.advance:
+            return Command(Op.CULL, slot.path, source="schedule", reason="withered")
+        return None
+
+    def _due(self, slot: SlotView, view: RunView) -> Iterator[int]:
+        for index, step in enumerate(self.steps):
+            if step.covers(slot) and (index, slot.path) not in self._done and step.is_due(view):
+                yield index
+
+    def state_dict(self) -> dict[str, object]:
+        """Which steps were taken, by slot."""
+        return {"done": [list(pair) for pair in sorted(self._done)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self._done = {(int(index), str(slot)) for index, slot in state["done"]}

@@ -1,0 +1,285 @@
+"""Conformance of hosts: subclass, set `reference`, and pytest checks all that a plane relies on.
+
+    class TestMine(HostConformance):
+        reference = "my_host:argument"
+        input_shape = (3, 32, 32)
+        outputs = 10
+
+Or override the fixture `host` (a fresh host) and `inputs` (a batch of at least three examples that it takes).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.errors import IllegalCommand, UnknownName
+from esper_core.leyline.host import HostProtocol
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.specs import HostSpec
+from esper_core.registry import split_reference
+from esper_core.testing.cases import installed
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+class Watch(nn.Module):
+    """A slot that hands its feature back and notes what it saw.
+
+    Args:
+        log: takes (name, feature) at every call. change: what to answer with; None for the feature itself.
+    """
+
+    def __init__(
+        self, name: str, log: list[tuple[str, Tensor]], change: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.name, self.log, self.change = name, log, change
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Feature in, feature out."""
+        self.log.append((self.name, h.detach()))
+        return h if self.change is None else self.change(h)
+
+
+class HostConformance:
+    """Every invariant of a host.
+
+    Attributes:
+        reference: as typed after `--host`. options: of the host.
+        input_shape: one example without the batch. outputs: classes, or tokens where `integers` is set.
+        integers: inputs are token numbers.
+        silent_points: points whose feature may have no part in the logits of a fresh host (zero-initialised branches).
+    """
+
+    reference: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, object]] = MappingProxyType({})
+    input_shape: ClassVar[tuple[int, ...]] = (3, 32, 32)
+    outputs: ClassVar[int] = 10
+    integers: ClassVar[bool] = False
+    silent_points: ClassVar[bool] = False
+
+    def build(self, seed: int = 0) -> HostProtocol:
+        """A fresh host; the same for the same seed."""
+        name, argument = split_reference(self.reference)
+        host: HostProtocol = installed().build(
+            "host", name, argument, outputs=self.outputs, input_shape=self.input_shape, seed=seed,
+            options=dict(self.options),
+        )  # fmt: skip
+        return host
+
+    @pytest.fixture(scope="class")
+    def built(self) -> HostProtocol:
+        """A host that no test touches; each gets a copy."""
+        return self.build()
+
+    @pytest.fixture
+    def host(self, built: HostProtocol) -> HostProtocol:
+        """A fresh host."""
+        return copy.deepcopy(built)
+
+    @pytest.fixture
+    def inputs(self) -> Inputs:
+        """A batch of four different examples."""
+        generator = torch.Generator().manual_seed(0)
+        if self.integers:
+            return torch.randint(0, self.outputs, (4, *self.input_shape), generator=generator)
+        return torch.randn(4, *self.input_shape, generator=generator)
+
+    def test_declares_itself(self) -> None:
+        if self.reference:
+            spec = installed().find("host", split_reference(self.reference)[0]).spec
+            assert isinstance(spec, HostSpec) and spec.sensors and spec.summary and spec.capabilities
+
+    def test_keeps_the_protocol(self, host: HostProtocol) -> None:
+        assert isinstance(host, HostProtocol)
+        assert host.injection_specs, "a host without points cannot grow"
+        assert all(name == spec.name for name, spec in host.injection_specs.items())
+
+    def test_same_seed_same_weights(self, host: HostProtocol) -> None:
+        if not self.reference:
+            pytest.skip("the host comes from a fixture, and nothing says how to build it again")
+        torch.manual_seed(123)
+        other = self.build().module.state_dict()
+        state = host.module.state_dict()
+        assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+    def test_building_leaves_the_global_random_state(self) -> None:
+        if not self.reference:
+            pytest.skip("the host comes from a fixture")
+        before = torch.get_rng_state()
+        self.build(seed=5)
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_specs_are_what_runs(self, host: HostProtocol, inputs: Inputs) -> None:
+        log = watch(host)
+        size = batch_size(inputs)
+        evaluate(host, inputs)
+        seen = dict(reversed(log))
+        assert seen.keys() == host.injection_specs.keys(), "a point is never reached"
+        for name, spec in host.injection_specs.items():
+            feature = seen[name]
+            assert tuple(feature.shape) == (size, *spec.feature_shape), name
+            assert feature.shape[{"NCHW": 1, "NHWC": 3, "NLD": 2}[spec.layout]] == spec.channels, name
+            assert feature.is_floating_point(), name
+
+    def test_order_is_that_of_the_forward_pass(self, host: HostProtocol, inputs: Inputs) -> None:
+        log = watch(host)
+        evaluate(host, inputs)
+        reached = list(dict.fromkeys(name for name, _ in log))
+        orders = [host.injection_specs[name].order for name in reached]
+        assert orders == sorted(orders) and len(set(orders)) == len(orders)
+
+    def test_dormant_slots_change_no_bit(self, host: HostProtocol, inputs: Inputs) -> None:
+        bare = copy.deepcopy(host)
+        keys, before = list(host.module.state_dict()), evaluate(host, inputs)
+        Plane(host, installed())
+        assert list(host.module.state_dict()) == keys, "the host's keys changed"
+        assert torch.equal(before, evaluate(host, inputs)), "in eval mode"
+        one, two = train_step(bare, inputs), train_step(host, inputs)
+        assert torch.equal(one, two), "in train mode"
+        for (name, p), (_, q) in zip(bare.module.named_parameters(), host.module.named_parameters(), strict=True):
+            assert p.grad is q.grad or (p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad)), name
+        for (name, b), (_, c) in zip(bare.module.named_buffers(), host.module.named_buffers(), strict=True):
+            assert torch.equal(b, c), f"buffer {name}"
+
+    def test_every_point_reaches_the_logits(self, host: HostProtocol, inputs: Inputs) -> None:
+        features: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Tensor], Tensor]:
+            def change(h: Tensor) -> Tensor:
+                features[name] = grown = h.clone()
+                return grown
+
+            return change
+
+        for name in host.injection_specs:
+            host.register_slot(name, Watch(name, [], keep(name)))
+        host.module.eval()
+        for parameter in host.module.parameters():
+            parameter.requires_grad_(True)
+        logits = host.forward_with_slots(inputs)
+        gradients = torch.autograd.grad(logits.float().square().sum(), list(features.values()), allow_unused=True)
+        for name, gradient in zip(features, gradients, strict=True):
+            assert gradient is not None, f"no gradient reaches {name}"
+            assert self.silent_points or bool(gradient.any()), f"the gradient at {name} is zero"
+
+    def test_what_a_slot_answers_is_what_the_host_goes_on_with(self, host: HostProtocol, inputs: Inputs) -> None:
+        before = evaluate(host, inputs)
+        for name in host.injection_specs:
+            host.register_slot(name, Watch(name, [], lambda h: h + torch.randn(h.shape, generator=noise(h)).to(h)))
+            changed = evaluate(host, inputs)
+            host.unregister_slot(name)
+            assert changed.shape == before.shape
+            assert self.silent_points or not torch.equal(changed, before), f"the slot at {name} has no effect"
+            assert torch.equal(before, evaluate(host, inputs)), f"unregistering {name} does not restore the host"
+
+    def test_causal_points_hide_the_future(self, host: HostProtocol, inputs: Inputs) -> None:
+        causal = [name for name, spec in host.injection_specs.items() if "causal" in spec.tags]
+        if not causal or not isinstance(inputs, Tensor):
+            pytest.skip("no causal point")
+        half = inputs.shape[1] // 2
+        other = torch.cat([inputs[:, :half], inputs[:, half:].roll(1, 0)], dim=1)
+        log = watch(host)
+        evaluate(host, inputs)
+        first = dict(log)
+        log.clear()
+        evaluate(host, other)
+        for name in causal:
+            torch.testing.assert_close(first[name][:, :half], dict(log)[name][:, :half], rtol=1e-4, atol=1e-5)
+
+    def test_copies_are_independent(self, host: HostProtocol, inputs: Inputs) -> None:
+        log = watch(host)
+        twin = copy.deepcopy(host)
+        before = evaluate(host, inputs)
+        log.clear()
+        assert torch.equal(evaluate(twin, inputs), before)
+        assert log == [], "the copy drives the original's slots"
+        name = next(iter(host.injection_specs))
+        twin.unregister_slot(name)
+        twin.register_slot(name, Watch(name, [], lambda h: h * 0))
+        with torch.no_grad():
+            next(twin.module.parameters()).zero_()
+        evaluate(twin, inputs)
+        assert torch.equal(evaluate(host, inputs), before), "the copy's changes reach the original"
+        assert len(log) >= len(host.injection_specs)
+
+    def test_refuses_what_it_has_not(self, host: HostProtocol, inputs: Inputs) -> None:
+        before = evaluate(host, inputs)
+        name = next(iter(host.injection_specs))
+        with pytest.raises(UnknownName):
+            host.register_slot("no_such_point", nn.Identity())
+        with pytest.raises(UnknownName):
+            host.unregister_slot("no_such_point")
+        host.register_slot(name, nn.Identity())
+        with pytest.raises(IllegalCommand):
+            host.register_slot(name, nn.Identity())
+        assert torch.equal(before, evaluate(host, inputs))
+
+    def test_a_seed_grows_and_trains(self, host: HostProtocol, inputs: Inputs) -> None:
+        before = evaluate(host, inputs)
+        plane = Plane(host, installed())
+        for name, spec in list(host.injection_specs.items())[:: max(1, len(host.injection_specs) // 3)]:
+            plane.germinate(name, fitting(spec))
+        plane.step()
+        assert torch.equal(before, evaluate(host, inputs)), "isolated seeds change the output"
+        train_step(host, inputs)
+        for path, parameters in plane.seed_groups().items():
+            assert any(p.grad is not None and p.grad.any() for p in parameters), f"the seed at {path} learns nothing"
+
+
+def same_gradient(one: Tensor | None, two: Tensor | None) -> bool:
+    """Whether both are missing, or equal bit for bit."""
+    return one is two if one is None or two is None else torch.equal(one, two)
+
+
+def watch(host: HostProtocol) -> list[tuple[str, Tensor]]:
+    """Put a noting slot at every point; returns what they note, as it grows."""
+    log: list[tuple[str, Tensor]] = []
+    for name in host.injection_specs:
+        host.register_slot(name, Watch(name, log))
+    return log
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Examples in a batch."""
+    return len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+
+
+def noise(h: Tensor) -> torch.Generator:
+    """The same noise for the same shape."""
+    return torch.Generator().manual_seed(h.numel())
+
+
+@torch.no_grad()
+def evaluate(host: HostProtocol, inputs: Inputs) -> Tensor:
+    """Logits in eval mode."""
+    host.module.eval()
+    return host.forward_with_slots(inputs).clone()
+
+
+def train_step(host: HostProtocol, inputs: Inputs) -> Tensor:
+    """Logits in train mode, after a backward pass; the same random numbers each time."""
+    host.module.train()
+    host.module.zero_grad()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits = host.forward_with_slots(inputs)
+        (logits.float() * torch.randn(logits.shape, generator=noise(logits))).sum().backward()  # type: ignore[no-untyped-call]
+    return logits.detach()
+
+
+def fitting(spec: InjectionSpec) -> str:
+    """A blueprint that serves the point: the first by name that has parameters."""
+    for part in installed().specs("blueprint"):
+        data: Any = part.spec
+        if spec.layout in data.layouts and data.needs <= spec.tags and data.family not in ("identity", "organ"):
+            return part.name
+    raise LookupError(f"no blueprint serves {spec.layout}")

@@ -1,0 +1,150 @@
+"""Conformance of tasks: subclass `TaskConformance`, set `spec` (and `argument`), and pytest checks every invariant."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from esper_core.leyline.errors import EsperError
+from esper_core.leyline.host import Batch, Split, TaskProtocol
+from esper_core.leyline.specs import TaskSpec
+from esper_core.testing.base import Conformance
+from esper_core.testing.cases import installed
+
+_FEW = 6
+"""Batches that are compared of splits that may be long."""
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """Targets and inputs of a batch, in a fixed order."""
+    inputs = batch.inputs
+    return [batch.targets, *([inputs] if isinstance(inputs, Tensor) else [inputs[key] for key in sorted(inputs)])]
+
+
+def same(left: Batch, right: Batch) -> bool:
+    """Whether two batches are equal, bit for bit."""
+    pairs = zip(tensors(left), tensors(right), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+class TaskConformance(Conformance):
+    """The invariants of a task.
+
+    Attributes:
+        spec: name of the task, or `distribution/name`.
+        argument: what stands after `:` in `--task name:argument`; a property may make files for it.
+        options: options to build it with, beside their defaults.
+        batch_size: of the batches that are looked at; each split should have several.
+    """
+
+    kind = "task"
+    argument: str = ""
+    options: ClassVar[dict[str, Any]] = {}
+    batch_size: ClassVar[int] = 16
+
+    @property
+    def data(self) -> TaskSpec:
+        """The spec as registered."""
+        spec = installed().find("task", self.spec).spec
+        assert isinstance(spec, TaskSpec)
+        return spec
+
+    def build(self, argument: str | None = None) -> TaskProtocol:
+        """The task, built as a run builds it."""
+        where = self.argument if argument is None else argument
+        return installed().build("task", self.spec, where, options=self.options, seed=0)  # type: ignore[no-any-return]
+
+    def few(self, split: Split, count: int = _FEW, **how: Any) -> list[Batch]:
+        """The first batches of a split."""
+        return list(islice(split.batches(self.batch_size, **how), count))
+
+    def splits(self, task: TaskProtocol) -> Iterator[Split]:
+        """The three splits."""
+        yield from (task.train, task.validation, task.test)
+
+    def test_declares_itself(self) -> None:
+        for option in self.data.options:
+            assert option.parse(option.default) == option.default
+        assert self.build().kind in self.data.capabilities
+
+    def test_batches_are_what_the_task_says(self) -> None:
+        task = self.build()
+        for split in self.splits(task):
+            for batch in self.few(split):
+                targets, *inputs = tensors(batch)
+                assert targets.dtype == torch.int64
+                assert all(x.shape[0] == batch.size and tuple(x.shape[1:]) == task.input_shape for x in inputs)
+                language = task.kind == "language-modelling"
+                assert targets.shape == ((batch.size, *task.input_shape) if language else (batch.size,))
+                counted = targets[targets != -100]
+                assert counted.numel() == 0 or 0 <= counted.min() <= counted.max() < task.outputs
+                assert all(x.is_floating_point() or x.dtype == torch.int64 for x in inputs)
+                assert all(x.isfinite().all() for x in inputs)
+
+    def test_the_same_arguments_give_the_same_batches(self) -> None:
+        first, second = self.build(), self.build()
+        for a, b in zip(self.splits(first), self.splits(second), strict=True):
+            how = {"seed": 3, "epoch": 2, "shuffle": True}
+            for left, right in zip(self.few(a, **how), self.few(b, **how), strict=True):
+                assert same(left, right)
+
+    @pytest.mark.parametrize("start", [1, 3])
+    def test_starting_late_gives_the_batches_that_remain(self, start: int) -> None:
+        split = self.build().train
+        for epoch in (0, 1):
+            whole = self.few(split, _FEW, seed=1, epoch=epoch, shuffle=True)
+            late = self.few(split, max(0, len(whole) - start), seed=1, epoch=epoch, shuffle=True, start=start)
+            assert len(late) == max(0, len(whole) - start)
+            assert all(same(a, b) for a, b in zip(whole[start:], late, strict=True))
+
+    def test_seed_and_epoch_change_the_training_order(self) -> None:
+        split = self.build().train
+        keys = [(0, 0), (0, 1), (1, 0)]
+        found = [self.few(split, 1, seed=seed, epoch=epoch, shuffle=True)[0] for seed, epoch in keys]
+        assert not any(same(a, b) for a, b in [*pairwise(found), (found[0], found[2])])
+
+    def test_held_out_splits_stay_as_they_are(self) -> None:
+        task = self.build()
+        for split in (task.validation, task.test):
+            pairs = zip(self.few(split), self.few(split, seed=9, epoch=9), strict=True)
+            assert all(same(a, b) for a, b in pairs)
+
+    def test_counts_are_true(self) -> None:
+        task = self.build()
+        for split in self.splits(task):
+            expected = split.batch_count(self.batch_size)
+            if expected is None or expected > 2000:
+                continue
+            sizes = [batch.size for batch in split.batches(self.batch_size)]
+            assert len(sizes) == expected and set(sizes[:-1]) <= {self.batch_size}
+            assert split.examples is not None and sum(sizes) <= split.examples
+            assert split is task.train or sum(sizes) == split.examples
+
+    def test_global_random_state_is_left_alone(self) -> None:
+        states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # type: ignore[index]
+        self.few(self.build().train, shuffle=True)
+        assert torch.equal(states[0], torch.get_rng_state()) and states[2] == random.getstate()
+        assert np.array_equal(states[1], np.random.get_state()[1])  # type: ignore[index]
+
+    def test_a_consumer_that_stops_leaves_no_thread_behind(self) -> None:
+        task, before = self.build(), threading.active_count()
+        for split in self.splits(task):
+            batches = split.batches(self.batch_size, shuffle=True)
+            next(iter(batches))
+            batches.close()  # type: ignore[attr-defined]
+        assert threading.active_count() <= before
+
+    def test_missing_data_is_one_clear_error(self) -> None:
+        if self.data.argument:
+            for argument in ("", "/nowhere/at/all"):
+                with pytest.raises(EsperError) as caught:
+                    self.build(argument)
+                assert "\n" not in str(caught.value)

@@ -1,0 +1,1 @@
+"""Tolaria trains: the loop, the governor, snapshots and checkpoints."""

@@ -1,0 +1,275 @@
+"""From a configuration to its parts, built through the registry: task, host, plane and what watches them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import attrs
+import torch
+
+from esper_core.kasmina.flops import count_flops
+from esper_core.kasmina.plane import Limits, Plane
+from esper_core.leyline.errors import BadOption, did_you_mean
+from esper_core.leyline.events import Event
+from esper_core.leyline.host import HostProtocol, TaskProtocol
+from esper_core.leyline.options import options_of, resolve_options
+from esper_core.leyline.specs import HostSpec
+from esper_core.leyline.view import Controller
+from esper_core.nissa.sensors import SensorArray
+from esper_core.registry import Registry, split_reference
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.governor import Governor, GovernorConfig
+from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
+from esper_core.tolaria.session import Tolaria
+
+if TYPE_CHECKING:
+    from esper_core.leyline.host import Inputs
+
+
+@attrs.frozen
+class PlaneConfig:
+    """Options `plane.NAME` of a run."""
+
+    ramp: float = attrs.field(
+        default=0.08,
+        metadata={
+            "help": "share of the run that alpha takes to rise at standard tempo",
+            "minimum": 0.0,
+            "maximum": 1.0,
+        },
+    )
+    embargo: int = attrs.field(
+        default=2, metadata={"help": "decisions for which a culled slot stays empty", "minimum": 0}
+    )
+    max_stack: int = attrs.field(default=1, metadata={"help": "seeds that may fossilise at one point", "minimum": 1})
+
+
+@attrs.frozen
+class SensorConfig:
+    """Options `sensors.NAME` of a run."""
+
+    every: int = attrs.field(
+        default=4,
+        metadata={"help": "sample one batch in so many, but two between decisions if there are", "minimum": 1},
+    )
+    fossils: int = attrs.field(
+        default=4,
+        metadata={"help": "decisions between counterfactuals of a fossilised seed; others have one each", "minimum": 1},
+    )
+
+
+PARTS: Final[Mapping[str, type[attrs.AttrsInstance]]] = {
+    "governor": GovernorConfig, "optimizer": OptimizerConfig, "plane": PlaneConfig, "sensors": SensorConfig,
+}  # fmt: skip
+"""The run's own parts whose options `--set part.option=value` reaches, beside those of plugins."""
+
+_Part = TypeVar("_Part", bound=attrs.AttrsInstance)
+
+
+def part_config(config: RunConfig, name: str, kind: type[_Part]) -> _Part:
+    """The options of one of the run's own parts.
+
+    Raises:
+        BadOption: it takes no such option, or not with that value.
+    """
+    return kind(**resolve_options(name, options_of(kind), config.settings_of(name)))
+
+
+def check_settings(config: RunConfig, registry: Registry) -> None:
+    """Make sure that every setting reaches something.
+
+    Raises:
+        BadOption: a setting of an unknown part, or one that the part does not take.
+    """
+    known: dict[str, set[str]] = {name: {o.name for o in options_of(kind)} for name, kind in PARTS.items()}
+    for part in registry.specs():
+        for name in (part.name, part.qualified):
+            known.setdefault(name, set()).update(option.name for option in part.spec.options)
+    for key in config.settings:
+        owner, _, option = key.rpartition(".")
+        if owner not in known:
+            raise BadOption(
+                f"setting {key!r} is of an unknown part {owner!r}",
+                "a plugin or " + ", ".join(PARTS),
+                did_you_mean(owner, known),
+            )
+        if option not in known[owner]:
+            takes = ", ".join(sorted(known[owner])) or "no options"
+            raise BadOption(f"{owner} takes no option {option!r}", takes, did_you_mean(option, known[owner]))
+
+
+def options_for(config: RunConfig, registry: Registry, kind: str, name: str) -> dict[str, object]:
+    """The settings that the part of that kind and name takes; another kind may own the same name."""
+    takes = {option.name for option in registry.find(kind, name).spec.options}
+    return {key: value for key, value in config.settings_of(name).items() if key in takes}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` means.
+
+    Raises:
+        BadOption: no such device here.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadOption(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    return device
+
+
+def build_task(config: RunConfig, registry: Registry) -> tuple[TaskProtocol, str]:
+    """The task of a run, and its name as the user would have typed it."""
+    name = config.task
+    if not name:
+        spec = registry.find("host", split_reference(config.host)[0]).spec
+        assert isinstance(spec, HostSpec)
+        name = spec.default_task
+    kind, argument = split_reference(name)
+    options = options_for(config, registry, "task", kind)
+    if config.download:
+        if not any(option.name == "download" for option in registry.find("task", kind).spec.options):
+            raise BadOption(f"task {name!r} fetches nothing", "a run without --download")
+        options.setdefault("download", True)
+    return registry.build("task", kind, argument, seed=config.seed, options=options), name
+
+
+def build_host(config: RunConfig, registry: Registry, outputs: int, input_shape: tuple[int, ...]) -> HostProtocol:
+    """The host of a run with its initial weights, on the CPU."""
+    name, argument = split_reference(config.host)
+    torch.manual_seed(config.seed)
+    host: HostProtocol = registry.build(
+        "host", name, argument, outputs=outputs, input_shape=input_shape, seed=config.seed,
+        options=options_for(config, registry, "host", name),
+    )  # fmt: skip
+    return host
+
+
+def build_plane(
+    config: RunConfig, registry: Registry, host: HostProtocol, *, host_flops: int, total_steps: int
+) -> Plane:
+    """The plane over a host, with the run's budgets."""
+    options = part_config(config, "plane", PlaneConfig)
+    host_params = sum(p.numel() for p in host.module.parameters())
+    blueprints = config.blueprints or None
+    names = blueprints or [part.name for part in registry.specs("blueprint")]
+    return Plane(
+        host, registry, blueprints=blueprints, blends=config.blends, seed=config.seed, rent=config.rent,
+        points=None if config.slots in ((), ("auto",)) else config.slots,
+        limits=Limits(
+            parse_budget("budget_params", config.budget_params, host_params),
+            parse_budget("budget_flops", config.budget_flops, host_flops),
+        ),
+        ramp_steps=max(1, round(options.ramp * total_steps)), embargo=options.embargo, max_stack=options.max_stack,
+        host_flops=host_flops,
+        blueprint_options={name: found for name in names if (found := config.settings_of(name))},
+    )  # fmt: skip
+
+
+def build_controller(config: RunConfig, registry: Registry) -> Controller:
+    """The run's controller, with its overseers around it."""
+    controller: Controller | None = None
+    for reference in (config.controller, *config.overseers):
+        name, argument = split_reference(reference)
+        around = {} if controller is None else {"inner": controller}
+        factory = registry.load(registry.find("controller", name))
+        if around and "inner" not in inspect.signature(factory).parameters:
+            raise BadOption(f"controller {name!r} stands around no other", "an overseer such as emrakul or narset")
+        controller = registry.build(
+            "controller", name, argument, seed=config.seed, options=options_for(config, registry, "controller", name),
+            **around,
+        )  # fmt: skip
+    assert controller is not None
+    return controller
+
+
+def build_rewards(config: RunConfig, registry: Registry) -> dict[str, tuple[Any, float]]:
+    """Term and weight of each reward."""
+    rewards = {}
+    for reference in config.rewards:
+        name, _, weight = reference.partition("=")
+        try:
+            factor = float(weight or 1.0)
+        except ValueError:
+            factor = math.nan
+        if not math.isfinite(factor):
+            raise BadOption(f"reward {reference!r} cannot be read", "name=weight", "--rewards accuracy=1,rent=1")
+        rewards[name] = (registry.build("reward", name, options=options_for(config, registry, "reward", name)), factor)
+    return rewards
+
+
+def build_tolaria(
+    config: RunConfig, registry: Registry, plane: Plane, outputs: int, emit: Callable[[Event], None], *, steps: int,
+    decisions: int, optimizer: GrowthOptimizer | None = None,
+) -> Tolaria:  # fmt: skip
+    """Growth with everything that watches it. The plane's host is where it will train.
+
+    Args:
+        steps, decisions: of the whole run.
+        optimizer: None for one that updates the host as well.
+    """
+    optimizer = optimizer or GrowthOptimizer(
+        plane.host.module.parameters(), config, part_config(config, "optimizer", OptimizerConfig)
+    )
+    sensing = part_config(config, "sensors", SensorConfig)
+    every = min(sensing.every, max(1, steps // (2 * decisions)))
+    return Tolaria(
+        plane, optimizer, build_controller(config, registry),
+        Governor(part_config(config, "governor", GovernorConfig), outputs),
+        emit=emit, decisions=decisions, epochs=config.epochs, controller_name=config.controller,
+        sensors=SensorArray(plane, every=every), rewards=build_rewards(config, registry),
+        fossils_every=sensing.fossils,
+    )  # fmt: skip
+
+
+def parse_budget(name: str, text: str, whole: int) -> int | None:
+    """`20%` of `whole`, a number such as `50000` or `50_000`, or None for unlimited.
+
+    Raises:
+        BadOption: neither.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*(%?)", text.strip())
+    if not match:
+        raise BadOption(
+            f"{name}={text!r} cannot be read", "a share such as 20% or a number", f"--{name.replace('_', '-')} 20%"
+        )
+    number = float(match[1].replace("_", ""))
+    return round(number / 100 * whole) if match[2] else round(number)
+
+
+def head(inputs: Inputs, count: int = 1) -> Inputs:
+    """The first `count` examples."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs[:count]
+    return {name: value[:count] for name, value in inputs.items()}
+
+
+def host_flops(host: HostProtocol, task: TaskProtocol, device: torch.device) -> int:
+    """Forward FLOPs of the host for one example of the validation split."""
+    batch = next(iter(task.validation.batches(1, device=str(device))))
+    training = host.module.training
+    host.module.eval()
+    flops = count_flops(lambda: host.forward_with_slots(head(batch.inputs)))
+    host.module.train(training)
+    return flops
+
+
+def make_deterministic(seed: int) -> None:
+    """Seed torch and have it compute the same each time, as far as it can; it warns where it cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.manual_seed(seed)
+    torch.set_deterministic_debug_mode("warn")  # its twin, use_deterministic_algorithms, imports the compiler: seconds
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and nothing here reads such memory
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,156 @@
+"""Checkpoints: one tensor file and one manifest a step; the manifest is written last, so it never names half a file.
+
+Names are made from the step number alone: nothing that a file says is ever used as a path.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+from torch import Tensor
+
+from esper_core.kasmina.tensor_file import (
+    expect_well_formed,
+    read_json_file,
+    read_tensor_file,
+    write_json_file,
+    write_tensor_file,
+)
+from esper_core.leyline.errors import BadFile
+
+FORMAT: Final = "esper-checkpoint-1"
+_MANIFEST: Final = re.compile(r"step-(\d{10})\.json")
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@attrs.frozen
+class Entry:
+    """A checkpoint as its manifest describes it. `validation_loss` is infinite if it was not measured."""
+
+    step: int
+    sha256: str
+    validation_loss: float
+
+
+class Checkpoints:
+    """The checkpoints in one folder: the newest `keep` and the best.
+
+    Args:
+        folder: made when the first is written.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder, self.keep, self._current = folder, keep, -1
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], validation_loss: float | None
+    ) -> None:
+        """Write the checkpoint of `step`, unless it is there, then delete those that are no longer wanted.
+
+        Raises:
+            OSError: it could not be written; earlier ones are untouched.
+        """
+        if step == self._current:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = self._tensors(step)
+        self._manifest(step).unlink(missing_ok=True)  # of a run that was resumed from before it
+        try:
+            digest = write_tensor_file(target, tensors, {"format": FORMAT, "step": step, **plain})
+            loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
+            entry = {"format": FORMAT, "step": step, "sha256": digest, "validation_loss": loss}
+            write_json_file(self._manifest(step), entry)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+        self._current = step
+        self._rotate(step)
+
+    def newest(
+        self, note: Callable[[str], None] = lambda text: None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and plain state of the newest checkpoint that is whole, or None if there is none.
+
+        Args:
+            note: told of each checkpoint that is passed over, and why.
+        """
+        for step in self.steps():
+            try:
+                found = self.load(step)
+                self._current = step
+                return found
+            except BadFile as error:
+                note(f"checkpoint {step} cannot be used ({error}); going back to the one before")
+        return None
+
+    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain state of one checkpoint.
+
+        Raises:
+            BadFile: missing, damaged, or not what its manifest says.
+        """
+        entry = self._entry(step)
+        tensors, plain = read_tensor_file(self._tensors(step), digest=entry.sha256)
+        if plain.get("format") != FORMAT or plain.get("step") != step:
+            raise BadFile(f"{self._tensors(step)} is no checkpoint of step {step}", f"format {FORMAT}")
+        return tensors, plain
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss."""
+        entries = list(self._entries())
+        return min(entries, key=lambda e: (e.validation_loss, -e.step)).step if entries else None
+
+    def steps(self) -> list[int]:
+        """Steps of every checkpoint with a manifest, newest first."""
+        names = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("step-*.json"))
+        return sorted((int(match[1]) for match in names if match), reverse=True)
+
+    def forget_after(self, step: int) -> None:
+        """Delete checkpoints newer than `step`: a resumed run writes them anew."""
+        for newer in [s for s in self.steps() if s > step]:
+            self._delete(newer)
+
+    def _rotate(self, newest: int) -> None:
+        entries = sorted(self._entries(), key=lambda e: -e.step)
+        if entries:
+            wanted = {e.step for e in entries[: self.keep]} | {self.best(), newest}
+            for entry in entries:
+                if entry.step not in wanted:
+                    self._delete(entry.step)
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        for path in self.folder.glob("step-*.safetensors"):
+            if not path.with_suffix(".json").exists():  # a kill came between the two files
+                path.unlink(missing_ok=True)
+
+    def _entries(self) -> Iterator[Entry]:
+        for step in self.steps():
+            try:
+                yield self._entry(step)
+            except BadFile:
+                continue  # `newest` says why, if it is ever needed
+
+    def _entry(self, step: int) -> Entry:
+        path = self._manifest(step)
+        data = read_json_file(path, max_bytes=1 << 16)
+        with expect_well_formed(path):
+            digest, loss = data["sha256"], data["validation_loss"]
+            if data["format"] != FORMAT or not _DIGEST.fullmatch(digest):
+                raise BadFile(f"{path} is no manifest of a checkpoint", f"format {FORMAT} and a SHA-256")
+            return Entry(step, digest, math.inf if loss is None or math.isnan(loss) else float(loss))
+
+    def _delete(self, step: int) -> None:
+        self._manifest(step).unlink(missing_ok=True)
+        self._tensors(step).unlink(missing_ok=True)
+
+    def _tensors(self, step: int) -> Path:
+        return self.folder / f"step-{step:010d}.safetensors"
+
+    def _manifest(self, step: int) -> Path:
+        return self.folder / f"step-{step:010d}.json"

@@ -1,0 +1,199 @@
+"""Everything that a run can be told: each option is declared, bounded and explained once, here.
+
+`esper run --help`, TOML files and `run.json` are all derived from `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import attrs
+
+from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
+from esper_core.leyline.options import Option, OptionValue
+
+_LIMIT_BYTES: Final = 1 << 20
+
+
+def _texts(value: object) -> object:
+    """`"a,b"` and `["a", "b"]` are the same list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field whose metadata holds `help`, `group` and perhaps `choices`, `minimum`, `maximum`."""
+    converter = _texts if isinstance(default, tuple) else None
+    return attrs.field(default=default, converter=converter, metadata={"help": help, **metadata})
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, OptionValue]]:
+    """`{"heuristic": {"start": 0.1}}` and `{"heuristic.start": 0.1}` say the same."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@attrs.frozen(kw_only=True)
+class RunConfig:
+    """The configuration of one run. Field metadata: `help`, `group` (for `--help`), `choices`, `minimum`, `maximum`.
+
+    Lists may be given as text with commas. `settings` maps `part.option` to a value, where a part is a plugin's name
+    or one of the run's own parts: `governor`, `plane`, `optimizer`.
+
+    Raises:
+        BadOption: a value of the wrong type, out of bounds, or not among the choices.
+    """
+
+    host: str = _option("cnn", "what grows: `name` or `name:argument`", group="model")
+    blueprints: tuple[str, ...] = _option(
+        ("depthwise", "attention"), "what may grow; empty: every blueprint that fits", group="model"
+    )
+    blends: tuple[str, ...] = _option(
+        ("residual:cosine",), "how seeds may blend in, `combination:curve`; the first is the default", group="model"
+    )
+    slots: tuple[str, ...] = _option(
+        ("auto",), "injection points to use; `auto`: all that the host offers", group="model"
+    )
+    task: str = _option("", "what to learn: `name` or `name:argument`; empty: the host's own default", group="data")
+    download: bool = _option(False, "let the task fetch data that is not on this machine", group="data")
+    controller: str = _option("heuristic", "who decides: `name` or `name:argument`", group="growth")
+    overseers: tuple[str, ...] = _option(
+        (), "controllers put around the first, innermost first, such as those that audit", group="growth"
+    )
+    rewards: tuple[str, ...] = _option(
+        ("accuracy=1", "rent=1"), "terms of the reported reward, `name=weight`", group="growth"
+    )
+    rent: float = _option(0.05, "price of growing as much again as the host has, in nats", group="growth", minimum=0.0)
+    budget_params: str = _option(
+        "20%", "parameters of all seeds: a number, a share of the host's, or empty", group="growth"
+    )
+    budget_flops: str = _option("", "forward FLOPs of all seeds for one example: likewise", group="growth")
+    decisions_per_epoch: int = _option(
+        0, "decision steps in an epoch; 0: at least 24 in the run", group="growth", minimum=0
+    )
+    decision_examples: int = _option(
+        2048, "validation examples read at a decision; 0: all of them", group="growth", minimum=0
+    )
+    epochs: int = _option(20, "passes over the training split", group="training", minimum=1)
+    steps_per_epoch: int = _option(0, "batches in an epoch; 0: the whole training split", group="training", minimum=0)
+    batch_size: int = _option(64, "examples in a batch", group="training", minimum=1)
+    optimizer: str = _option("adamw", "how weights are updated", group="training", choices=("adamw", "sgd"))
+    learning_rate: float = _option(2e-3, "peak learning rate of the host", group="training", minimum=0.0)
+    weight_decay: float = _option(0.01, "decoupled for adamw, L2 for sgd", group="training", minimum=0.0)
+    schedule: str = _option(
+        "trapezoid",
+        "course of the learning rate",
+        group="training",
+        choices=("trapezoid", "cosine", "constant", "linear", "one-cycle"),
+    )
+    warmup: float = _option(
+        0.05, "share of the run in which the learning rate rises", group="training", minimum=0.0, maximum=1.0
+    )
+    seed_learning_rate_factor: float = _option(
+        1.0, "learning rate of seeds over the host's", group="training", minimum=0.0
+    )
+    clip: float = _option(
+        0.0, "largest gradient norm of the host and of each seed; 0: unlimited", group="training", minimum=0.0
+    )
+    seed: int = _option(0, "fixes initial weights, order and augmentation", group="training", minimum=0)
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", group="machine")
+    amp: str = _option(
+        "auto",
+        "mixed precision; auto: bf16 on GPUs that have it",
+        group="machine",
+        choices=("auto", "off", "bf16", "fp16"),
+    )
+    out: str = _option("", "the run's folder; empty: runs/<host>-<task>-<n>", group="output")
+    checkpoint_every: int = _option(
+        0,
+        "optimizer steps between checkpoints; 0: each epoch, as far as it takes under 1% of the time",
+        group="output",
+        minimum=0,
+    )
+    keep_checkpoints: int = _option(3, "newest checkpoints to keep, beside the best", group="output", minimum=1)
+    sinks: tuple[str, ...] = _option((), "further telemetry sinks", group="output")
+    settings: Mapping[str, OptionValue] = attrs.field(
+        factory=dict, metadata={"help": "options of plugins and parts, `part.option = value`", "group": "other"}
+    )
+
+    def __attrs_post_init__(self) -> None:
+        for field in attrs.fields(RunConfig):
+            value = getattr(self, field.name)
+            if field.name == "settings":
+                object.__setattr__(self, "settings", _checked_settings(value))
+            elif isinstance(field.default, tuple):
+                if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+                    raise BadOption(f"{field.name}={value!r} is no list of names", "text with commas or a list")
+            else:
+                object.__setattr__(self, field.name, option_of(field).parse(value))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The configuration that `values` describe; the rest are defaults. Dashes and underscores are the same.
+
+        Raises:
+            BadOption: a key that does not exist (with a suggestion), or a value that does not fit.
+        """
+        known = [field.name for field in attrs.fields(cls)]
+        given: dict[str, Any] = {}
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise BadOption(f"unknown option {key!r}", "an option of `esper run --help`", did_you_mean(name, known))
+            given[name] = value
+        return cls(**given)
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
+        """The configuration in a TOML file, with `overrides` on top; `settings` of both are merged.
+
+        Raises:
+            BadFile: the file is missing, too large or no TOML.
+            BadOption: see `from_mapping`.
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > _LIMIT_BYTES:
+                raise BadFile(f"{path} is larger than {_LIMIT_BYTES} bytes", "a configuration in TOML")
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadFile(f"{path} cannot be read: {error}", "a configuration in TOML") from error
+        merged = {str(key).replace("-", "_"): value for key, value in values.items()}
+        settings = {**_checked_settings(merged.get("settings", {})), **_checked_settings(overrides.get("settings", {}))}
+        return cls.from_mapping({**merged, **overrides, "settings": settings})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON-compatible data from which `from_mapping` gives the same configuration."""
+        values = {field.name: getattr(self, field.name) for field in attrs.fields(RunConfig)}
+        return {k: list(v) if isinstance(v, tuple) else dict(v) if k == "settings" else v for k, v in values.items()}
+
+    def settings_of(self, part: str) -> dict[str, OptionValue]:
+        """The options given for the plugin or part of that name."""
+        split = {key: key.rpartition(".") for key in self.settings}
+        return {name: self.settings[key] for key, (owner, _, name) in split.items() if owner == part}
+
+
+def option_of(field: attrs.Attribute[Any]) -> Option:
+    """A scalar field of `RunConfig` as a typed option."""
+    bounds = {k: v for k, v in field.metadata.items() if k in ("choices", "minimum", "maximum")}
+    return Option(field.name, type(field.default).__name__, field.default, field.metadata["help"], **bounds)
+
+
+def _checked_settings(value: object) -> dict[str, OptionValue]:
+    if not isinstance(value, Mapping):
+        raise BadOption(f"settings={value!r} is no table", "part.option = value", "heuristic.start = 0.1")
+    flat = dict(_flatten(value))
+    for key, item in flat.items():
+        if "." not in key.strip("."):
+            raise BadOption(f"setting {key!r} names no part", "part.option", f"--set heuristic.{key}={item}")
+        if not isinstance(item, str | int | float | bool | None):
+            raise BadOption(f"setting {key}={item!r}", "text, a number or true/false")
+    return flat

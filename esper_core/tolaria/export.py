@@ -1,0 +1,199 @@
+"""Grown models for elsewhere: one plain program with the seeds built in, no hooks, and no need of Esper.
+
+Formats: `torch` writes source and weights, `model.py` beside `model.safetensors`, that need torch alone; `torch-export`
+writes a `.pt2` for `torch.export.load`; `onnx` writes an `.onnx`. All three come from the same traced program, and each
+is read back and compared with the model before it is called done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from esper_core.leyline.errors import BadOption, EsperError, MissingDependency
+from esper_core.registry import Registry, load_registry
+from esper_core.tolaria.assembly import build_task
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.export_source import write_source
+from esper_core.tolaria.model_file import load_model, load_plane
+
+FORMATS: Final = ("torch", "torch-export", "onnx")
+TOLERANCE: Final = 1e-4
+_TRACED, _COMPARED = 4, 100
+
+
+@attrs.frozen
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: of the file, or of the folder for `torch`.
+        inputs: names of the inputs, in order; shapes have the batch first.
+        fixed_batch: the only batch size that the program takes; None for any.
+        difference: largest absolute difference of logits from the model's, over `examples` of the validation split.
+    """
+
+    path: Path
+    format: str
+    inputs: tuple[str, ...]
+    fixed_batch: int | None
+    difference: float
+    examples: int
+
+
+class _Positional(nn.Module):
+    """The model behind positional tensors."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Inputs in the order of `names`, or the one tensor where the model takes one."""
+        inputs = dict(zip(self.names, tensors, strict=True)) if self.names else tensors[0]
+        return self.model(inputs)  # type: ignore[no-any-return]
+
+
+def export_run(
+    path: str | Path, form: str, out: str | Path | None = None, *, registry: Registry | None = None
+) -> Exported:
+    """Write the grown model of a run for use without Esper.
+
+    Args:
+        path: a run's folder.
+        form: `torch`, `torch-export` or `onnx`.
+        out: file or, for `torch`, folder; by default `export/` in the run's folder.
+
+    Raises:
+        BadFile: there is no grown model.
+        BadOption: no such format.
+        MissingDependency: `onnx` without its packages.
+        EsperError: the model cannot be traced, or what was written computes something else.
+    """
+    if form not in FORMATS:
+        raise BadOption(f"format {form!r}", f"one of {', '.join(FORMATS)}", "--format onnx")
+    if form == "onnx":
+        _need("onnx", "onnxscript", "onnxruntime")
+    registry = registry or load_registry()
+    _, header = load_plane(path, registry)
+    model = load_model(path, registry=registry)
+    task, _ = build_task(RunConfig.from_mapping(header["config"]), registry)
+    batch = next(iter(task.validation.batches(_COMPARED))).inputs
+    names = tuple(batch) if not isinstance(batch, Tensor) else ()
+    tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch.values())
+    positional = _Positional(model, names).eval()
+    with torch.no_grad():
+        expected = positional(*tensors)
+    program, fixed = _trace(positional, tuple(t[:_TRACED] for t in tensors))
+    target = Path(out) if out is not None else Path(path) / "export" / _default_name(form)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compute = _WRITERS[form](program, target)
+    except OSError as error:
+        raise EsperError(
+            f"cannot write {target}: {error.strerror or error}", "a writable place", "--out PATH"
+        ) from error
+    size = fixed or len(expected)
+    with torch.no_grad():
+        found = torch.cat(
+            [compute(*(t[i : i + size] for t in tensors)) for i in range(0, len(expected) - size + 1, size)]
+        )
+    difference = float((found - expected[: len(found)]).abs().max())
+    if not difference <= TOLERANCE:
+        raise EsperError(f"{target} differs from the model by {difference:.2g}", f"at most {TOLERANCE:g}")
+    return Exported(target, form, names or ("inputs",), fixed, difference, len(found))
+
+
+def _trace(model: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, int | None]:
+    """The program for any batch size, or else for that of `tensors`; and that size if it is fixed."""
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
+    failure: Exception | None = None
+    for shapes, fixed in (((dynamic,), None), (None, len(tensors[0]))):
+        try:
+            with torch.no_grad(), _quiet():
+                return torch.export.export(model, tensors, dynamic_shapes=shapes), fixed
+        except Exception as error:  # noqa: BLE001 - tracing runs any host's code, and torch raises many kinds
+            failure = error
+    told = str(failure).strip().splitlines() or [""]
+    raise EsperError(
+        f"the model cannot be traced: {type(failure).__name__}: {told[0]}", "a model that torch.export takes"
+    )
+
+
+def _write_pt2(program: torch.export.ExportedProgram, target: Path) -> Callable[..., Tensor]:
+    with _quiet():
+        torch.export.save(program, target)
+        return torch.export.load(target).module()
+
+
+def _write_onnx(program: torch.export.ExportedProgram, target: Path) -> Callable[..., Tensor]:
+    import onnxruntime
+
+    with _quiet():
+        torch.onnx.export(program, (), target, dynamo=True, verbose=False, external_data=False)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+
+    def compute(*tensors: Tensor) -> Tensor:
+        feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return compute
+
+
+def _write_torch(program: torch.export.ExportedProgram, target: Path) -> Callable[..., Tensor]:
+    target.mkdir(parents=True, exist_ok=True)
+    source, tensors = write_source(program)
+    (target / "model.py").write_text(source, encoding="utf-8")
+    save_file(tensors, target / "model.safetensors")
+    spec = importlib.util.spec_from_file_location("_esper_exported_model", target / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load()  # type: ignore[no-any-return]
+
+
+_WRITERS: Final[dict[str, Callable[[torch.export.ExportedProgram, Path], Callable[..., Tensor]]]] = {
+    "torch": _write_torch, "torch-export": _write_pt2, "onnx": _write_onnx,
+}  # fmt: skip
+
+
+def _default_name(form: str) -> str:
+    return {"torch": "torch", "torch-export": "model.pt2", "onnx": "model.onnx"}[form]
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(f"exporting to ONNX needs {', '.join(missing)}", "", "pip install 'esper-core[export]'")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters print and warn of; their errors still come through."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def describe(exported: Exported) -> dict[str, Any]:
+    """JSON-compatible data."""
+    return {**attrs.asdict(exported), "path": str(exported.path)}

@@ -1,0 +1,228 @@
+"""The governor: sees catastrophes in the run's own figures, and remembers who is to blame.
+
+Growth never runs without it. It knows nothing of tensors. `Tolaria` asks it, and does what it says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any, Final
+
+import attrs
+
+from esper_core.leyline.actions import Command
+from esper_core.leyline.stages import Op, Stage
+
+_MAD_TO_SIGMA: Final = 1.4826
+"""Median absolute deviation to standard deviation, for a normal distribution."""
+
+_RISKY: Final = (Op.ADVANCE, Op.REVIVE, Op.WITHER, Op.CULL)
+
+
+def _option(default: float | int, help: str, minimum: float, maximum: float | None = None) -> Any:
+    bounds = {"minimum": minimum} | ({} if maximum is None else {"maximum": maximum})
+    return attrs.field(default=default, metadata={"help": help, **bounds})
+
+
+@attrs.frozen
+class GovernorConfig:
+    """When the governor steps in: options `governor.NAME` of a run. There is no option to turn it off."""
+
+    sigma: float = _option(3.0, "robust standard deviations above the moving median that are a catastrophe", 1.0)
+    tight_sigma: float = _option(2.0, "the same while a seed is on probation", 1.0)
+    window: int = _option(200, "batch losses in the moving median", 10)
+    recent: int = _option(24, "latest batch losses whose median is tested, so that bad batches are no alarm", 1)
+    streak: int = _option(8, "latest batch losses which are an alarm if every one of them is beyond the limit", 1)
+    warmup: int = _option(
+        40, "batch losses before their own deviation is judged; until then it counts as the loss at chance", 10
+    )
+    floor: float = _option(0.02, "least standard deviation, as a share of the loss at chance", 0.0)
+    check_every: int = _option(25, "optimizer steps between looks at the losses on the device", 1)
+    snapshot_every: int = _option(100, "optimizer steps between snapshots, beside one at each decision", 1)
+    embargo: int = _option(4, "decisions for which the guilty command is refused", 1)
+    recovery: int = _option(2, "decisions after a rollback in which nothing new should grow", 0)
+    patience: int = _option(5, "rollbacks in a row after which the run is beyond rescue", 1)
+    pardon: int = _option(200, "optimizer steps without alarm that end such a row", 1)
+    caution: float = _option(0.5, "factor on the learning rate after a rollback that no command explains", 0.01, 1.0)
+    penalty: float = _option(1.0, "what a rollback costs in the event log and for a learning controller", 0.0)
+
+
+@attrs.frozen
+class Alarm:
+    """A catastrophe: `value` broke `limit`."""
+
+    cause: str
+    value: float
+    limit: float
+
+
+@attrs.define
+class Governor:
+    """Judges losses, keeps the record of risky commands, and holds embargoes.
+
+    Attributes:
+        config: thresholds.
+        outputs: classes or vocabulary; the loss at chance is `ln(outputs)`.
+        rollbacks: so far. strikes: of these, in a row.
+        caution: factor on the learning rate.
+    """
+
+    config: GovernorConfig
+    outputs: int
+    rollbacks: int = 0
+    strikes: int = 0
+    caution: float = 1.0
+    last_rollback: int = -1
+    recovering: int = 0
+    best_validation: float = math.inf
+    tight: bool = False
+    commands: list[tuple[int, dict[str, str]]] = attrs.Factory(list)
+    embargoes: dict[str, int] = attrs.Factory(dict)
+    offences: dict[str, int] = attrs.Factory(dict)
+    losses: deque[tuple[int, float]] = attrs.Factory(deque)
+
+    @property
+    def chance(self) -> float:
+        """The loss (nats) of a model that knows nothing."""
+        return math.log(max(self.outputs, 2))
+
+    # --- What it sees ---
+
+    def observe(self, losses: Iterable[float], step: int) -> Alarm | None:
+        """Take in batch losses, the last of which belongs to optimizer step `step`; the first catastrophe, if any."""
+        values = list(losses)
+        alarm = None
+        limit, sigma = self._limit()
+        for number, value in enumerate(values, start=step - len(values) + 1):
+            if not math.isfinite(value):
+                return alarm or Alarm("training loss is not finite", value, math.inf)
+            self.losses.append((number, value))
+            while len(self.losses) > self.config.window:
+                self.losses.popleft()
+            if alarm is None and value > limit and max(self._recent(), self._streak()) > limit:
+                cause = f"training loss is {sigma:g} deviations above its moving median"
+                alarm = Alarm(cause, max(self._recent(), self._streak()), limit)
+        if self.strikes and alarm is None and step - self.last_rollback >= self.config.pardon:
+            self.strikes = 0
+        return alarm
+
+    def observe_validation(self, loss: float) -> Alarm | None:
+        """Take in the validation loss (nats) of a decision."""
+        if not math.isfinite(loss):
+            return Alarm("validation loss is not finite", loss, math.inf)
+        if self.best_validation < 0.8 * self.chance and loss >= 0.97 * self.chance:
+            return Alarm("validation loss has collapsed to chance", loss, 0.97 * self.chance)
+        self.best_validation = min(self.best_validation, loss)
+        return None
+
+    def calm(self) -> bool:
+        """Whether the latest losses are ordinary, so that this state is worth keeping."""
+        if not self.losses:
+            return True
+        centre, deviation = self._level()
+        return median(self._latest(self.config.streak)) <= centre + deviation
+
+    def status(self, stages: Iterable[Stage]) -> str:
+        """`calm`, `watching` (a seed is being let in) or `recovering`; sets how tight the watch is."""
+        present = set(stages)
+        self.tight = Stage.PROBATIONARY in present
+        if self.recovering > 0:
+            return "recovering"
+        watched = (Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY, Stage.WITHERING)
+        return "watching" if present.intersection(watched) else "calm"
+
+    def _limit(self) -> tuple[float, float]:
+        """What the latest losses must not exceed for long, and how many deviations that is."""
+        sigma = self.config.tight_sigma if self.tight else self.config.sigma
+        if not self.losses:
+            return math.inf, sigma
+        centre, deviation = self._level()
+        return centre + sigma * deviation, sigma
+
+    def _latest(self, count: int) -> list[float]:
+        return [self.losses[-i][1] for i in range(1, min(count, len(self.losses)) + 1)]
+
+    def _recent(self) -> float:
+        return median(self._latest(self.config.recent))
+
+    def _streak(self) -> float:
+        latest = self._latest(self.config.streak)
+        return min(latest) if len(latest) == self.config.streak else -math.inf
+
+    def _level(self) -> tuple[float, float]:
+        values = [value for _, value in self.losses]
+        centre = median(values)
+        if len(values) < self.config.warmup:  # too few to tell noise from news, but not to tell a catastrophe
+            return centre, max(centre, self.chance)
+        spread = median(abs(value - centre) for value in values)
+        return centre, max(_MAD_TO_SIGMA * spread, self.config.floor * self.chance)
+
+    # --- Whom it blames ---
+
+    def note(self, command: Command, step: int) -> None:
+        """Remember a command that was carried out."""
+        if command.op is not Op.WAIT:
+            self.commands.append((step, {k: str(v) for k, v in attrs.asdict(command).items()}))
+            del self.commands[:-64]
+
+    def blame(self, since: int, alive: Mapping[str, Stage]) -> dict[str, str] | None:
+        """The guilty command: the latest risky one since step `since`, or the one that let a seed in.
+
+        Args:
+            since: step of the state that is returned to.
+            alive: stage of every slot now.
+        """
+        recent = [command for step, command in self.commands if step >= since]
+        risky = [command for command in recent if command["op"] in _RISKY]
+        if risky or recent:
+            return (risky or recent)[-1]
+        open_stages = (Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY)
+        entering = [c for _, c in self.commands if alive.get(c["slot"]) in open_stages and c["op"] == Op.ADVANCE]
+        return entering[-1] if entering else None
+
+    def roll_back(self, step: int, to_step: int, guilty: Mapping[str, str] | None) -> None:
+        """Record a rollback; forget the losses since `to_step`, and embargo the guilty command."""
+        self.rollbacks += 1
+        self.strikes += 1
+        self.last_rollback, self.recovering = step, self.config.recovery
+        self.losses = deque((number, value) for number, value in self.losses if number <= to_step)
+        self.commands = [(number, command) for number, command in self.commands if number < to_step]
+        if guilty is None:
+            self.caution *= self.config.caution
+        else:
+            key = f"{guilty['op']} {guilty['slot']}"
+            self.embargoes[key] = self.config.embargo
+            self.offences[guilty["slot"]] = self.offences.get(guilty["slot"], 0) + 1
+
+    @property
+    def beyond_rescue(self) -> bool:
+        """Whether too many rollbacks came in a row."""
+        return self.strikes > self.config.patience
+
+    def embargo_left(self, op: Op, slot: str) -> int:
+        """Decisions for which `op` at `slot` is still refused."""
+        return self.embargoes.get(f"{op} {slot}", 0)
+
+    def decided(self) -> None:
+        """A decision step is over: embargoes and recovery move on."""
+        self.recovering = max(0, self.recovering - 1)
+        self.embargoes = {key: left - 1 for key, left in self.embargoes.items() if left > 1}
+
+    # --- State ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-compatible data."""
+        names = [f.name for f in attrs.fields(Governor) if f.name not in ("config", "outputs")]
+        return {name: list(v) if isinstance(v := getattr(self, name), deque) else v for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        for name, value in state.items():
+            if name in ("losses", "commands"):
+                pairs = [(int(step), item) for step, item in value]
+                setattr(self, name, deque(pairs) if name == "losses" else pairs)
+            elif name in attrs.fields_dict(Governor) and name not in ("config", "outputs"):
+                setattr(self, name, value)

@@ -1,0 +1,292 @@
+"""Growth for models and loops of other people: `grow` for a whole training run, `accompany` beside one's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.compose import compose
+from esper_core.kasmina.flops import count_flops
+from esper_core.kasmina.module_host import host_from_module
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.events import Event, Sink
+from esper_core.leyline.host import Batch
+from esper_core.nissa.hub import Hub
+from esper_core.registry import Registry, load_registry
+from esper_core.tolaria import assembly
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
+from esper_core.tolaria.session import Tolaria
+from esper_core.tolaria.trainer import RunResult, Trainer, decisions_per_epoch, steps_per_epoch
+
+if TYPE_CHECKING:
+    from esper_core.leyline.host import Inputs
+
+ToBatch = Callable[[Any], Batch]
+
+
+def to_batch(item: Any) -> Batch:
+    """What a loader yields, as a batch: `(inputs, targets)`, or a mapping with `labels`.
+
+    Labels that are a language model's own `input_ids`, as Hugging Face has them, are shifted to the next token.
+
+    Raises:
+        EsperError: neither.
+    """
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Mapping) and "labels" in item:
+        inputs = {name: value for name, value in item.items() if name != "labels"}
+        targets = item["labels"]
+        if "input_ids" in inputs and targets.shape == inputs["input_ids"].shape:
+            targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], -100)], dim=1)
+        return Batch(inputs, targets)
+    if isinstance(item, Sequence) and len(item) == 2:
+        return Batch(item[0], item[1])
+    raise EsperError(
+        f"the loader yields a {type(item).__name__}", "(inputs, targets) or a mapping with labels", "to_batch="
+    )
+
+
+@attrs.frozen
+class LoaderSplit:
+    """Any iterable of batches as a split. Order and augmentation are the loader's own affair.
+
+    A loader whose sampler has `set_epoch` is told the epoch, so that it can shuffle by it.
+    """
+
+    loader: Iterable[Any]
+    convert: ToBatch = to_batch
+
+    @property
+    def examples(self) -> int | None:
+        """Number of examples, if the loader knows."""
+        dataset = getattr(self.loader, "dataset", None)
+        return len(dataset) if isinstance(dataset, Sized) else None
+
+    def batch_count(self, batch_size: int) -> int | None:
+        """Batches in an epoch, if the loader knows; its own batch size holds."""
+        return len(self.loader) if isinstance(self.loader, Sized) else None
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        shuffle: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[Batch]:
+        """The loader's batches on the device, from the `start`-th on."""
+        sampler = getattr(self.loader, "sampler", None)
+        if shuffle and sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        for number, item in enumerate(self.loader):
+            if number >= start:
+                yield move(self.convert(item), device)
+
+
+@attrs.frozen
+class LoaderTask:
+    """A task made of loaders; without a test split nothing is tested at the end."""
+
+    name: str
+    kind: str
+    outputs: int
+    input_shape: tuple[int, ...]
+    train: LoaderSplit
+    validation: LoaderSplit
+    test: LoaderSplit
+
+
+@attrs.frozen
+class Grown:
+    """What `grow` answers with.
+
+    Attributes:
+        model: an independent plain module with the seeds built in, in eval mode; the model that was given has been
+            trained in place, and grows on through `plane`.
+        plane: where everything stands. result: how the run ended. events: everything that happened.
+    """
+
+    model: nn.Module
+    plane: Plane
+    result: RunResult
+    events: Sequence[Event]
+
+
+class _Record:
+    """A sink that remembers."""
+
+    inline = True
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def write(self, event: Event) -> None:
+        self.events.append(event)
+
+    def flush(self) -> None:
+        """Nothing is durable here."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def grow(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    blueprints: Sequence[str] = (),
+    points: Sequence[str] | None = None,
+    test_loader: Iterable[Any] | None = None,
+    convert: ToBatch = to_batch,
+    sinks: Mapping[str, Sink] | None = None,
+    registry: Registry | None = None,
+    **options: Any,
+) -> Grown:
+    """Train `model` on `train_loader` while it grows.
+
+    Args:
+        model: any module whose answer is logits, or holds them; it is trained in place.
+        train_loader, val_loader, test_loader: iterables of `(inputs, targets)` or of mappings with `labels`.
+        blueprints: what may grow; empty for every blueprint that fits.
+        points: paths of the submodules behind which to grow; None to find them.
+        convert: turns what the loaders yield into a `Batch`.
+        sinks: further places for events, by name.
+        options: fields of `RunConfig`, such as `epochs=10`, `learning_rate=1e-3`, `controller="random"`.
+
+    Raises:
+        EsperError: the model cannot grow, or an option cannot be used.
+        RunFailed: the run is beyond rescue; the model is back in its last good state.
+    """
+    config = RunConfig.from_mapping(
+        {"device": _device_of(model), **options, "host": "model", "blueprints": tuple(blueprints)}
+    )
+    registry, record = registry or load_registry(), _Record()
+    assembly.check_settings(config, registry)
+    assembly.make_deterministic(config.seed)
+    device = assembly.choose_device(config.device)
+    model.to(device).train()
+    plane, outputs, sample = _ground(model, val_loader, convert, points, config, registry, device)
+    split, held_out = LoaderSplit(train_loader, convert), LoaderSplit(val_loader, convert)
+    kind = "classification" if sample.targets.dim() == 1 else "language-modelling"
+    shape = tuple(sample.targets.shape[1:])
+    task = LoaderTask(
+        "loaders",
+        kind,
+        outputs,
+        shape,
+        split,
+        held_out,
+        LoaderSplit(() if test_loader is None else test_loader, convert),
+    )
+    steps = steps_per_epoch(config, task)
+    decisions = decisions_per_epoch(config, steps)
+    _fit_ramp(plane, config, steps * config.epochs)
+    hub = Hub({"record": record, **(sinks or {})}, registry)
+    tolaria = assembly.build_tolaria(
+        config, registry, plane, outputs, hub.emit, steps=steps * config.epochs, decisions=decisions * config.epochs
+    )
+    trainer = Trainer(config, tolaria, task, hub, None, device=device, about={}, test=test_loader is not None)
+    try:
+        result = trainer.run()
+    finally:
+        hub.close()
+    return Grown(compose(plane).eval(), plane, result, tuple(record.events))
+
+
+def accompany(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sample: Any,
+    *,
+    steps: int,
+    decisions: int = 24,
+    blueprints: Sequence[str] = (),
+    points: Sequence[str] | None = None,
+    convert: ToBatch = to_batch,
+    emit: Callable[[Event], None] = lambda event: None,
+    registry: Registry | None = None,
+    **options: Any,
+) -> Tolaria:
+    """Growth beside a training loop of one's own, whose optimizer keeps the host's parameters and is left as it is.
+
+        tolaria = accompany(model, optimizer, first_batch, steps=len(loader) * epochs)
+        for inputs, targets in loader:
+            loss = criterion(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            tolaria.step(loss, len(targets))
+            optimizer.zero_grad()
+            if tolaria.due(steps):
+                tolaria.decide(map(to_batch, val_loader))
+
+    Seeds have an optimizer of their own, which follows the learning rate of the first of `optimizer`'s groups.
+
+    Args:
+        model: any module whose answer is logits, or holds them; where it will be trained.
+        sample: one item of the loader, by which the model's points are measured.
+        steps: optimizer steps of the whole run; decisions: how often the controller will be asked.
+        emit: takes every event.
+        options: fields of `RunConfig`, such as `controller="heuristic"`, `budget_params="20%"`.
+
+    Raises:
+        EsperError: the model cannot grow, or an option cannot be used.
+    """
+    config = RunConfig.from_mapping({**options, "host": "model", "blueprints": tuple(blueprints)})
+    registry = registry or load_registry()
+    assembly.check_settings(config, registry)
+    device = torch.device(_device_of(model))
+    plane, outputs, _ = _ground(model, [sample], convert, points, config, registry, device)
+    _fit_ramp(plane, config, steps)
+    seeds = GrowthOptimizer((), config, assembly.part_config(config, "optimizer", OptimizerConfig), others=[optimizer])
+    return assembly.build_tolaria(
+        config, registry, plane, outputs, emit, steps=steps, decisions=decisions, optimizer=seeds
+    )
+
+
+def move(batch: Batch, device: str) -> Batch:
+    """The batch on a device."""
+    inputs = batch.inputs
+    moved: Inputs = (
+        inputs.to(device, non_blocking=True)
+        if isinstance(inputs, Tensor)
+        else {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+    )
+    return Batch(moved, batch.targets.to(device, non_blocking=True))
+
+
+def _device_of(model: nn.Module) -> str:
+    return str(next((p.device for p in model.parameters()), torch.device("cpu")))
+
+
+def _fit_ramp(plane: Plane, config: RunConfig, steps: int) -> None:
+    plane.ramp_steps = max(1, round(assembly.part_config(config, "plane", assembly.PlaneConfig).ramp * steps))
+
+
+def _ground(
+    model: nn.Module, loader: Iterable[Any], convert: ToBatch, points: Sequence[str] | None, config: RunConfig,
+    registry: Registry, device: torch.device,
+) -> tuple[Plane, int, Batch]:  # fmt: skip
+    """A plane over the model, the size of its logits, and the batch by which it was measured."""
+    first = next(iter(loader), None)
+    if first is None:
+        raise BadOption("the loader is empty", "at least one batch")
+    sample = move(convert(first), str(device))
+    host = host_from_module(model, points, example=assembly.head(sample.inputs, 2))
+    training = model.training
+    model.eval()
+    one = assembly.head(sample.inputs)
+    with torch.no_grad():
+        outputs = int(host.forward_with_slots(one).shape[-1])
+    flops = count_flops(lambda: host.forward_with_slots(one))
+    model.train(training)
+    return assembly.build_plane(config, registry, host, host_flops=flops, total_steps=1), outputs, sample

@@ -1,0 +1,231 @@
+"""One optimizer for host and seeds: growth adds groups and takes them away, and touches nobody else's moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.plane import Plane, StageChange
+from esper_core.leyline.errors import UntrackedParameter
+from esper_core.tolaria.config import RunConfig
+
+
+@attrs.frozen
+class OptimizerConfig:
+    """Options `optimizer.NAME` of a run."""
+
+    momentum: float = attrs.field(
+        default=0.9, metadata={"help": "momentum of sgd; beta1 of adamw", "minimum": 0.0, "maximum": 1.0}
+    )
+    beta2: float = attrs.field(default=0.999, metadata={"help": "beta2 of adamw", "minimum": 0.0, "maximum": 1.0})
+    seed_warmup: int = attrs.field(
+        default=10, metadata={"help": "optimizer steps over which a new seed's learning rate rises", "minimum": 0}
+    )
+    fused: bool = attrs.field(default=True, metadata={"help": "one kernel for a group, where the device has it"})
+
+
+@attrs.define
+class SeedGroup:
+    """A seed's place in the optimizer. `age` counts its optimizer steps; `group` is torch's own param group."""
+
+    group: dict[str, Any]
+    age: int = 0
+
+
+class GrowthOptimizer:
+    """Updates the host's parameters and every live seed's.
+
+    The host's group is made once and never rebuilt. A seed has a group of its own, with its own learning rate factor
+    and warm-up; it is dropped with exactly its own state. A plane that is followed keeps this in step by itself.
+
+    Args:
+        host_parameters: what requires gradients in the host; empty if another optimizer updates the host.
+        config: learning rate, weight decay, kind and seed factor.
+        options: see `OptimizerConfig`.
+        others: optimizers of the caller's own, which hold the host's parameters; they are never stepped here, but
+            their state is saved and restored with the rest.
+    """
+
+    def __init__(
+        self,
+        host_parameters: Iterable[nn.Parameter],
+        config: RunConfig,
+        options: OptimizerConfig = OptimizerConfig(),
+        others: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
+        self.config, self.options, self.others = config, options, tuple(others)
+        self.seeds: dict[str, SeedGroup] = {}
+        self.host_group: dict[str, Any] | None = None
+        self.torch: torch.optim.Optimizer | None = None
+        host = [p for p in host_parameters if p.requires_grad]
+        if host:
+            self.host_group = self._add(host)
+
+    def follow(self, plane: Plane) -> None:
+        """Track what lives on `plane`, now and from now on."""
+        plane.on_change(self.heed)
+        self.sync(plane)
+
+    def heed(self, change: StageChange) -> None:
+        """Take up the parameters that a change brought to life, and drop those that it removed."""
+        gone = {id(p) for p in change.removed}
+        for path, seed in list(self.seeds.items()):
+            left = [p for p in seed.group["params"] if id(p) not in gone]
+            if len(left) < len(seed.group["params"]):
+                self._forget(p for p in seed.group["params"] if id(p) in gone)
+                seed.group["params"] = left
+                if not left and not change.added:
+                    self._remove(path)
+        fresh = [p for p in change.added if p.requires_grad]
+        if fresh and change.slot in self.seeds:
+            self.seeds[change.slot].group["params"] += fresh
+        elif fresh:
+            self.seeds[change.slot] = SeedGroup(self._add(fresh))
+
+    def sync(self, plane: Plane) -> None:
+        """Make the groups those of the seeds that live on `plane`, after it was rebuilt; their state is new."""
+        for path in list(self.seeds):
+            self._remove(path)
+        for path, parameters in plane.seed_groups().items():
+            trainable = [p for p in parameters if p.requires_grad]
+            if trainable:
+                self.seeds[path] = SeedGroup(self._add(trainable))
+
+    def check(self, plane: Plane) -> None:
+        """Make sure that every live parameter is updated by someone.
+
+        Raises:
+            UntrackedParameter: one is not.
+        """
+        optimizers = [*([self.torch] if self.torch else []), *self.others]
+        tracked = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        for owner, module in (("host", plane.host.module), ("plane", plane.module)):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and id(parameter) not in tracked:
+                    raise UntrackedParameter(
+                        f"{owner} parameter {name} trains but no optimizer updates it",
+                        "every live parameter in one param group",
+                        "GrowthOptimizer.follow(plane) before the plane changes",
+                    )
+
+    @property
+    def learning_rate(self) -> float:
+        """The host's, now: that of its own group, or of the caller's first."""
+        groups = [self.host_group] if self.host_group else [g for other in self.others for g in other.param_groups]
+        return float(groups[0]["lr"]) if groups else self.config.learning_rate
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        if self.torch is not None:
+            self.torch.zero_grad(set_to_none=True)
+
+    def step(self, learning_rate: float, stepper: Callable[[torch.optim.Optimizer], object] | None = None) -> None:
+        """Update every parameter once.
+
+        Args:
+            learning_rate: of the host, now; a seed's is that times its factor and warm-up.
+            stepper: called instead of `optimizer.step()`, for gradient scaling.
+        """
+        if self.torch is None:
+            return
+        if self.host_group is not None:
+            self.host_group["lr"] = learning_rate
+        for seed in self.seeds.values():
+            seed.age += 1
+            warmth = min(1.0, seed.age / max(1, self.options.seed_warmup))
+            seed.group["lr"] = learning_rate * self.config.seed_learning_rate_factor * warmth
+        if self.config.clip > 0:
+            for group in self.torch.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], self.config.clip)  # apart, so that no seed throttles the host
+        if stepper is None:
+            self.torch.step()
+        else:
+            stepper(self.torch)
+
+    def named_state(self) -> dict[str, Tensor]:
+        """The live state tensors: `host.INDEX.KEY`, `seed.PATH.INDEX.KEY` and `other.N.M.INDEX.KEY`."""
+        return {
+            f"{name}.{index}.{key}": value
+            for name, group, owner in self._groups()
+            for index, parameter in enumerate(group["params"])
+            for key, value in sorted(owner.state.get(parameter, {}).items())
+            if isinstance(value, Tensor)
+        }
+
+    def load_named_state(self, tensors: Mapping[str, Tensor], ages: Mapping[str, int]) -> None:
+        """Continue from `named_state()` and `ages()`, after `sync` has made the same groups."""
+        wanted: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            place, _, key = name.rpartition(".")
+            wanted.setdefault(place, {})[key] = tensor
+        for name, group, owner in self._groups():
+            for index, parameter in enumerate(group["params"]):
+                _load_state(owner, parameter, wanted.get(f"{name}.{index}", {}))
+        for path, seed in self.seeds.items():
+            seed.age = ages.get(path, 0)
+
+    def ages(self) -> dict[str, int]:
+        """Optimizer steps of each seed, by path."""
+        return {path: seed.age for path, seed in self.seeds.items()}
+
+    def _groups(self) -> Iterator[tuple[str, dict[str, Any], torch.optim.Optimizer]]:
+        """Name, param group and owner of everything that is updated; seeds by path."""
+        if self.torch is not None:
+            if self.host_group is not None:
+                yield "host", self.host_group, self.torch
+            for path in sorted(self.seeds):
+                yield f"seed.{path}", self.seeds[path].group, self.torch
+        for n, owner in enumerate(self.others):
+            for m, group in enumerate(owner.param_groups):
+                yield f"other.{n}.{m}", group, owner
+
+    def _add(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+        if self.torch is None:
+            self.torch = self._build(parameters)
+        else:
+            self.torch.add_param_group({"params": list(parameters)})
+        return self.torch.param_groups[-1]
+
+    def _build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        config, options = self.config, self.options
+        fused = options.fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        shared: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+            "fused": fused or None,
+        }
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(list(parameters), momentum=options.momentum, **shared)
+        return torch.optim.AdamW(list(parameters), betas=(options.momentum, options.beta2), **shared)
+
+    def _remove(self, path: str) -> None:
+        group = self.seeds.pop(path).group
+        self._forget(group["params"])
+        assert self.torch is not None
+        self.torch.param_groups[:] = [g for g in self.torch.param_groups if g is not group]
+        if not self.torch.param_groups:
+            self.torch = None
+
+    def _forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        assert self.torch is not None
+        for parameter in parameters:
+            self.torch.state.pop(parameter, None)
+
+
+def _load_state(owner: torch.optim.Optimizer, parameter: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
+    """Give one parameter its saved optimizer state, in the memory format and on the device where torch keeps it."""
+    if not saved:
+        owner.state.pop(parameter, None)
+        return
+    state: dict[str, Tensor] = owner.state[parameter]
+    for key, tensor in saved.items():
+        if key not in state:
+            moment = tensor.shape == parameter.shape and tensor.dim() > 0
+            # a step count lives on the CPU, unless one kernel updates a whole group
+            device = parameter.device if moment or owner.defaults.get("fused") else tensor.device
+            state[key] = torch.empty_like(parameter) if moment else torch.empty_like(tensor, device=device)
+        state[key].copy_(tensor)

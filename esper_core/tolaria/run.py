@@ -1,0 +1,271 @@
+"""Runs from beginning to end: start, resume, evaluate, and plan without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from esper_core.kasmina.counterfactual import measure_counterfactuals
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.errors import BadOption, RunFailed
+from esper_core.leyline.events import Sink
+from esper_core.leyline.host import Batch, TaskProtocol
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.nissa.hub import Hub
+from esper_core.registry import Registry, load_registry
+from esper_core.tolaria import assembly
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.model_file import describe_origin, load_plane
+from esper_core.tolaria.run_folder import RunFolder
+from esper_core.tolaria.trainer import RunResult, Trainer, decisions_per_epoch, steps_per_epoch
+
+Notify = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
+@attrs.define
+class _Ground:
+    """What a run stands on before it has a folder: task, host and plane, on their device."""
+
+    config: RunConfig
+    registry: Registry
+    device: torch.device
+    task: TaskProtocol
+    task_name: str
+    plane: Plane
+
+
+def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Ground:
+    registry = registry or load_registry()
+    assembly.check_settings(config, registry)
+    device = assembly.choose_device(config.device)
+    assembly.make_deterministic(config.seed)
+    task, name = assembly.build_task(config, registry)
+    if not config.task:
+        notify(f"no --task given: {config.host} trains on {name}, its default")
+    host = assembly.build_host(config, registry, task.outputs, task.input_shape)
+    host.module.to(device).train()
+    steps = steps_per_epoch(config, task) * config.epochs
+    flops = assembly.host_flops(host, task, device)
+    plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps)
+    return _Ground(config, registry, device, task, name, plane)
+
+
+def _build_trainer(ground: _Ground, folder: RunFolder | None, sinks: Mapping[str, Sink]) -> Trainer:
+    config, registry, task = ground.config, ground.registry, ground.task
+    found: dict[str, Sink] = dict(sinks)
+    if folder is not None:
+        for name in dict.fromkeys(("jsonl", *config.sinks)):
+            found[name] = registry.build(
+                "sink", name, folder.path, options=assembly.options_for(config, registry, "sink", name)
+            )
+    hub = Hub(found, registry)
+    steps = steps_per_epoch(config, task)
+    tolaria = assembly.build_tolaria(
+        config, registry, ground.plane, task.outputs, hub.emit,
+        steps=steps * config.epochs, decisions=decisions_per_epoch(config, steps) * config.epochs,
+    )  # fmt: skip
+    about = describe_origin(attrs.evolve(config, task=ground.task_name), task)
+    return Trainer(config, tolaria, task, hub, folder, device=ground.device, about=about)
+
+
+def start_run(
+    config: RunConfig,
+    sinks: Mapping[str, Sink] | None = None,
+    *,
+    registry: Registry | None = None,
+    notify: Notify = _silent,
+    keep: bool = True,
+) -> RunResult:
+    """Train from the beginning.
+
+    Args:
+        sinks: further places for events, by name, such as the live view; closed at the end.
+        notify: told what the user should know before training, such as a task that was chosen for them.
+        keep: whether the run gets a folder.
+
+    Raises:
+        EsperError: something in the configuration cannot be used; nothing was trained.
+        RunFailed: the run could not go on; its last good model was saved.
+    """
+    ground = _lay(config, registry, notify)
+    folder = RunFolder.create(config, ground.task_name, ground.registry) if keep else None
+    if folder is not None:
+        notify(f"run folder: {folder.path}")
+    return _run(_build_trainer(ground, folder, sinks or {}), folder)
+
+
+def resume_run(
+    path: str | Path,
+    sinks: Mapping[str, Sink] | None = None,
+    *,
+    registry: Registry | None = None,
+    notify: Notify = _silent,
+) -> RunResult:
+    """Go on with a run from its newest whole checkpoint, bit for bit as if it had not stopped.
+
+    Raises:
+        BadFile: there is no run at `path`, another process trains it, or it cannot be read.
+        BadOption: the run is complete.
+    """
+    folder, config, about = RunFolder.open(path)
+    if folder.result().get("status") == "finished":
+        raise BadOption(f"{folder.path} is complete", "a run that was interrupted", f"esper report {folder.path}")
+    folder.hold()
+    threads, version = about.get("threads"), about.get("versions", {}).get("torch")
+    if isinstance(threads, int) and 0 < threads <= 4096 and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)  # another number would add in another order
+    if version != torch.__version__:
+        notify(
+            f"the run began with torch {version}; with {torch.__version__} it may go on differently in the last bits"
+        )
+    ground = _lay(config, registry, notify)
+    trainer = _build_trainer(ground, folder, sinks or {})
+    found = folder.checkpoints.newest(notify)
+    if found is None:
+        notify("no checkpoint yet: starting from the beginning")
+        trainer.hub.rewind({})
+        assembly.make_deterministic(config.seed)
+    else:
+        trainer.load(*found)
+        notify(f"resumed at step {trainer.tolaria.clock.step} of {trainer.total_steps}")
+    folder.checkpoints.forget_after(trainer.tolaria.clock.step)
+    folder.forget_result()
+    return _run(trainer, folder)
+
+
+def _run(trainer: Trainer, folder: RunFolder | None) -> RunResult:
+    try:
+        return trainer.run()
+    except RunFailed as error:
+        error.folder = folder.path if folder is not None else None
+        raise
+    finally:
+        trainer.hub.close()
+        if folder is not None:
+            folder.release()
+
+
+@attrs.frozen
+class Evaluation:
+    """Loss (nats) and accuracy (share of 1) of a saved model on one split."""
+
+    split: str
+    loss: float
+    accuracy: float
+    examples: int
+
+
+def eval_run(
+    path: str | Path, *, split: str = "test", registry: Registry | None = None, device: str = "auto"
+) -> Evaluation:
+    """Evaluate the grown model of a run.
+
+    Args:
+        path: a run's folder or a model file.
+        split: `train`, `validation` or `test`.
+
+    Raises:
+        BadFile, BadOption: no such model or split.
+    """
+    if split not in ("train", "validation", "test"):
+        raise BadOption(f"split {split!r}", "train, validation or test", "--split test")
+    registry = registry or load_registry()
+    plane, header = load_plane(path, registry)
+    config = RunConfig.from_mapping(header["config"])
+    task, _ = assembly.build_task(config, registry)
+    chosen = assembly.choose_device(device)
+    plane.host.module.to(chosen).eval()
+    plane.module.to(chosen)
+    batches = getattr(task, split).batches(config.batch_size, device=str(chosen))
+    measured = measure_counterfactuals(plane, batches, paths=[], count_cost=False)
+    return Evaluation(split, measured.loss, measured.accuracy, measured.examples)
+
+
+@attrs.frozen
+class Plan:
+    """What a run would be. FLOPs are of one example's forward pass; bytes are estimates for training.
+
+    Attributes:
+        points: where seeds may grow. budgets: parameters and FLOPs that all seeds together may have.
+        memory: bytes by use.
+    """
+
+    config: RunConfig
+    task: str
+    outputs: int
+    device: str
+    host_params: int
+    host_flops: int
+    points: tuple[InjectionSpec, ...]
+    params_budget: int | None
+    flops_budget: int | None
+    blueprints: tuple[str, ...]
+    steps: int
+    decisions: int
+    memory: Mapping[str, int]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON-compatible data."""
+        plain = {f.name: getattr(self, f.name) for f in attrs.fields(Plan)}
+        points = [{**attrs.asdict(p), "tags": sorted(p.tags)} for p in self.points]
+        return {**plain, "config": self.config.to_mapping(), "points": points, "memory": dict(self.memory)}
+
+
+def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Notify = _silent) -> Plan:
+    """Resolve a configuration without training and without a folder."""
+    ground = _lay(config, registry, notify)
+    trainer = _build_trainer(ground, None, {})
+    trainer.hub.close()
+    plane, task = ground.plane, ground.task
+    return Plan(
+        config=attrs.evolve(config, task=ground.task_name),
+        task=task.name,
+        outputs=task.outputs,
+        device=str(ground.device),
+        host_params=plane.host_params,
+        host_flops=plane.host_flops,
+        points=tuple(slot.spec for slot in plane.slots.values()),
+        params_budget=plane.limits.params,
+        flops_budget=plane.limits.flops,
+        blueprints=tuple(plane.candidates),
+        steps=trainer.total_steps,
+        decisions=trainer.tolaria.decisions,
+        memory=_estimate_memory(ground),
+    )
+
+
+def _estimate_memory(ground: _Ground) -> dict[str, int]:
+    """Bytes by use: what autograd keeps is measured on one example, the rest is counted."""
+    plane, config = ground.plane, ground.config
+    weights = sum(t.numel() * t.element_size() for t in plane.host.module.state_dict().values())
+    moments = weights * (2 if config.optimizer == "adamw" else 1)
+    seen: dict[int, int] = {}
+    own = {p.data_ptr() for p in plane.host.module.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    batch: Batch = next(iter(ground.task.validation.batches(2, device=str(ground.device))))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(note(t)) or t, lambda t: t):  # type: ignore[func-returns-value]
+        plane.host.forward_with_slots(batch.inputs)
+    activations = sum(seen.values()) * config.batch_size // batch.size
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": moments,
+        "snapshot": weights + moments,
+        "activations": activations,
+        "total": 2 * (weights + moments) + weights + activations,
+    }

@@ -1,0 +1,506 @@
+"""Growth inside a training loop, whoever wrote the loop: what happens after a step, and what happens at a decision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from esper_core.kasmina.churn import measure_churn
+from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
+from esper_core.kasmina.plane import Plane, StageChange
+from esper_core.leyline.actions import Command
+from esper_core.leyline.errors import EsperError, RunFailed
+from esper_core.leyline.events import (
+    Audited,
+    CommandRefused,
+    CounterfactualMeasured,
+    Decided,
+    Event,
+    FaultCaught,
+    GovernorAlarm,
+    RewardMeasured,
+    RolledBack,
+    SlotRead,
+    StageChanged,
+)
+from esper_core.leyline.host import Batch
+from esper_core.leyline.outcome import RewardTerm, StepOutcome
+from esper_core.leyline.stages import STAGES, Op, Stage
+from esper_core.leyline.view import Controller, Interval, RunView
+from esper_core.nissa.sensors import SensorArray
+from esper_core.tolaria.governor import Alarm, Governor
+from esper_core.tolaria.optimizer import GrowthOptimizer
+from esper_core.tolaria.snapshot import Snapshot
+
+
+@attrs.define
+class Clock:
+    """Where a run stands. Steps are optimizer steps; FLOPs are the run's total, probes and isolated seeds included."""
+
+    step: int = 0
+    decision: int = 0
+    total_flops: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    epoch_loss_sum: float = 0.0
+    epoch_loss_count: int = 0
+    history: list[tuple[float | None, float | None, float | None]] = attrs.Factory(list)
+
+
+class Tolaria:
+    """Grows what stands on a plane while someone trains it, under a governor.
+
+    In a loop: `after_backward()`, the optimizer's step, `after_step(loss)`; and now and then `decide(batches)`.
+
+    Args:
+        plane: what grows. optimizer: updates the seeds, and the host if it was given the host's parameters.
+        controller: decides.
+        governor: watches; there is no growth without one.
+        emit: takes every event.
+        decisions: how many decision steps the run will have. epochs: how many epochs.
+        sensors: what the controller's readings come from; None for none.
+        rewards: term and weight by name, for the event log.
+        fossils_every: decisions between counterfactuals of a fossilised seed.
+    """
+
+    def __init__(
+        self,
+        plane: Plane,
+        optimizer: GrowthOptimizer,
+        controller: Controller,
+        governor: Governor,
+        *,
+        emit: Callable[[Event], None] = lambda event: None,
+        decisions: int = 1,
+        epochs: int = 1,
+        controller_name: str = "controller",
+        sensors: SensorArray | None = None,
+        rewards: Mapping[str, tuple[RewardTerm, float]] = MappingProxyType({}),
+        fossils_every: int = 1,
+    ) -> None:
+        self.plane, self.optimizer, self.controller, self.governor = plane, optimizer, controller, governor
+        self.emit, self.decisions, self.epochs, self.controller_name = emit, decisions, epochs, controller_name
+        self.sensors, self.rewards = sensors, rewards
+        self.fossils_every = max(1, fossils_every)
+        self.clock, self.snapshot = Clock(), Snapshot()
+        self.batches: Iterable[Batch] = ()
+        self._deaths, self._churn = 0, dict[str, float]()
+        self._flops_each: float | None = None  # a training step's for one example; None once the structure changed
+        self._probe_flops: dict[object, float] = {}
+        parameter = next(iter(plane.host.module.parameters()))
+        self._losses = torch.zeros(governor.config.check_every, device=parameter.device)
+        self._waiting = 0
+        plane.on_change(self._tell)
+        optimizer.follow(plane)
+        optimizer.check(plane)
+        if sensors is not None:
+            sensors.attach()
+        self._teach(controller)
+
+    # --- In the loop ---
+
+    def after_backward(self, loss_scale: float | Tensor = 1.0) -> None:
+        """Let the sensors see the gradients."""
+        if self.sensors is not None:
+            self.sensors.after_backward(loss_scale)
+
+    def step(self, loss: Tensor, examples: int) -> None:
+        """Everything that belongs to one batch, where the caller's own optimizer updates the host.
+
+        Call it between the optimizer's `step()` and `zero_grad()`. Arguments and errors are `after_step`'s.
+        """
+        self.after_backward()
+        self.optimizer.step(self.optimizer.learning_rate)
+        self.optimizer.zero_grad()
+        self.after_step(loss, examples)
+
+    def due(self, steps: int) -> bool:
+        """Whether it is time for a decision step, in a run of that many optimizer steps."""
+        return self.clock.step >= round((self.clock.decision + 1) * steps / self.decisions)
+
+    def after_step(self, loss: Tensor, examples: int) -> None:
+        """Account for one optimizer step. Waits for the device only every `governor.check_every` steps.
+
+        Args:
+            loss: the batch's mean loss, 0-dim, on the device.
+            examples: in the batch.
+
+        Raises:
+            RunFailed: beyond rescue; the model is back in its last good state.
+        """
+        if self.sensors is not None:
+            self.sensors.after_step()
+        self.clock.step += 1
+        if self._flops_each is None:
+            self._flops_each = 3.0 * (self.plane.ledger.host_flops + self.plane.ledger.seed_flops)
+        self.clock.total_flops += examples * self._flops_each
+        self._losses[self._waiting].copy_(loss.detach())
+        self._waiting += 1
+        changes = self.plane.step()
+        if changes:
+            self.optimizer.check(self.plane)
+        if self.clock.step % self.governor.config.check_every == 0 or self._waiting == len(self._losses):
+            alarm = self._drain()
+            if alarm is not None:
+                self._roll_back(alarm)
+            elif self.clock.step - self.snapshot.step >= self.governor.config.snapshot_every:
+                self.keep()
+
+    def decide(self, batches: Iterable[Batch], epoch: float) -> Measurement:
+        """One decision step: measure, ask the controller, and do what it says as far as it is legal.
+
+        Args:
+            batches: validation batches; read at least once.
+            epoch: epochs done, with fractions.
+
+        Raises:
+            RunFailed: beyond rescue; the model is back in its last good state.
+        """
+        self.batches = batches
+        alarm = self._drain()
+        if self.snapshot.step < 0:
+            self.keep()
+        self._read_sensors()
+        measured = self._measure(batches)
+        alarm = alarm or self.governor.observe_validation(measured.loss) or self._find_sick()
+        commands: list[Command] = []
+        view = None
+        if alarm is not None:
+            self._roll_back(alarm)
+        else:
+            self.plane.decide()
+            self.keep()
+            view = self.view(measured, epoch)
+            for command in self.controller.decide(view):
+                if self.obey(command):
+                    commands.append(command)
+        self.optimizer.check(self.plane)
+        self._finish_decision(measured, commands, view)
+        return measured
+
+    def obey(self, command: Command) -> bool:
+        """Carry out one command; a refusal is told and changes nothing."""
+        if command.op is Op.WAIT:
+            return False
+        try:
+            left = self.governor.embargo_left(command.op, command.slot)
+            if left:
+                raise EsperError(f"{command.op} at {command.slot} is under the governor's embargo for {left} decisions")
+            self.plane.apply(command)
+        except EsperError as error:
+            self._tell_refusal(command, str(error))
+            return False
+        self.governor.note(command, self.clock.step)
+        return True
+
+    def cull_faulty(self, path: str, error: BaseException) -> None:
+        """Remove the seed at `path`, which raised, and go on without it."""
+        told = f"{type(error).__name__}: {error}"
+        self.emit(
+            FaultCaught(step=self.clock.step, where=f"seed {path}", error=told[:500], action="the seed was culled")
+        )
+        self.uproot(path, "it raised")
+
+    def uproot(self, path: str, reason: str) -> None:
+        """Remove a seed now, whatever its stage, and keep its slot empty for a while."""
+        stage = self.plane.growths[path].stage
+        if not STAGES[stage].occupied:
+            return
+        if stage is Stage.FOSSILIZED:  # only an audit may wither it, and this is one
+            self.plane.apply(Command(Op.WITHER, path, source="emrakul", reason=reason), gated=False)
+        elif stage not in (Stage.GERMINATED, Stage.TRAINING, Stage.WITHERING):
+            self.plane.wither(path, source="governor", reason=reason)
+        self.plane.cull(path, gated=False, source="governor", reason=reason)
+        self.plane.embargo(path, self.governor.config.embargo)
+        self.optimizer.check(self.plane)
+
+    def keep(self) -> None:
+        """Take a snapshot, if the state is worth one."""
+        if self.governor.calm() and self._is_finite():
+            self.snapshot.take(self.plane, self.optimizer, self.clock.step)
+
+    # --- What the controller is told ---
+
+    def view(self, measured: Measurement, epoch: float) -> RunView:
+        """The run as a controller sees it, given the latest reading of the validation split."""
+        plane, ledger, clock = self.plane, self.plane.ledger, self.clock
+        slots = []
+        for slot in plane.views():
+            barred = {op for op in slot.legal if self.governor.embargo_left(op, slot.path)}
+            slots.append(attrs.evolve(slot, legal=slot.legal - barred) if barred else slot)
+        limits = plane.limits
+        rate = self.optimizer.learning_rate
+        return RunView(
+            decision=clock.decision,
+            decisions=self.decisions,
+            epoch=epoch,
+            epochs=self.epochs,
+            train_loss=self._train_loss(),
+            validation_loss=measured.loss,
+            validation_accuracy=measured.accuracy,
+            history=tuple(clock.history),
+            host_params=ledger.host_params,
+            host_flops=ledger.host_flops,
+            seed_params=ledger.seed_params,
+            seed_flops=ledger.seed_flops,
+            params_left=None if limits.params is None else limits.params - ledger.seed_params,
+            flops_left=None if limits.flops is None else limits.flops - ledger.seed_flops,
+            rent=plane.rent,
+            learning_rate=rate / max(self.optimizer.config.learning_rate, 1e-30),
+            governor=self.status,
+            rollbacks=self.governor.rollbacks,
+            slots=tuple(slots),
+            blends=tuple(plane.blends),
+        )
+
+    @property
+    def status(self) -> str:
+        """The governor's word on the run: `calm`, `watching` or `recovering`."""
+        return self.governor.status(growth.stage for growth in self.plane.growths.values())
+
+    # --- Inside a decision ---
+
+    def _train_loss(self) -> float | None:
+        return self.clock.loss_sum / self.clock.loss_count if self.clock.loss_count else None
+
+    def _drain(self) -> Alarm | None:
+        """Fetch the waiting losses from the device and show them to the governor."""
+        if not self._waiting:
+            return None
+        values = self._losses[: self._waiting].tolist()
+        self._waiting = 0
+        self.clock.loss_sum += math.fsum(values)
+        self.clock.loss_count += len(values)
+        self.clock.epoch_loss_sum += math.fsum(values)
+        self.clock.epoch_loss_count += len(values)
+        return self.governor.observe(values, self.clock.step)
+
+    def _read_sensors(self) -> None:
+        if self.sensors is None:
+            return
+        for path, readings in self.sensors.read().items():
+            growth = self.plane.growths[path]
+            self.plane.record(path, readings=readings)
+            self.emit(
+                SlotRead(
+                    step=self.clock.step, slot=path, stage=growth.stage.value, alpha=growth.alpha, readings=readings
+                )
+            )
+
+    def _measure(self, batches: Iterable[Batch]) -> Measurement:
+        """Validation figures and counterfactuals; FLOPs are counted once for each structure."""
+        growths, decision = self.plane.growths, self.clock.decision
+        fossils_due = decision % self.fossils_every == 0 or decision + 1 >= self.decisions
+        live = self.plane.contributing()
+        paths = [path for path in live if fossils_due or growths[path].stage is not Stage.FOSSILIZED]
+        key = (tuple((path, growths[path].births) for path in live), tuple(paths))
+        measured = measure_counterfactuals(self.plane, batches, paths=paths, count_cost=key not in self._probe_flops)
+        each = self._probe_flops.setdefault(key, measured.flops / measured.examples)
+        self.clock.total_flops += each * measured.examples
+        for path, worth in measured.worth.items():
+            self.plane.record(path, loss=worth.loss, accuracy=worth.accuracy)
+            self.emit(
+                CounterfactualMeasured(
+                    step=self.clock.step,
+                    slot=path,
+                    loss_mean=worth.loss.mean,
+                    loss_low=worth.loss.low,
+                    loss_high=worth.loss.high,
+                    accuracy_mean=worth.accuracy.mean,
+                    accuracy_low=worth.accuracy.low,
+                    accuracy_high=worth.accuracy.high,
+                    examples=worth.loss.count,
+                    rent=self.plane.rent_of(path),
+                )
+            )
+        return measured
+
+    def _find_sick(self) -> Alarm | None:
+        """Cull isolated seeds that are not finite; the host or a seed that contributes is an alarm."""
+        sick = self._not_finite()
+        isolated = [path for path in sick if path and STAGES[self.plane.growths[path].stage].isolated]
+        for path in isolated:
+            self.uproot(path, "its parameters are not finite")
+        return Alarm("parameters are not finite", math.nan, math.inf) if len(sick) > len(isolated) else None
+
+    def _finish_decision(self, measured: Measurement, commands: Sequence[Command], view: RunView | None) -> None:
+        clock = self.clock
+        clock.history.append((self._train_loss(), measured.loss, measured.accuracy))
+        self.emit(
+            Decided(
+                step=clock.step,
+                decision=clock.decision,
+                controller=self.controller_name,
+                train_loss=self._train_loss(),
+                validation_loss=measured.loss,
+                validation_accuracy=measured.accuracy,
+                commands=[{k: str(v) for k, v in attrs.asdict(command).items()} for command in commands],
+                governor=self.status if view is None else view.governor,
+            )
+        )
+        if self.rewards:
+            self._tell_reward()
+        clock.decision += 1
+        clock.loss_sum, clock.loss_count = 0.0, 0
+        self.governor.decided()
+
+    # --- Catastrophes ---
+
+    def _roll_back(self, alarm: Alarm) -> None:
+        plane, governor, snapshot, step = self.plane, self.governor, self.snapshot, self.clock.step
+        self.emit(GovernorAlarm(step=step, cause=alarm.cause, value=alarm.value, limit=alarm.limit))
+        before = {path: (g.stage, g.births, g.blueprint, g.blend) for path, g in plane.growths.items()}
+        guilty = governor.blame(snapshot.step, {path: stage for path, (stage, *_) in before.items()})
+        snapshot.restore(plane, self.optimizer)
+        self._flops_each = None
+        governor.roll_back(step, snapshot.step, guilty)
+        if self.sensors is not None:
+            self.sensors.clear()
+        after = snapshot.plain["structure"]
+        born = {entry["path"]: entry["births"] for entry in after if STAGES[Stage(entry["stage"])].occupied}
+        lost = [p for p, (stage, births, *_) in before.items() if STAGES[stage].occupied and born.get(p) != births]
+        self._deaths += 1
+        penalty = governor.config.penalty
+        self.emit(RolledBack(step=step, to_step=snapshot.step, lost=lost, guilty=guilty, penalty=penalty))
+        for path, (stage, _, blueprint, blend) in before.items():
+            now = plane.growths[path].stage if path in plane.growths else Stage.DORMANT
+            if now is not stage:
+                told = Command(Op.WAIT, path, source="governor", reason=f"rolled back to step {snapshot.step}")
+                self._tell(StageChange(path, stage, now, told, blueprint, blend))
+        if governor.beyond_rescue:
+            raise RunFailed(
+                f"the run is beyond rescue after {governor.strikes} rollbacks in a row ({alarm.cause})",
+                "a loss that stays finite",
+                "a lower --learning-rate",
+            )
+        if guilty is not None and guilty["slot"] in plane.growths:
+            slot = guilty["slot"]
+            plane.embargo(slot, governor.config.embargo)
+            entering = plane.growths[slot].stage in (Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY)
+            if entering or governor.offences[slot] > 1:
+                self.uproot(slot, f"guilty of: {alarm.cause}")
+
+    def _is_finite(self) -> bool:
+        return all(path and STAGES[self.plane.growths[path].stage].isolated for path in self._not_finite())
+
+    @torch.no_grad()
+    def _not_finite(self) -> list[str]:
+        """Paths of seeds with a parameter that is not finite; the empty path stands for the host."""
+        groups = {"": [p for p in self.plane.host.module.parameters() if p.is_floating_point()]}
+        groups |= {path: parameters for path, parameters in self.plane.seed_groups().items() if parameters}
+        norms = [
+            torch.stack(torch._foreach_norm(tuple(g), ord=1.0)).sum(dtype=torch.float64) for g in groups.values() if g
+        ]
+        finite = torch.stack(norms).isfinite().tolist()
+        return [path for path, fine in zip([p for p, g in groups.items() if g], finite, strict=True) if not fine]
+
+    # --- What is told ---
+
+    def _teach(self, controller: object) -> None:
+        """Give an auditor around the controller what only the loop can measure."""
+        while controller is not None:
+            if getattr(controller, "measure", self) is None:
+                controller.measure = self._churn_of  # type: ignore[attr-defined]
+            if getattr(controller, "report", self) is None:
+                controller.report = self._tell_audit  # type: ignore[attr-defined]
+            controller = getattr(controller, "inner", None)
+
+    def _churn_of(self, path: str) -> Interval:
+        """Validation loss without the withered seed at `path` minus with it at full alpha."""
+        measured = measure_churn(self.plane, self.batches, path)
+        self.clock.total_flops += measured.flops
+        self._churn[path] = measured.worth[path].loss.mean
+        return measured.worth[path].loss
+
+    def _tell(self, change: StageChange) -> None:
+        growth = self.plane.growths.get(change.slot)
+        self._flops_each = None
+        self.emit(
+            StageChanged(
+                step=self.clock.step,
+                slot=change.slot,
+                before=change.before.value,
+                after=change.after.value,
+                blueprint=change.blueprint,
+                blend=change.blend,
+                source=change.command.source,
+                reason=change.command.reason,
+                params=growth.params if growth else 0,
+            )
+        )
+
+    def _tell_refusal(self, command: Command, reason: str) -> None:
+        self.emit(
+            CommandRefused(
+                step=self.clock.step, op=command.op.value, slot=command.slot, source=command.source, reason=reason
+            )
+        )
+
+    def _tell_audit(self, verdict: Any) -> None:
+        churn = verdict.churn or Interval(math.nan, math.nan, math.nan, 0)
+        self.emit(
+            Audited(
+                step=self.clock.step,
+                slot=verdict.slot,
+                churn=churn.mean,
+                churn_low=churn.low,
+                churn_high=churn.high,
+                verdict=verdict.verdict.value,
+            )
+        )
+
+    def _tell_reward(self) -> None:
+        """The terms that one run alone can measure; gains over a twin that waits are `esper tamiyo train`'s."""
+        ledger = self.plane.ledger
+        gains = {path: growth.loss.mean for path, growth in self.plane.growths.items() if growth.loss is not None}
+        last = self.clock.decision + 1 >= self.decisions
+        outcome = StepOutcome(
+            None, None, None, None, gains, ledger.excess_params_ratio, ledger.excess_flops_ratio,
+            self._churn, self._deaths, last,
+        )  # fmt: skip
+        terms = {name: term(outcome) for name, (term, _) in self.rewards.items()}
+        terms = {name: value for name, value in terms.items() if not math.isnan(value)}
+        weights = {name: self.rewards[name][1] for name in terms}
+        total = math.fsum(weights[name] * value for name, value in terms.items())
+        self.emit(
+            RewardMeasured(
+                step=self.clock.step, decision=self.clock.decision, terms=terms, weights=weights, total=total
+            )
+        )
+        self._deaths, self._churn = 0, {}
+
+    # --- State ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-compatible state of everything here but the tensors."""
+        return {
+            "clock": attrs.asdict(self.clock),
+            "governor": self.governor.state_dict(),
+            "controller": self.controller.state_dict(),
+            "sensors": self.sensors.state_dict() if self.sensors is not None else {},
+            "waiting": self._losses[: self._waiting].tolist(),
+            "deaths": self._deaths,
+            "churn": self._churn,
+            "snapshot": {"plain": self.snapshot.plain, "step": self.snapshot.step},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, after the plane was rebuilt; the snapshot's tensors are loaded apart."""
+        clock = dict(state["clock"])
+        clock["history"] = [tuple(item) for item in clock["history"]]
+        self.clock = Clock(**clock)
+        self.governor.load_state_dict(state["governor"])
+        self.controller.load_state_dict(state["controller"])
+        if self.sensors is not None:
+            self.sensors.load_state_dict(state["sensors"])
+        waiting = [float(value) for value in state["waiting"]]
+        self._waiting = len(waiting)
+        self._losses[: len(waiting)] = torch.tensor(waiting)
+        self._flops_each, self._probe_flops = None, {}
+        self._deaths, self._churn = int(state["deaths"]), dict(state["churn"])

@@ -1,0 +1,513 @@
+"""The training loop, batches first: `for batch in split: trainer.step(batch)`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
+from esper_core.kasmina.scoring import IGNORED, training_loss
+from esper_core.kasmina.tensor_file import expect_well_formed
+from esper_core.leyline.errors import BadOption, EsperError, RunFailed
+from esper_core.leyline.events import EpochEnded, FaultCaught, HostRead, RunEnded, RunStarted
+from esper_core.leyline.host import Batch, TaskProtocol
+from esper_core.leyline.stages import Stage
+from esper_core.nissa.host_sensors import EXAMPLES, read_host
+from esper_core.nissa.hub import Hub
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.faults import without_the_guilty
+from esper_core.tolaria.model_file import save_model
+from esper_core.tolaria.run_folder import RunFolder
+from esper_core.tolaria.schedules import learning_rate_share
+from esper_core.tolaria.session import Tolaria
+from esper_core.tolaria.snapshot import load_random, load_training, random_tensors, training_plain, training_tensors
+
+_LEAST_DECISIONS = 24
+_AFFORDABLE = 0.01
+"""Share of the time that checkpoints may take where nobody asked for a fixed interval."""
+
+
+@attrs.frozen
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        folder: of the run.
+        status: `finished`, `interrupted` (saved; resume it) or `failed` (the last good model was saved).
+        test_loss, test_accuracy: None unless finished. validation_loss, validation_accuracy: the latest.
+        fossilized: paths of the slots that grew for good.
+    """
+
+    folder: Path
+    status: str
+    reason: str
+    steps: int
+    validation_loss: float | None
+    validation_accuracy: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    params: int
+    host_params: int
+    total_flops: float
+    fossilized: tuple[str, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON-compatible data."""
+        return {**attrs.asdict(self), "folder": str(self.folder)}
+
+
+@attrs.define
+class Position:
+    """Where in the data a run stands: `batch` batches of `epoch` were trained on."""
+
+    epoch: int = 0
+    batch: int = 0
+    learning_rate: float = 0.0
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+class Trainer:
+    """Trains what stands on a plane, decides when it is time, saves, and ends as it should.
+
+    Args:
+        tolaria: growth, with plane, optimizer, controller and governor.
+        task: three splits.
+        hub: takes events. folder: where the run lives; None to leave no trace.
+        device: where everything is.
+        about: what a saved model says of its origin.
+        test: whether to read the test split at the end.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tolaria: Tolaria,
+        task: TaskProtocol,
+        hub: Hub,
+        folder: RunFolder | None,
+        *,
+        device: torch.device,
+        about: Mapping[str, Any],
+        test: bool = True,
+    ) -> None:
+        self.config, self.tolaria, self.task, self.hub, self.folder = config, tolaria, task, hub, folder
+        self.device, self.about, self.test, self.position = device, about, test, Position()
+        self.steps_per_epoch = steps_per_epoch(config, task)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        count = decisions_per_epoch(config, self.steps_per_epoch)
+        self._due = {round((i + 1) * self.steps_per_epoch / count) for i in range(count)}
+        self._amp = choose_amp(config.amp, device)
+        self._scaler = torch.amp.GradScaler(device.type) if self._amp is torch.float16 else None
+        self._hits = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self._counts_hits = task.kind == "classification"
+        self._signal = ""
+        self._saved_at, self._save_cost = time.monotonic(), 0.0
+
+    # --- The loop ---
+
+    def run(self) -> RunResult:
+        """Train to the end, or until a signal asks to stop.
+
+        Raises:
+            RunFailed: the run cannot go on; the last good model was saved.
+        """
+        with self._signals():
+            if self.tolaria.clock.step == 0:
+                self._announce()
+            try:
+                while self.position.epoch < self.config.epochs:
+                    if not self._epoch():
+                        return self._interrupted()
+                return self._finish()
+            except RunFailed as error:
+                raise self._fail(error) from error
+            except Exception as error:  # blueprints, tasks and sinks are other people's code: stop cleanly
+                told = f"{type(error).__name__}: {error}"
+                raise self._fail(
+                    RunFailed(f"the run stopped: {told}", "", "esper resume, once it is mended")
+                ) from error
+
+    def _epoch(self) -> bool:
+        """Train the rest of the current epoch; False if a signal asked to stop."""
+        began, first = time.perf_counter(), self.position.batch
+        for batch in self._batches():
+            self.step(batch)
+            self.position.batch += 1
+            last = self.position.batch >= self.steps_per_epoch
+            if self.position.batch in self._due:
+                self.decide()
+            if last:
+                self._end_epoch(began, first)
+            if self._signal:
+                return False
+            self._save_if_due(last)
+            if last:
+                return True
+        if self.position.batch == 0:
+            raise BadOption("the training split gave no batch", "at least one", "a smaller --batch-size")
+        if self.position.batch not in self._due:
+            self.decide()
+        self._end_epoch(began, first)
+        return True
+
+    def _batches(self) -> Iterator[Batch]:
+        position = self.position
+        batches = self.task.train.batches(
+            self.config.batch_size, seed=self.config.seed, epoch=position.epoch, start=position.batch,
+            shuffle=True, device=str(self.device),
+        )  # fmt: skip
+        try:
+            yield from batches
+        except EsperError:
+            raise
+        except Exception as error:
+            self.save()
+            self._fault("task", error, "the run stopped with its state saved")
+            raise RunFailed(
+                f"the training data of {self.task.name} failed: {type(error).__name__}: {error}",
+                "readable data",
+                f"mend it, then esper resume {self.folder.path if self.folder else ''}",
+            ) from error
+
+    def step(self, batch: Batch) -> None:
+        """Train on one batch. Waits for nothing on the device."""
+        tolaria, progress = self.tolaria, self.tolaria.clock.step / self.total_steps
+        share = learning_rate_share(self.config.schedule, progress, self.config.warmup)
+        rate = self.position.learning_rate = self.config.learning_rate * share * tolaria.governor.caution
+        try:
+            loss = self._backward(batch)
+        except Exception as error:  # noqa: BLE001 - a blueprint may raise anything; the run goes on without it
+            path, loss = without_the_guilty(tolaria.plane, lambda: self._again(batch), error)
+            tolaria.cull_faulty(path, error)
+        if self._scaler is None:
+            tolaria.after_backward()
+            tolaria.optimizer.step(rate)
+        else:
+            self._scaled_step(self._scaler, rate)
+        tolaria.optimizer.zero_grad()
+        tolaria.after_step(loss, batch.size)
+
+    def _backward(self, batch: Batch) -> Tensor:
+        with self.autocast():
+            logits = self.tolaria.plane.host.forward_with_slots(batch.inputs)
+            loss = training_loss(logits, batch.targets)
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        if self._counts_hits:
+            with torch.no_grad():
+                hits = (logits.argmax(-1) == batch.targets).sum()
+                self._hits += torch.stack([hits, (batch.targets != IGNORED).sum()])
+        return loss
+
+    def _again(self, batch: Batch) -> Tensor:
+        """The same batch, after a pass that broke off half-way."""
+        self.tolaria.optimizer.zero_grad()
+        return self._backward(batch)
+
+    def _scaled_step(self, scaler: torch.amp.GradScaler, rate: float) -> None:
+        """fp16: an isolated seed that overflows must not stop the host's update, so it loses its own gradient."""
+        for parameters in self.tolaria.plane.seed_groups().values():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    torch.nan_to_num_(parameter.grad, 0.0, 0.0, 0.0)
+        optimizer = self.tolaria.optimizer.torch
+        assert optimizer is not None
+        scaler.unscale_(optimizer)
+        self.tolaria.after_backward()
+        self.tolaria.optimizer.step(rate, scaler.step)
+        scaler.update()
+
+    def decide(self) -> Measurement:
+        """One decision step on the validation split."""
+        plane, position = self.tolaria.plane, self.position
+        batches = _Limited(self.task, self.config, str(self.device))
+        epoch = position.epoch + position.batch / self.steps_per_epoch
+        with self.autocast():
+            try:
+                measured = self.tolaria.decide(batches, epoch)
+            except EsperError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as in `step`
+                first = next(iter(batches))
+                path, _ = without_the_guilty(plane, lambda: self._evaluate(first), error)
+                self.tolaria.cull_faulty(path, error)
+                measured = self.tolaria.decide(batches, epoch)
+        position.validation_loss, position.validation_accuracy = measured.loss, measured.accuracy
+        return measured
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> Tensor:
+        return self.tolaria.plane.host.forward_with_slots(batch.inputs)
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, if this run uses it."""
+        return torch.autocast(self.device.type, dtype=self._amp, enabled=self._amp is not None)
+
+    def _end_epoch(self, began: float, first: int) -> None:
+        position, clock, ledger = self.position, self.tolaria.clock, self.tolaria.plane.ledger
+        hits, seen = self._hits.tolist()
+        self._hits.zero_()
+        self._read_host()
+        assert position.validation_loss is not None and position.validation_accuracy is not None
+        self.hub.emit(
+            EpochEnded(
+                step=clock.step,
+                epoch=position.epoch,
+                train_loss=clock.epoch_loss_sum / max(1, clock.epoch_loss_count),
+                train_accuracy=hits / seen if seen else None,
+                validation_loss=position.validation_loss,
+                validation_accuracy=position.validation_accuracy,
+                learning_rate=position.learning_rate,
+                seed_params=ledger.seed_params,
+                excess_params_ratio=ledger.excess_params_ratio,
+                total_flops=clock.total_flops,
+            )
+        )
+        clock.epoch_loss_sum, clock.epoch_loss_count = 0.0, 0
+        if self.folder is not None:
+            seconds = time.perf_counter() - began
+            line = {"epoch": position.epoch, "step": clock.step, "batches": position.batch - first, "seconds": seconds}
+            with open(self.folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        position.epoch, position.batch = position.epoch + 1, 0
+
+    def _read_host(self) -> None:
+        """Once an epoch, where the host works on sequences: how its attention and its layers stand."""
+        plane, clock = self.tolaria.plane, self.tolaria.clock
+        if not any("sequence" in slot.spec.tags for slot in plane.slots.values()):
+            return
+        batch = next(iter(_Limited(self.task, self.config, str(self.device))))
+        try:
+            with self.autocast():
+                readings = read_host(plane, batch)
+        except Exception:  # noqa: BLE001 - a sensor must not end the run; a seed that raises does so in training too
+            return
+        ledger = plane.ledger
+        clock.total_flops += 3.0 * (ledger.host_flops + ledger.seed_flops) * min(EXAMPLES, batch.size)
+        if readings:
+            self.hub.emit(HostRead(step=clock.step, readings=readings))
+
+    # --- Beginning and end ---
+
+    def _announce(self) -> None:
+        plane, config = self.tolaria.plane, self.config
+        self.hub.emit(
+            RunStarted(
+                step=0,
+                host=config.host,
+                task=self.task.name,
+                controller=config.controller,
+                seed=config.seed,
+                host_params=plane.host_params,
+                host_flops=plane.host_flops,
+                points=[attrs.asdict(slot.spec) for slot in plane.slots.values()],
+                steps=self.total_steps,
+            )
+        )
+
+    def _finish(self) -> RunResult:
+        if not self.test:
+            return self._end("finished", "", None)
+        with self.autocast():
+            batches = self.task.test.batches(self.config.batch_size, device=str(self.device))
+            test = measure_counterfactuals(self.tolaria.plane, batches, paths=[])
+        self.tolaria.clock.total_flops += test.flops
+        return self._end("finished", "", test)
+
+    def _end(self, status: str, reason: str, test: Measurement | None) -> RunResult:
+        """Save the model, then say that the run is over."""
+        if self.folder is not None:
+            save_model(self.tolaria.plane, self.folder.model, self.about)
+        result = self._result(status, reason, test)
+        self.hub.emit(
+            RunEnded(
+                step=result.steps,
+                status=status,
+                reason=reason,
+                test_loss=result.test_loss,
+                test_accuracy=result.test_accuracy,
+                total_flops=result.total_flops,
+                params=result.params,
+                host_params=result.host_params,
+            )
+        )
+        self.hub.flush()
+        if self.folder is not None:
+            self.folder.write_result(result.to_mapping())
+        return result
+
+    def _result(self, status: str, reason: str, test: Measurement | None) -> RunResult:
+        plane, position, clock = self.tolaria.plane, self.position, self.tolaria.clock
+        return RunResult(
+            folder=self.folder.path if self.folder else Path(),
+            status=status,
+            reason=reason,
+            steps=clock.step,
+            validation_loss=position.validation_loss,
+            validation_accuracy=position.validation_accuracy,
+            test_loss=test.loss if test else None,
+            test_accuracy=test.accuracy if test else None,
+            params=plane.host_params + plane.ledger.seed_params,
+            host_params=plane.host_params,
+            total_flops=clock.total_flops,
+            fossilized=tuple(p for p, g in plane.growths.items() if g.stage is Stage.FOSSILIZED),
+        )
+
+    def _interrupted(self) -> RunResult:
+        self.save()
+        return self._result("interrupted", f"{self._signal}: saved at step {self.tolaria.clock.step}", None)
+
+    def _fail(self, error: RunFailed) -> RunFailed:
+        """Record a failure beside the last good model."""
+        try:
+            self._end("failed", str(error), None)
+        except OSError as full:
+            return RunFailed(f"{error}; and the model could not be saved: {full}")
+        where = f"; the last good model is in {self.folder.model}" if self.folder else ""
+        return RunFailed(f"{error.given}{where}", error.expected, error.hint)
+
+    def _fault(self, where: str, error: Exception, action: str) -> None:
+        told = f"{type(error).__name__}: {error}"[:500]
+        self.hub.emit(FaultCaught(step=self.tolaria.clock.step, where=where, error=told, action=action))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let SIGTERM and the first Ctrl-C end the run after the current step; the second Ctrl-C ends it at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self._signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._signal = signal.Signals(number).name
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # only the main thread may
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- Saving ---
+
+    def _save_if_due(self, epoch_ended: bool) -> None:
+        every = self.config.checkpoint_every
+        if every:
+            if self.tolaria.clock.step % every == 0:
+                self.save()
+        elif epoch_ended and _AFFORDABLE * (time.monotonic() - self._saved_at) >= self._save_cost:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint; if that fails, say so and go on with the earlier ones."""
+        if self.folder is None:
+            return
+        began = time.monotonic()
+        self.hub.flush()
+        try:
+            self.folder.checkpoints.save(
+                self.tolaria.clock.step, self._tensors(), self._plain(), self.position.validation_loss
+            )
+        except OSError as error:
+            self._fault("checkpoint", error, "the earlier checkpoints stay; training goes on")
+        self._saved_at = time.monotonic()
+        self._save_cost = self._saved_at - began
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tolaria = self.tolaria
+        return {
+            **training_tensors(tolaria.plane, tolaria.optimizer),
+            **random_tensors(self.device),
+            **tolaria.snapshot.state_tensors(),
+            "trainer.hits": self._hits,
+        }
+
+    def _plain(self) -> dict[str, Any]:
+        return {
+            "training": training_plain(self.tolaria.plane, self.tolaria.optimizer),
+            "tolaria": self.tolaria.state_dict(),
+            "position": attrs.asdict(self.position),
+            "scaler": self._scaler.state_dict() if self._scaler is not None else {},
+            "sinks": self.hub.positions(),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            BadFile: its parts do not belong to this run.
+        """
+        with expect_well_formed("the checkpoint"):
+            load_training(self.tolaria.plane, self.tolaria.optimizer, tensors, plain["training"], "the checkpoint")
+            self.tolaria.load_state_dict(plain["tolaria"])
+            self.tolaria.snapshot.load_state(tensors, plain["tolaria"]["snapshot"], self.tolaria.plane)
+            self.position = Position(**plain["position"])
+            self._hits.copy_(tensors["trainer.hits"])
+            load_random(tensors, self.device)
+            if self._scaler is not None:
+                self._scaler.load_state_dict(plain["scaler"])
+            self.hub.rewind(plain["sinks"])
+
+
+class _Limited:
+    """The validation batches that a decision reads: the same ones each time, up to `decision_examples`."""
+
+    def __init__(self, task: TaskProtocol, config: RunConfig, device: str) -> None:
+        self.task, self.config, self.device = task, config, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen, limit = 0, self.config.decision_examples
+        for batch in self.task.validation.batches(self.config.batch_size, device=self.device):
+            yield batch
+            seen += batch.size
+            if limit and seen >= limit:
+                return
+
+
+def steps_per_epoch(config: RunConfig, task: TaskProtocol) -> int:
+    """Batches in an epoch.
+
+    Raises:
+        BadOption: the training split is a stream of unknown length, and no number was given.
+    """
+    count = task.train.batch_count(config.batch_size)
+    if config.steps_per_epoch:
+        return config.steps_per_epoch if count is None else min(count, config.steps_per_epoch)
+    if count is None:
+        raise BadOption(f"nobody knows how long {task.name} is", "batches in an epoch", "--steps-per-epoch 1000")
+    return max(1, count)
+
+
+def decisions_per_epoch(config: RunConfig, steps: int) -> int:
+    """Decision steps in an epoch of `steps` batches."""
+    wanted = config.decisions_per_epoch or -(-_LEAST_DECISIONS // config.epochs)
+    return min(wanted, steps)
+
+
+def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype, or None for full precision.
+
+    Raises:
+        BadOption: the device does not support it.
+    """
+    if amp == "off" or (amp == "auto" and device.type != "cuda"):
+        return None
+    if device.type == "cuda" and amp in ("auto", "bf16"):
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16
+        if amp == "auto":
+            return None
+        raise BadOption(f"{torch.cuda.get_device_name(device)} has no bf16", "off or fp16", "--amp fp16")
+    if amp == "fp16" and device.type == "cpu":
+        raise BadOption("fp16 needs a GPU", "off or bf16", "--amp off")
+    return torch.bfloat16 if amp == "bf16" else torch.float16

@@ -1,0 +1,1 @@
+"""Large-kernel attention for Esper."""

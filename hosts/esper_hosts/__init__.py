@@ -1,0 +1,1 @@
+"""Hosts that ship with Esper: `cnn`, `timm`, `transformers`."""

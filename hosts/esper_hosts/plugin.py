@@ -1,0 +1,105 @@
+"""Registers the hosts that ship with Esper. Import-light: factories are named, not imported."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from esper_core.leyline.hookspecs import hookimpl
+from esper_core.leyline.options import Option
+from esper_core.leyline.specs import HostSpec
+
+SENSORS: Final = ("host_gradient_norm", "activation_mean", "activation_std")
+"""What Nissa reads at every point of a host."""
+
+_DROPOUT: Final = Option(
+    "dropout", "float", 0.0, "share of the last feature dropped in training", minimum=0, maximum=0.95
+)
+
+
+@hookimpl
+def esper_hosts() -> list[HostSpec]:
+    """Every host of this package."""
+    return [
+        HostSpec(
+            name="cnn",
+            summary="a plain convolutional network for maps and signals, a point behind each block",
+            factory="esper_hosts.cnn:cnn",
+            capabilities={"vision", "signal", "classification"},
+            sensors=SENSORS,
+            options=(
+                Option("widths", "str", "32,64,128", "channels of each block"),
+                Option("convs", "int", 1, "convolutions in a block", minimum=1, maximum=16),
+                Option(
+                    "pool", "str", "max", "how a block halves its map", choices=("max", "average", "stride", "none")
+                ),
+                Option("norm", "str", "batch", "behind each convolution", choices=("batch", "group", "none")),
+                _DROPOUT,
+            ),
+            source="the constitution's network; Simonyan & Zisserman 2014, arXiv:1409.1556",
+        ),
+        HostSpec(
+            name="mlp",
+            summary="a perceptron of several layers, a point behind each",
+            factory="esper_hosts.mlp:mlp",
+            capabilities={"vision", "signal", "classification"},
+            sensors=SENSORS,
+            options=(
+                Option("widths", "str", "64,64", "units of each hidden layer"),
+                Option("norm", "str", "none", "behind each layer", choices=("batch", "layer", "none")),
+                _DROPOUT,
+            ),
+            source="Rumelhart, Hinton & Williams 1986",
+        ),
+        HostSpec(
+            name="timm",
+            summary="any architecture of timm",
+            factory="esper_hosts.timm:timm",
+            argument="resnet18",
+            capabilities={"vision", "classification", "pretrained"},
+            sensors=SENSORS,
+            requires=("timm",),
+            install="esper-core[timm]",
+            options=(
+                Option("pretrained", "bool", False, "start from the published weights, which timm fetches"),
+                Option("img_size", "int", 0, "side to which the model is built; 0: that of its inputs", minimum=0),
+                Option("resize", "str", "auto", "auto: images too small for the model; none; or a side in pixels"),
+                Option("drop_rate", "float", 0.0, "dropout before the classifier", minimum=0, maximum=0.95),
+                Option("drop_path_rate", "float", 0.0, "stochastic depth", minimum=0, maximum=0.95),
+            ),
+            source="Wightman, PyTorch Image Models, doi:10.5281/zenodo.4414861",
+        ),
+        HostSpec(
+            name="transformers",
+            summary="any model of transformers: a folder, a cached model, or a kind with random weights",
+            factory="esper_hosts.transformers:transformers",
+            argument="gpt2",
+            default_task="pydoc",
+            capabilities={"language", "vision", "language-modelling", "classification", "pretrained"},
+            sensors=(*SENSORS, "attention_entropy", "layer_loss"),
+            requires=("transformers",),
+            install="esper-core[transformers]",
+            options=(
+                Option(
+                    "head",
+                    "str",
+                    "auto",
+                    "what the model is for",
+                    choices=("auto", "language-modelling", "classification", "features"),
+                ),
+                _size("layers", "of each stack"),
+                _size("width", "of the residual stream"),
+                _size("heads", "of attention"),
+                _size("context", "positions that the model can tell apart"),
+                Option(
+                    "dropout", "float", -1.0, "everywhere in the model; -1: as configured", minimum=-1, maximum=0.95
+                ),
+                Option("attention", "str", "auto", "implementation", choices=("auto", "eager", "sdpa")),
+                Option("download", "bool", False, "fetch a model that is not cached"),
+            ),
+            source="Wolf et al. 2020, arXiv:1910.03771",
+        ),
+    ]
+
+
+def _size(name: str, what: str) -> Option:
+    return Option(name, "int", 0, f"{what}, for random weights; 0: as configured", minimum=0, maximum=10_000_000)

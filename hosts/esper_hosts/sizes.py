@@ -1,0 +1,17 @@
+"""Reading options that list numbers."""
+
+from __future__ import annotations
+
+from esper_core.leyline.errors import BadOption
+
+
+def widths_of(owner: str, text: str) -> list[int]:
+    """The positive whole numbers in text such as `32,64,128`.
+
+    Raises:
+        BadOption: anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) <= 65_536 for part in parts):
+        raise BadOption(f"{owner}={text!r} cannot be read", "positive whole numbers with commas", f"{owner}=32,64,128")
+    return [int(part) for part in parts]

@@ -1,0 +1,1 @@
+"""Blends, rewards, adapters, tasks and sinks that ship with Esper."""

@@ -1,0 +1,1 @@
+"""Blends that ship with Esper."""

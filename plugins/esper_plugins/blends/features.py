@@ -1,0 +1,32 @@
+"""How combinations meet a feature of any layout, and what makes them exact at alpha 0.
+
+Shapes: `h` is the host's feature and `s` the seed's delta, both NCHW, NHWC or NLD; `alpha` is a 0-dim tensor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Combination(nn.Module, ABC):
+    """Maps (h, s, alpha) to the slot's output; the identity at alpha 0, bit for bit, even when `s` is inf or NaN."""
+
+    @abstractmethod
+    def combine(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        """The output for an alpha above zero; `alpha` has the dtype of `h`."""
+
+    def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        """The output, of the shape and dtype of `h`."""
+        # Selected, not multiplied: 0 · inf is NaN, and -0.0 + 0 is not -0.0.
+        return torch.where(alpha == 0, h, self.combine(h, s, alpha.to(h.dtype)).to(h.dtype))
+
+
+def silenced(s: Tensor, alpha: Tensor) -> Tensor:
+    """`s`, or zeros at alpha 0.
+
+    A learned weight on `s` gets the gradient ⟨g, s⟩; at alpha 0 that would be 0 · inf for a seed that exploded.
+    """
+    return torch.where(alpha == 0, torch.zeros((), dtype=s.dtype, device=s.device), s)

@@ -1,0 +1,1 @@
+"""Sinks that ship with Esper."""

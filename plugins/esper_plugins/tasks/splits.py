@@ -1,0 +1,210 @@
+"""Splits of counted examples: in memory on the device, or loaded ahead of use by a thread."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+
+import attrs
+import torch
+from torch import Tensor
+
+from esper_core.leyline.host import Batch, Split
+from esper_plugins.tasks.augment import Augment
+from esper_plugins.tasks.prefetch import prefetch
+from esper_plugins.tasks.randomness import order
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@attrs.frozen
+class Task:
+    """A finished task (see `leyline.host.TaskProtocol`)."""
+
+    name: str
+    kind: str
+    outputs: int
+    input_shape: tuple[int, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+
+@attrs.frozen
+class Scale:
+    """Turns stored values into floats: (value − mean) / deviation for each channel, in stored units."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Tensor, chunk: int = 4096) -> Scale:
+        """The scale that gives `images` (N, C, …) mean 0 and deviation 1 by channel; flat channels keep 1."""
+        axes = [axis for axis in range(images.dim()) if axis != 1]
+        total = square = torch.zeros(images.shape[1], dtype=torch.float64)
+        count = 0
+        for part in images.split(chunk):
+            values = part.to(torch.float64)
+            total, square = total + values.sum(axes), square + values.square().sum(axes)
+            count += values.numel() // values.shape[1]
+        mean = total / count
+        deviation = (square / count - mean.square()).clamp_min(0).sqrt()
+        return cls(tuple(mean.tolist()), tuple(d if d > 1e-6 else 1.0 for d in deviation.tolist()))
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Float32 values of the same shape (N, C, …)."""
+        factor, shift = self.constants(values.dim(), str(values.device))
+        return (values * factor).add_(shift)
+
+    @cache  # noqa: B019 - a few tensors of a few numbers; building them for each batch would wait for the device
+    def constants(self, dims: int, device: str) -> tuple[Tensor, Tensor]:
+        """Factor and shift, shaped to meet values of `dims` dimensions, on `device`."""
+        shape = (1, -1) + (1,) * (dims - 2)
+        pairs = list(zip(self.mean, self.deviation, strict=True))
+        factor = torch.tensor([1.0 / deviation for _, deviation in pairs], device=device)
+        shift = torch.tensor([-mean / deviation for mean, deviation in pairs], device=device)
+        return factor.view(shape), shift.view(shape)
+
+
+class ExampleSplit(ABC):
+    """Examples with integer targets.
+
+    With `shuffle=True` a split shows its training face: shuffled by (seed, epoch), augmented by (seed, epoch,
+    position). Otherwise examples come in order and as they are.
+
+    Args:
+        targets: int64 (N,).
+        scale: applied to inputs that are one tensor; None leaves them.
+        augment: applied when shuffling; None for none.
+        whole_batches: leave out a last batch that would be short, for training: every batch has one size, and
+            batch statistics never see a lone example. A split smaller than one batch still gives one.
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        *,
+        scale: Scale | None = None,
+        augment: Augment | None = None,
+        whole_batches: bool = False,
+    ) -> None:
+        self.targets, self.scale, self.augment, self.whole_batches = targets, scale, augment, whole_batches
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return len(self.targets)
+
+    def batch_count(self, batch_size: int) -> int:
+        """Batches in one epoch."""
+        full, rest = divmod(self.examples, batch_size)
+        return full if self.whole_batches and full else full + bool(rest)
+
+    @abstractmethod
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        shuffle: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[Batch]:
+        """See `leyline.host.Split`."""
+
+    def _positions(
+        self, batch_size: int, seed: int, epoch: int, start: int, shuffle: bool, device: str
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Indices of each batch with the draws of its augmentation; an epoch's go to `device` at once."""
+        indices = order(self.examples, seed, epoch, shuffle).to(device)
+        draws = self.augment.draw(self.examples, seed, epoch).to(device) if self.augment and shuffle else None
+        for number in range(start, self.batch_count(batch_size)):
+            span = slice(number * batch_size, (number + 1) * batch_size)
+            yield indices[span], None if draws is None else draws[span]
+
+    def _finish(self, inputs: Inputs, targets: Tensor, draws: Tensor | None) -> Batch:
+        if isinstance(inputs, Tensor):
+            if self.augment and draws is not None:
+                inputs = self.augment.apply(inputs, draws.to(inputs.device))
+            if self.scale:
+                inputs = self.scale.apply(inputs)
+        return Batch(inputs, targets)
+
+
+class ResidentSplit(ExampleSplit):
+    """Examples that stay on the device as they are stored; a batch is an index and a batched augmentation.
+
+    Args:
+        inputs: (N, …) in stored form, such as uint8, or a mapping of such tensors.
+    """
+
+    def __init__(self, inputs: Inputs, targets: Tensor, **options: object) -> None:
+        super().__init__(targets, **options)  # type: ignore[arg-type]
+        self.inputs = inputs
+        self._resident: dict[str, tuple[Inputs, Tensor]] = {"cpu": (inputs, targets)}
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        shuffle: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[Batch]:
+        """See `leyline.host.Split`. The first use on a device copies the split there."""
+        device = str(device)
+        if device not in self._resident:
+            self._resident[device] = _to(self.inputs, device), self.targets.to(device)
+        inputs, targets = self._resident[device]
+        for indices, draws in self._positions(batch_size, seed, epoch, start, shuffle, device):
+            yield self._finish(_select(inputs, indices), targets.index_select(0, indices), draws)
+
+
+class StreamedSplit(ExampleSplit):
+    """Examples that do not fit: `load` fetches a batch in a background thread, some batches ahead.
+
+    Gives the same batches, bit for bit, as a `ResidentSplit` of the same examples.
+
+    Args:
+        load: indices (n,) to stored inputs (n, …) on the CPU; runs in the background thread.
+        ahead: batches loaded ahead of use.
+    """
+
+    def __init__(self, load: Callable[[Tensor], Inputs], targets: Tensor, *, ahead: int = 4, **options: object) -> None:
+        super().__init__(targets, **options)  # type: ignore[arg-type]
+        self.load, self.ahead = load, ahead
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        shuffle: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[Batch]:
+        """See `leyline.host.Split`. What `load` raises is raised here, at the batch that it concerns."""
+
+        def loaded() -> Iterator[tuple[Inputs, Tensor, Tensor | None]]:
+            for indices, draws in self._positions(batch_size, seed, epoch, start, shuffle, "cpu"):
+                yield self.load(indices), self.targets.index_select(0, indices), draws
+
+        for inputs, targets, draws in prefetch(loaded, self.ahead):
+            yield self._finish(_to(inputs, str(device)), targets.to(device), draws)
+
+
+def _select(inputs: Inputs, indices: Tensor) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.index_select(0, indices)
+    return {key: value.index_select(0, indices) for key, value in inputs.items()}
+
+
+def _to(inputs: Inputs, device: str) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {key: value.to(device) for key, value in inputs.items()}

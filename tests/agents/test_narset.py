@@ -1,0 +1,114 @@
+"""Narset shares the budget over organs by what they earn, never beyond it, and lets nothing lie idle."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "controllers"))
+from lab import CONV, NORM, Lab
+
+from esper_core.leyline.stages import Op
+from esper_core.leyline.view import Interval, RunView
+from esper_core.narset.organs import OrganConfig, OrganManager, allot
+from esper_core.tamiyo.heuristic import HeuristicController
+
+
+@attrs.define
+class Lattice(Lab):
+    """Slots `organ.index` in organs; the region of a slot is what stands before the dot."""
+
+    def view(self) -> RunView:
+        view = super().view()
+        return attrs.evolve(
+            view, slots=tuple(attrs.evolve(s, spec=attrs.evolve(s.spec, region="")) for s in view.slots)
+        )
+
+
+def lattice(organs: int, slots: int, budget: int | None, good: str = "o0", decisions: int = 60) -> Lattice:
+    needs = {f"o{i}.{j}": 1.0 for i in range(organs) for j in range(slots)}
+    return Lattice(
+        lambda s, b: 0.2 if s.startswith(good + ".") else 0.004,
+        needs,
+        decisions,
+        0.001,
+        budget=budget,
+        blueprints=(CONV,),
+    )
+
+
+def spent(lab: Lab) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for slot in lab.slots:
+        organ = slot.path.split(".")[0]
+        totals[organ] = totals.get(organ, 0) + (slot.blueprint.params if slot.blueprint else 0)
+    return totals
+
+
+def test_an_organ_that_earns_is_given_more() -> None:
+    lab = lattice(3, 2, 600)
+    for slot, gain in zip(lab.slots, (0.3, 0.2, 0.01, 0.02, -0.1, -0.2), strict=True):
+        slot.blueprint, slot.measured = CONV, Interval(gain, gain, gain, 9)
+    organs = allot(lab.view(), OrganConfig(floor=0.3))
+    assert organs["o0"].budget > organs["o1"].budget > organs["o2"].budget
+    assert organs["o2"].budget == pytest.approx(0.1 * 600, abs=1)
+    assert organs["o0"].efficiency == pytest.approx(0.5 / 0.12)
+    assert sum(o.budget for o in organs.values()) <= 600
+
+
+def test_a_lattice_of_sixty_slots_grows_most_where_it_pays() -> None:
+    free = lattice(6, 10, 1800, good="o5").run(HeuristicController(at_once=12))
+    led = lattice(6, 10, 1800, good="o5").run(OrganManager(inner=HeuristicController(at_once=12)))
+    assert spent(led)["o5"] > spent(free)["o5"]
+    assert spent(led)["o5"] == max(spent(led).values())
+
+
+def test_a_budget_that_no_organ_can_use_alone_is_pooled() -> None:
+    lab = lattice(3, 1, 70)
+    organs = allot(lab.view())
+    assert max(o.left for o in organs.values()) >= CONV.params
+    assert sum(o.budget for o in organs.values()) <= 70
+    assert Op.GERMINATE in lab.run(OrganManager(inner=HeuristicController())).ops()
+
+
+def test_a_nested_slot_belongs_to_the_organ_of_its_host_slot() -> None:
+    lab = Lattice(lambda s, b: 0.1, {"o0.0": 1.0, "o0.0/inner.3": 1.0, "o1.0": 1.0}, 9)
+    assert set(allot(lab.view())) == {"o0", "o1"}
+
+
+@given(
+    organs=st.integers(1, 5),
+    slots=st.integers(1, 4),
+    budget=st.one_of(st.none(), st.integers(0, 1500)),
+    gains=st.lists(st.floats(-1, 1), min_size=20, max_size=20),
+    floor=st.floats(0, 1),
+)
+def test_budgets_never_exceed_the_whole_and_commands_never_exceed_budgets(
+    organs: int, slots: int, budget: int | None, gains: list[float], floor: float
+) -> None:
+    lab = lattice(organs, slots, budget, decisions=24)
+    lab.blueprints = (CONV, NORM)
+    table = {slot.path: gains[i] for i, slot in enumerate(lab.slots)}
+    lab.gain = lambda s, b: table[s]
+    config = OrganConfig(floor=floor, total=0.5)
+
+    def build() -> OrganManager:
+        return OrganManager(inner=HeuristicController(), floor=floor, total=0.5)
+
+    manager = build()
+    whole = 500 if budget is None else budget
+    while lab.decision < lab.decisions:
+        view = lab.view()
+        allotted = allot(view, config)
+        assert sum(o.budget for o in allotted.values()) <= whole + 1e-6 or view.seed_params > whole
+        for command in manager.decide(view):
+            lab.apply(command)
+        after = spent(lab)
+        for name, organ in allotted.items():
+            assert after[name] <= max(organ.budget, organ.used)
+        lab.tick()

@@ -1,0 +1,155 @@
+"""The heuristic grows in every run, keeps what earns, drops what does not, and never issues an illegal command."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lab import CONV, NORM, USELESS, Lab
+
+from esper_core.leyline.stages import Op, Stage
+from esper_core.leyline.view import BlueprintView
+from esper_core.tamiyo.heuristic import HeuristicController, Offer, choose, measured_need
+
+NEEDS = {"a": 1.0, "b": 2.0, "c": 0.5}
+
+
+@pytest.mark.parametrize("decisions", [2, 3, 4, 6, 10, 20, 60, 500])
+@pytest.mark.parametrize("noise", [0.001, 5.0])
+def test_it_grows_early_however_short_the_run_and_however_noisy_the_validation(decisions: int, noise: float) -> None:
+    lab = Lab(lambda s, b: 0.2, NEEDS, decisions, noise).run(HeuristicController())
+    first = next(d for d, c in lab.log if c.op is Op.GERMINATE)
+    assert first <= decisions // 2
+    assert first <= 0.15 * decisions
+    if decisions >= 20:
+        assert any(stage is Stage.FOSSILIZED for stage in lab.stages().values())
+
+
+def test_what_earns_is_kept_and_what_does_not_is_withered_and_culled() -> None:
+    lab = Lab(lambda s, b: 0.2 if b == "conv" else 0.0, NEEDS, 60, blueprints=(CONV, USELESS), budget=None)
+    lab.run(HeuristicController())
+    kept = {s.blueprint.name for s in lab.slots if s.stage is Stage.FOSSILIZED and s.blueprint}
+    assert kept == {"conv"}
+    assert all(s.blueprint is None or s.blueprint.name == "conv" for s in lab.slots)
+
+
+def test_a_harmful_seed_never_fossilises_even_if_it_is_all_there_is() -> None:
+    lab = Lab(lambda s, b: -0.1, NEEDS, 60).run(HeuristicController())
+    assert Stage.FOSSILIZED not in lab.stages().values()
+    assert Op.WITHER in lab.ops() and Op.CULL in lab.ops()
+
+
+def test_failures_teach_it_to_stop_growing() -> None:
+    lab = Lab(lambda s, b: -0.5, NEEDS, 200).run(HeuristicController())
+    germinations = [d for d, c in lab.log if c.op is Op.GERMINATE]
+    assert germinations
+    assert max(germinations) < 60
+
+
+def test_a_seed_that_cannot_learn_is_culled_not_waited_for() -> None:
+    lab = Lab(lambda s, b: 0.2, NEEDS, 30, learns=lambda name: False).run(HeuristicController())
+    assert Op.CULL in lab.ops()
+    assert Op.ADVANCE not in lab.ops()
+
+
+def test_need_decides_the_slot_when_the_budget_holds_one_seed() -> None:
+    lab = Lab(lambda s, b: 0.2, NEEDS, 20, blueprints=(CONV,), budget=60).run(HeuristicController())
+    assert next(c.slot for _, c in lab.log) == "b"
+
+
+def test_an_unmeasured_need_is_unknown_not_zero() -> None:
+    needs = {"a": None, "b": float("inf"), "c": 2.0}
+    measured = [measured_need(slot) for slot in Lab(lambda s, b: 0.0, needs, 5).view().slots]
+    assert measured == [None, None, 2.0]
+    lab = Lab(lambda s, b: 0.2, {"a": None, "b": 0.1, "c": 0.2, "d": 0.3}, 20, blueprints=(CONV,), budget=120)
+    lab.run(HeuristicController())
+    assert [c.slot for _, c in lab.log if c.op is Op.GERMINATE] == ["d", "a"]
+
+
+def test_nothing_is_planted_while_the_governor_recovers() -> None:
+    lab = Lab(lambda s, b: 0.2, NEEDS, 20, governor="recovering").run(HeuristicController())
+    assert Op.GERMINATE not in lab.ops()
+
+
+def test_rent_stops_what_cannot_pay() -> None:
+    lab = Lab(lambda s, b: 0.01, NEEDS, 40, rent=4.0).run(HeuristicController())
+    assert all(c.blueprint != CONV.name for _, c in lab.log)
+
+
+@given(
+    decisions=st.integers(2, 40),
+    gains=st.dictionaries(st.sampled_from(["conv", "norm", "useless"]), st.floats(-1, 1), min_size=3, max_size=3),
+    noise=st.floats(0, 2),
+    needs=st.lists(st.one_of(st.none(), st.floats(0, 1e6), st.just(float("inf"))), min_size=1, max_size=6),
+    budget=st.one_of(st.none(), st.integers(0, 300)),
+    ramp=st.integers(1, 8),
+    at_once=st.integers(1, 5),
+)
+def test_every_command_is_legal_and_a_reloaded_heuristic_decides_the_same(
+    decisions: int,
+    gains: dict[str, float],
+    noise: float,
+    needs: list[float | None],
+    budget: int | None,
+    ramp: int,
+    at_once: int,
+) -> None:
+    def build() -> HeuristicController:
+        return HeuristicController(at_once=at_once)
+
+    def lab() -> Lab:
+        named = {f"s{i}": need for i, need in enumerate(needs)}
+        return Lab(
+            lambda s, b: gains[b], named, decisions, noise, blueprints=(CONV, NORM, USELESS), budget=budget, ramp=ramp
+        )
+
+    straight, reloaded = lab().run(build()), lab().run(build(), reload=build)
+    assert straight.log == reloaded.log
+    for decision in range(decisions):
+        alive = {Stage.GERMINATED, Stage.TRAINING}
+        assert sum(d == decision and c.op is Op.GERMINATE for d, c in straight.log) <= at_once, alive
+
+
+def offers_of(lab: Lab, gains: dict[tuple[str, str], float]) -> list[Offer]:
+    return [Offer(s, b, gains[s.path, b.name]) for s in lab.view().slots for b in s.blueprints]
+
+
+BIG = BlueprintView("big", "convolution", frozenset(), 150, 15000)
+FREE = BlueprintView("free", "identity", frozenset(), 0, 10)
+
+
+@given(
+    gains=st.lists(st.floats(-0.1, 1.0), min_size=20, max_size=20),
+    budget=st.one_of(st.none(), st.integers(0, 700)),
+    flops=st.one_of(st.none(), st.integers(0, 60000)),
+    room=st.integers(1, 5),
+)
+def test_choices_keep_to_budgets_and_leave_nothing_worthwhile_that_would_fit(
+    gains: list[float], budget: int | None, flops: int | None, room: int
+) -> None:
+    lab = Lab(lambda s, b: 0.0, {f"s{i}": 1.0 for i in range(5)}, 20, blueprints=(CONV, NORM, BIG, FREE), budget=None)
+    table = {(f"s{i}", b.name): gains[4 * i + j] for i in range(5) for j, b in enumerate(lab.blueprints)}
+    view = attrs.evolve(lab.view(), params_left=budget, flops_left=flops)
+    offers = offers_of(lab, table)
+    chosen = choose(offers, view, room)
+    params, work = (sum(getattr(o.blueprint, key) for o in chosen) for key in ("params", "flops"))
+    assert len({o.slot.path for o in chosen}) == len(chosen) <= room
+    assert budget is None or params <= budget
+    assert flops is None or work <= flops
+    assert all(o.surplus(view.rent, view.host_params) > 0 for o in chosen)
+    for offer in offers if len(chosen) < room else []:
+        free = offer.slot.path not in {o.slot.path for o in chosen}
+        if free and offer.surplus(view.rent, view.host_params) > 0:
+            over = budget is not None and params + offer.blueprint.params > budget
+            assert over or (flops is not None and work + offer.blueprint.flops > flops)
+
+
+def test_ample_budgets_buy_what_gains_most_and_scarce_ones_what_gains_most_for_its_size() -> None:
+    lab = Lab(lambda s, b: 0.0, {"a": 1.0, "b": 1.0, "c": 1.0}, 20, blueprints=(CONV, BIG), budget=None)
+    table = {(s, b): {"conv": 0.05, "big": 0.08}[b] for s in "abc" for b in ("conv", "big")}
+    view = lab.view()
+    rich = choose(offers_of(lab, table), view, 3)
+    poor = choose(offers_of(lab, table), attrs.evolve(view, params_left=180), 3)
+    assert [o.blueprint.name for o in rich] == ["big"] * 3
+    assert [o.blueprint.name for o in poor] == ["conv"] * 3

@@ -1,0 +1,65 @@
+"""The pages that are derived from code say what the code says."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import runpy
+from pathlib import Path
+
+import pytest
+
+import esper_core
+
+DOCS = Path(__file__).parents[2] / "docs"
+GENERATOR = runpy.run_path(str(DOCS / "generate.py"))
+
+
+@pytest.mark.parametrize("name", GENERATOR["PAGES"])
+def test_a_page_is_what_the_code_says(name: str) -> None:
+    written = (DOCS / name).read_text(encoding="utf-8")
+    assert written == GENERATOR["PAGES"][name](), f"docs/{name} has drifted: run python docs/generate.py"
+
+
+def test_every_public_name_is_there_and_is_listed_for_type_checkers_too() -> None:
+    for name, reference in esper_core.PUBLIC.items():
+        module, _, attribute = reference.partition(":")
+        assert getattr(esper_core, name) is getattr(importlib.import_module(module), attribute)
+    tree = ast.parse(Path(esper_core.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    listed = {
+        alias.asname: f"{node.module}:{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert listed == esper_core.PUBLIC
+    assert set(dir(esper_core)) >= set(esper_core.PUBLIC)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Plain'"):
+        _ = esper_core.Plain
+
+
+def test_what_ships_as_plugins_imports_public_names_only() -> None:
+    """The plugins that come with Esper stand on nothing that another plugin's author could not."""
+    public = set(esper_core.PUBLIC.values()) | {f"esper_core:{name}" for name in esper_core.PUBLIC}
+    private = []
+    for folder in ("hosts", "blueprints", "plugins"):
+        for path in sorted((DOCS.parent / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}:{alias.name}" for alias in node.names]
+                else:
+                    continue
+                private += [
+                    f"{path.name} imports {name}"
+                    for name in names
+                    if name.partition(".")[0].partition(":")[0] == "esper_core"
+                    and not name.startswith(("esper_core.leyline.", "esper_core.testing"))
+                    and name not in public
+                ]
+    assert private == []

@@ -1,0 +1,34 @@
+"""An inherited test that is overridden without a stated reason fails."""
+
+from __future__ import annotations
+
+import pytest
+
+from esper_core.testing import BlueprintConformance
+
+
+class Silent(BlueprintConformance):
+    spec = "conv"
+    __test__ = False
+
+    def test_birth(self) -> None:
+        """Left out."""
+
+
+class Reasoned(Silent):
+    overrides = {"test_birth": "it is born with a voice by design"}
+    __test__ = False
+
+
+def test_silent_override_fails() -> None:
+    with pytest.raises(AssertionError, match="overrides test_birth"):
+        Silent().test_overrides_state_their_reason()
+
+
+def test_reasoned_override_passes() -> None:
+    Reasoned().test_overrides_state_their_reason()
+
+
+def test_the_guard_itself_cannot_be_overridden() -> None:
+    with pytest.raises(TypeError, match="may not override"):
+        type("Sly", (BlueprintConformance,), {"test_overrides_state_their_reason": lambda self: None})

@@ -1,0 +1,89 @@
+"""Packages from outside, for real: built as wheels, installed beside the core into a new environment, used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esper_core.cli.scaffold import Scaffold
+from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.specs import SPEC_KINDS
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "third_party_blueprint"
+KINDS = [spec.kind for spec in SPEC_KINDS]
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a new environment with the core, the example and one new package a kind, all from wheels."""
+    folder = tmp_path_factory.mktemp("packages")
+    uv = [sys.executable, "-m", "uv"]
+    sources = [ROOT, EXAMPLE]
+    for kind in KINDS:
+        scaffold = Scaffold.named(f"fresh-{kind}", kind)
+        scaffold.write(folder / "new")
+        sources.append(folder / "new" / scaffold.distribution)
+    for source in sources:
+        run(*uv, "build", "--quiet", "--wheel", "--out-dir", folder / "wheels", source)
+    run(*uv, "venv", "--quiet", "--python", sys.executable, folder / "env")
+    bin_folder = folder / "env" / "bin"
+    wheels = sorted((folder / "wheels").glob("*.whl"))
+    assert len(wheels) == len(sources)
+    run(*uv, "pip", "install", "--quiet", "--python", bin_folder / "python", *wheels, "pytest", "hypothesis")
+    return bin_folder
+
+
+def test_the_example_is_used_from_its_wheel(fresh: Path, tmp_path: Path) -> None:
+    info = json.loads(run(fresh / "esper", "plugins", "info", "large_kernel", "--json", cwd=tmp_path))
+    assert info[0]["distribution"] == "esper-large-kernel"
+    program = (
+        "import esper_core, torch; from esper_core.kasmina.module_host import host_from_module;"
+        "net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(),"
+        " torch.nn.Linear(512, 3));"
+        "host = host_from_module(net, ['1'], example=torch.zeros(1, 1, 8, 8));"
+        "plane = esper_core.Plane(host, esper_core.load_registry());"
+        "print(plane.germinate('1', 'large_kernel').after, len(list(plane.module.parameters())))"
+    )
+    assert run(fresh / "python", "-c", program, cwd=tmp_path).split() == ["germinated", "8"]
+
+
+def test_packages_pass_their_own_tests_as_they_are(fresh: Path, tmp_path: Path) -> None:
+    """The example and a new package of every kind, each with the conformance class of its kind."""
+    folders = [fresh.parents[1] / "new" / f"esper-fresh-{kind}" / "tests" for kind in KINDS]
+    options = ("-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", tmp_path)
+    out = run(fresh / "python", "-m", "pytest", *options, EXAMPLE / "tests", *folders, cwd=tmp_path)
+    assert "passed" in out and "skipped" not in out
+
+
+def test_packages_pass_the_check(fresh: Path, tmp_path: Path) -> None:
+    names = [f"esper-fresh-{kind}" for kind in KINDS]
+    found = json.loads(run(fresh / "esper", "plugins", "check", "--json", "esper-large-kernel", *names, cwd=tmp_path))
+    assert found["ok"] and len(found["checked"]) == len(names) + 1
+
+
+@pytest.mark.parametrize("name", ["", "Glow", "9lives", "a b", "../evil", "glow-", "glow.py"])
+def test_a_name_that_no_package_can_have_is_refused(name: str) -> None:
+    with pytest.raises(BadOption, match="cannot name a package"):
+        Scaffold.named(name, "blueprint")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    scaffold = Scaffold.named("glow", "blueprint")
+    scaffold.write(tmp_path)
+    precious = tmp_path / "esper-glow" / "src" / "esper_glow" / "glow.py"
+    precious.write_text("mine")
+    with pytest.raises(EsperError, match="not empty"):
+        scaffold.write(tmp_path)
+    assert precious.read_text() == "mine"

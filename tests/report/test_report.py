@@ -1,0 +1,203 @@
+"""The report: complete, tolerant of damaged runs, safe against hostile ones, and drawn without errors by a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from growth_stream import GrowthStream, lattice_points, resnet_points, write_stream
+
+from esper_core.leyline.errors import EsperError
+from esper_core.leyline.events import EVENT_KINDS
+from esper_core.nissa.report import reading, write_report
+from esper_core.nissa.report.reading import RunDigest
+from esper_core.nissa.report.wording import GROUPS, describe, number, quantity
+
+HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"><!--<script>"
+
+
+def data_of(report: Path) -> dict[str, Any]:
+    """The data that a browser would parse out of the page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', report.read_text("utf-8"), re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stream(tmp_path_factory.mktemp("runs") / "grown", GrowthStream(resnet_points()), compare=True)
+
+
+def test_report_holds_the_run(run: Path) -> None:
+    report = write_report(run)
+    assert report == run / "report.html"
+    data = data_of(report)
+    assert [s["name"] for s in data["slots"]] == [p.name for p in resnet_points()]
+    stages = {s["name"]: [g[2] for g in s["segments"]] for s in data["slots"]}
+    fossils = [name for name, life in stages.items() if life and life[-1] == "fossilized"]
+    assert fossils and all(stages[f][0] == "germinated" for f in fossils)
+    assert len(data["epochs"]["step"]) == 20 and data["ended"]["status"] == "finished"
+    assert len(data["compare"]["arms"]) == 6
+    assert data["config"]["config"]["budget_params"] == "20%"
+    for slot in data["slots"]:  # a life has no holes and no overlaps
+        for one, two in zip(slot["segments"], slot["segments"][1:], strict=False):
+            assert one[0] < one[1] == two[0]
+
+
+def test_page_needs_nothing_from_anywhere(run: Path) -> None:
+    page = write_report(run).read_text("utf-8")
+    page = page.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
+    assert not re.search(
+        r"https?://|<link[^>]+stylesheet|@import|url\(|\bfetch\(|XMLHttpRequest|innerHTML|eval\(", page
+    )
+
+
+def test_a_rollback_takes_back_the_seed_that_was_born_since(tmp_path: Path) -> None:
+    changes = [("dormant", "germinated", 4), ("germinated", "training", 6), ("training", "blending", 10)]
+    lines = [{"kind": "run_started", "step": 0, "points": [{"name": "a", "order": 0}, {"name": "b", "order": 1}]}]
+    for before, after, step in changes:
+        lines.append({"kind": "stage_changed", "step": step, "slot": "a", "before": before, "after": after,
+                      "blueprint": "conv", "params": 7})  # fmt: skip
+    lines.append(
+        {"kind": "stage_changed", "step": 9, "slot": "b", "after": "germinated", "blueprint": "conv", "params": 7}
+    )
+    lines.append({"kind": "rolled_back", "step": 12, "to_step": 8, "lost": ["b"], "guilty": None, "penalty": -1.0})
+    lines.append({"kind": "epoch_ended", "step": 20, "epoch": 0})
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    slots = {s["name"]: [g[:3] for g in s["segments"]] for s in RunDigest(tmp_path).to_dict()["slots"]}
+    assert slots["a"] == [[4, 6, "germinated"], [6, 10, "training"], [10, 12, "blending"], [12, 20, "training"]]
+    assert slots["b"] == [[9, 12, "germinated"], [12, 20, "dormant"]]
+
+
+def test_truncated_and_damaged_events_are_left_out_and_counted(run: Path, tmp_path: Path) -> None:
+    text = (run / "events.jsonl").read_bytes()
+    lines = text.splitlines(keepends=True)
+    lines[5] = b'{"kind": \xff\xfe broken\n'
+    lines[9] = b"[" * 100_000 + b"\n"
+    lines[11] = b'{"kind":"stage_changed","step":"soon","slot":{"a":[1]},"after":null,"params":"many"}\n'
+    lines[12] = b'{"kind":"run_started","step":0,"points":"none"}\n'
+    cut = b"".join(lines)[: -len(text) // 2]
+    (tmp_path / "events.jsonl").write_bytes(cut)
+    (tmp_path / "run.json").write_text('{"config": {')
+    data = data_of(write_report(tmp_path))
+    assert data["unreadable"] == 3  # two damaged lines and the one cut off
+    assert data["ended"] is None and data["config"] is None and data["epochs"]["step"]
+
+
+def test_every_kind_of_event_has_words() -> None:
+    for kind in EVENT_KINDS:
+        assert "malformed" not in describe({"kind": kind.kind}), kind
+        assert kind.kind in GROUPS or kind.kind in ("decided", "slot_read", "host_read", "reward"), kind
+    assert describe({"kind": "x-new", "step": 3, "what": 1}) == "what 1"
+    assert "malformed" in describe({"kind": "epoch_ended", "epoch": "nan", "step": 1}) or number("nan") is None
+
+
+def test_no_text_from_a_run_steers_the_terminal() -> None:
+    hostile = "\x1b]0;title\x07\x1b[2J\x9b31m"
+    for event in (
+        {"kind": "run_started", "host": hostile},
+        {"kind": "x", "what": hostile},
+        {"kind": "fault", "error": hostile},
+    ):
+        assert not set(describe(event)) & set("\x1b\x07\x9b")
+
+
+def test_quantities() -> None:
+    assert [quantity(v) for v in (0, 7, 999, 12_345, 11_181_642, 2e9)] == ["0", "7", "999", "12.3k", "11.2M", "2B"]
+    assert quantity(6.93e12, "FLOP") == "6.93 TFLOP" and quantity("nan") == "unknown" and quantity(10**400) == "unknown"
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    stream = GrowthStream(resnet_points(), epochs=3, host=HOSTILE, task=HOSTILE + "__DATA__")
+    folder = write_stream(tmp_path / "run", stream)
+    (folder / "compare.json").write_text(json.dumps({"arms": [{"name": HOSTILE, "accuracy": [0.5], "params": 1}]}))
+    events = (folder / "events.jsonl").read_text().replace("layer1.0", json.dumps(HOSTILE)[1:-1] + "\\u2028\\ud800")
+    (folder / "events.jsonl").write_text(events)
+    report = write_report(folder)
+    page = report.read_text("utf-8")
+    assert page.count("<img") == 0 and page.lower().count("</script") == 2
+    assert data_of(report)["started"]["host"] == HOSTILE
+    if shutil.which("chromium"):
+        dump, messages = browse(report)
+        assert "<title>pwned" not in dump and "<img" not in dump
+        assert 'data-ready="yes"' in dump and not messages
+
+
+def test_a_long_run_makes_a_small_page_soon(tmp_path: Path) -> None:
+    folder = write_stream(tmp_path, GrowthStream(lattice_points(48), epochs=40, grow=40))
+    *lines, ended = (folder / "events.jsonl").read_text().splitlines()
+    read = (
+        '{"kind":"slot_read","step":%d,"slot":"h.3.mlp","stage":"training","alpha":0.5,"readings":{"gradient_norm":%f}}'
+    )
+    decided = '{"kind":"decided","step":%d,"validation_loss":%f,"commands":[]}'
+    lines += [(decided if i % 10 == 0 else read) % (960 + i, math.sin(i)) for i in range(100_000)]
+    (folder / "events.jsonl").write_text("\n".join([*lines, ended.replace("960", "100960")]) + "\n")
+    count = len(lines) + 1
+    started = time.process_time()
+    report = write_report(folder)
+    assert time.process_time() - started < 20
+    assert report.stat().st_size < 3_000_000
+    data = data_of(report)
+    assert data["total"] == count and len(data["log"]) <= reading.MAX_LOG
+    kinds = {entry[2] for entry in data["log"]}
+    assert {"stage_changed", "rolled_back", "run_ended"} <= kinds  # what is rare is never dropped
+
+
+def test_thinning_keeps_the_ends_and_the_extremes() -> None:
+    rows: list[list[float | None]] = [[float(i), 0.0] for i in range(5000)]
+    rows[1234][1], rows[4321][1], rows[77][1] = 9.0, -9.0, None
+    thin = reading._thin(rows, 300)
+    assert len(thin) <= 310 and thin[0] == rows[0] and thin[-1] == rows[-1]
+    assert rows[1234] in thin and rows[4321] in thin
+
+
+def test_errors_name_the_folder_and_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(EsperError, match=r"holds no run.*esper runs list"):
+        write_report(tmp_path / "nothing")
+    folder = write_stream(tmp_path / "run", GrowthStream(resnet_points(), epochs=1))
+    with pytest.raises(EsperError, match=r"cannot write .*--out FILE"):
+        write_report(folder, tmp_path / "missing" / "deeper" / "report.html")
+    assert write_report(folder, tmp_path).name == "report.html" and (tmp_path / "report.html").is_file()
+    assert not list(folder.glob(".*part")) and not list(tmp_path.glob(".*part"))
+
+
+def browse(report: Path, width: int = 1440) -> tuple[str, list[str]]:
+    """(DOM after the script ran, console messages) of the page in headless Chromium."""
+    profile = report.parent / f"profile{width}"
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={profile}", f"--window-size={width},1600", "--enable-logging=stderr", "--v=0",
+         "--virtual-time-budget=2000",
+         "--dump-dom", report.resolve().as_uri()],
+        capture_output=True, text=True, timeout=120, check=False, errors="replace",
+    )  # fmt: skip
+    shutil.rmtree(profile, ignore_errors=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")
+@pytest.mark.parametrize("which", ["grown", "unfinished", "empty", "lattice"])
+def test_chromium_draws_it_without_a_word_on_the_console(run: Path, tmp_path: Path, which: str) -> None:
+    folder = tmp_path / which
+    if which == "grown":
+        folder = run
+    elif which == "unfinished":
+        write_stream(folder, GrowthStream(resnet_points()), keep=0.03)
+    elif which == "lattice":
+        write_stream(folder, GrowthStream(lattice_points(64), epochs=10, grow=20))
+    else:
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
+    dump, messages = browse(write_report(folder, tmp_path / "report.html"))
+    assert messages == []
+    assert 'data-ready="yes"' in dump
+    if which in ("grown", "lattice"):
+        assert dump.count("<svg") >= 4 and "fossilized" in dump

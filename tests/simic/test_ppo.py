@@ -1,0 +1,203 @@
+"""PPO against an independent reference, on its invariants, and on a problem whose answer is known."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from tamiyo.views import BLENDS, make_view
+from torch import nn
+
+from esper_core.leyline.stages import Stage
+from esper_core.simic import ppo
+from esper_core.simic.ppo import CorePolicy, Episode, PPOConfig
+from esper_core.tamiyo.core import CoreConfig, Decision, TamiyoCore
+from esper_core.tamiyo.observation import FIELDS, OPS, Observation, collate, observe
+
+
+def reference_gae(rewards: list[float], values: list[float], discount: float, lam: float) -> list[float]:
+    """The definition itself: a double sum over temporal-difference errors, no recursion."""
+    length = len(rewards)
+    errors = [rewards[t] + discount * (values[t + 1] if t + 1 < length else 0.0) - values[t] for t in range(length)]
+    return [sum((discount * lam) ** (k - t) * errors[k] for k in range(t, length)) for t in range(length)]
+
+
+@pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (0.7, 0.0)])
+def test_advantages_agree_with_the_definition(discount: float, lam: float) -> None:
+    rng = random.Random(1)
+    rewards, values = [rng.gauss(0, 1) for _ in range(17)], [rng.gauss(0, 1) for _ in range(17)]
+    ours = ppo.advantages(np.array(rewards), np.array(values), discount, lam)
+    assert ours.tolist() == pytest.approx(reference_gae(rewards, values, discount, lam), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [(1.5, 1.0, 1.2), (1.5, -1.0, -1.5), (0.5, 1.0, 0.5), (0.5, -1.0, -0.8), (1.1, 2.0, 2.2)],
+)
+def test_the_surrogate_is_the_papers(ratio: float, advantage: float, expected: float) -> None:
+    assert ppo.surrogate(torch.tensor(ratio), torch.tensor(advantage), 0.2).item() == pytest.approx(expected)
+
+
+class Lookup(nn.Module):
+    """A policy over two actions as a table of logits, whose gradients can be written down by hand."""
+
+    def __init__(self, decisions: int) -> None:
+        super().__init__()
+        self.logits, self.value = nn.Parameter(torch.zeros(decisions, 2)), nn.Parameter(torch.zeros(decisions))
+
+    def score(self, episode: Episode) -> Decision:
+        log_probs = self.logits.log_softmax(-1)
+        chosen = log_probs.gather(-1, torch.from_numpy(episode.actions[:, 0, :1])).squeeze(-1)
+        entropy = {h: torch.zeros(len(chosen)) for h in FIELDS} | {"op": -(log_probs.exp() * log_probs).sum(-1)}
+        asked = {h: torch.zeros(len(chosen)) for h in FIELDS} | {"op": torch.ones(len(chosen))}
+        return Decision(torch.from_numpy(episode.actions), chosen, entropy, asked, self.value, torch.zeros(1, 1))
+
+
+def lookup_episodes(count: int, length: int) -> list[Episode]:
+    rng = np.random.default_rng(0)
+    half = np.full(length, math.log(0.5), np.float32)
+    return [
+        Episode([None] * length, rng.integers(0, 2, (length, 1, 5)), half,  # type: ignore[list-item]
+                np.zeros(length, np.float32), rng.normal(size=length).astype(np.float32))
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def reference_steps(episodes: list[Episode], config: PPOConfig, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """Plain numpy PPO on `Lookup` with stochastic gradient descent: gradients written out by hand."""
+    length = len(episodes[0].rewards)
+    logits, value = np.zeros((length, 2)), np.zeros(length)
+    raw = [
+        np.array(reference_gae(e.rewards.tolist(), e.values.tolist(), config.discount, config.gae_lambda))
+        for e in episodes
+    ]
+    shift, scale = np.concatenate(raw).mean(), np.concatenate(raw).std() + 1e-6
+    for _ in range(config.epochs):
+        total_logits, total_value = np.zeros_like(logits), np.zeros_like(value)
+        for episode, estimate in zip(episodes, raw, strict=True):
+            advantage, action = (estimate - shift) / scale, episode.actions[:, 0, 0]
+            probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+            ratio = probs[np.arange(length), action] / np.exp(episode.log_prob)
+            outside = ((ratio > 1 + config.clip) & (advantage > 0)) | ((ratio < 1 - config.clip) & (advantage < 0))
+            push = np.where(outside, 0.0, ratio * advantage) / length
+            score = np.eye(2)[action] - probs
+            entropy = -(probs * np.log(probs)).sum(-1, keepdims=True)
+            slope = -probs * (np.log(probs) + entropy) / length
+            grad_logits = -push[:, None] * score - config.entropy_weights[0] * slope
+            grad_value = config.value_weight * 2 * (value - estimate - episode.values) / length
+            norm = math.sqrt((grad_logits**2).sum() + (grad_value**2).sum())
+            factor = min(1.0, config.gradient_norm / (norm + 1e-8)) / len(episodes)
+            total_logits += grad_logits * factor
+            total_value += grad_value * factor
+        logits, value = logits - rate * total_logits, value - rate * total_value
+    return logits, value
+
+
+def test_updates_agree_with_the_reference() -> None:
+    episodes, rate = lookup_episodes(6, 5), 0.8
+    config = PPOConfig(epochs=4, minibatch=6, target_kl=100.0, gradient_norm=0.3)
+    policy = Lookup(5)
+    notes = ppo.update(policy, torch.optim.SGD(policy.parameters(), rate), episodes, config, torch.Generator())
+    logits, value = reference_steps(episodes, config, rate)
+    assert notes["steps"] == 4
+    assert policy.logits.detach().numpy() == pytest.approx(logits, abs=1e-5)
+    assert policy.value.detach().numpy() == pytest.approx(value, abs=1e-5)
+
+
+def test_it_stops_before_the_step_that_starts_too_far_away() -> None:
+    episodes = lookup_episodes(4, 5)
+    policy, config = Lookup(5), PPOConfig(epochs=50, minibatch=4, target_kl=0.02, gradient_norm=10.0)
+    notes = ppo.update(policy, torch.optim.SGD(policy.parameters(), 5.0), episodes, config, torch.Generator())
+    assert notes["kl_stop"] == 1.0 and 1 <= notes["steps"] < 50
+    assert notes["kl"] <= 0.02 < notes["kl_worst"]  # no step was taken from beyond the bound
+
+
+def test_one_environments_nan_stays_its_own() -> None:
+    episodes = lookup_episodes(3, 5)
+    policy, config = Lookup(5), PPOConfig(epochs=1, minibatch=3)
+    poisoned = attrs.evolve(episodes[1], log_prob=np.full(5, np.nan, np.float32))
+    notes = ppo.update(policy, torch.optim.SGD(policy.parameters(), 1.0), [episodes[0], poisoned, episodes[2]], config,
+                       torch.Generator())  # fmt: skip
+    assert notes["dropped"] == 1.0
+    assert policy.logits.isfinite().all() and policy.logits.abs().sum() > 0
+
+
+def test_no_environments_gradient_outweighs_its_bound() -> None:
+    calm = lookup_episodes(1, 5)[0]
+    wild = attrs.evolve(calm, rewards=calm.rewards * 1e6)
+    policy, config = Lookup(5), PPOConfig(epochs=1, minibatch=2, gradient_norm=0.5)
+    ppo.update(policy, torch.optim.SGD(policy.parameters(), 1.0), [calm, wild], config, torch.Generator())
+    moved = torch.cat([policy.logits.flatten(), policy.value]).norm().item()
+    assert moved <= 0.5 + 1e-4
+
+
+# --- The core itself ---
+
+
+def play(core: TamiyoCore, observations: list[Observation], generator: torch.Generator, reward) -> Episode:
+    hidden, rows, logs, values, rewards = core.initial(1), [], [], [], []
+    with torch.no_grad():
+        for seen in observations:
+            decision = core.decide(collate([seen]), hidden, generator=generator)
+            hidden = decision.hidden
+            rows.append(decision.actions[0].numpy())
+            logs.append(decision.log_prob.item())
+            values.append(decision.value.item())
+            rewards.append(reward(seen, rows[-1]))
+    return Episode(observations, np.stack(rows), *(np.array(x, np.float32) for x in (logs, values, rewards)))
+
+
+def scenes(rng: random.Random, count: int) -> list[Observation]:
+    return [observe(make_view(rng.randrange(10**6), rng.randrange(1, 5), t), BLENDS) for t in range(count)]
+
+
+def test_rollout_and_update_see_the_same_policy() -> None:
+    core, rng = TamiyoCore(seed=0), random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    episodes = [play(core, scenes(rng, 9), generator, lambda *_: rng.random()) for _ in range(4)]
+    for episode in episodes:
+        scored = CorePolicy(core).score(episode)
+        assert scored.log_prob.detach().numpy() == pytest.approx(episode.log_prob, abs=2e-5)
+        assert scored.value.detach().numpy() == pytest.approx(episode.values, abs=2e-5)
+    config = PPOConfig(epochs=1, minibatch=4)
+    notes = ppo.update(CorePolicy(core), torch.optim.Adam(core.parameters(), 1e-9), episodes, config, generator)
+    assert notes["kl_worst"] < 1e-6 and notes["clipped"] == 0.0
+
+
+def test_normalisers_move_only_between_updates() -> None:
+    core, rng = TamiyoCore(seed=0), random.Random(3)
+    before = {k: v.clone() for k, v in core.normalisers.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    episode = play(core, scenes(rng, 6), generator, lambda *_: 1.0)
+    ppo.update(CorePolicy(core), torch.optim.Adam(core.parameters()), [episode], PPOConfig(epochs=1), generator)
+    assert all(torch.equal(v, before[k]) for k, v in core.normalisers.state_dict().items())
+    ppo.update_normalisers(core, [episode])
+    assert core.normalisers["run"].count.max() == 6
+
+
+def test_it_learns_a_known_problem() -> None:
+    """Germinate the cheapest blueprint and do nothing else: the best return is known, and chance is far below."""
+    core = TamiyoCore(CoreConfig(width=16, layers=1, heads=2, commands=1), seed=0)
+    optimizer = torch.optim.Adam(core.parameters(), 3e-3)
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    germinate = OPS.index("germinate")
+
+    def reward(seen: Observation, row: np.ndarray) -> float:
+        return float(row[0, 0] == germinate and seen.names[row[0, 1]][row[0, 2]] == "norm")
+
+    def episode() -> Episode:
+        dormant = (Stage.DORMANT,) * 3
+        views = [observe(make_view(rng.randrange(10**6), 3, t, dormant), BLENDS) for t in range(5)]
+        return play(core, views, generator, reward)
+
+    totals = []
+    for _ in range(20):
+        episodes = [episode() for _ in range(16)]
+        totals.append(np.mean([e.total for e in episodes]))
+        ppo.update(CorePolicy(core), optimizer, episodes, PPOConfig(target_kl=0.1), generator)
+        ppo.update_normalisers(core, episodes)
+    assert totals[0] < 1.6 and np.mean(totals[-3:]) > 4.5, totals

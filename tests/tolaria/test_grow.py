@@ -1,0 +1,257 @@
+"""Growth in the hands of others: their model, their loader, their loop, their trainer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import esper_core
+from esper_core.kasmina.compose import compose
+from esper_core.kasmina.module_host import host_from_module
+from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.events import StageChanged
+from esper_core.leyline.host import Batch
+from esper_core.leyline.stages import Op, Stage
+from esper_core.tolaria.grow import accompany, grow, to_batch
+from esper_core.tolaria.model_file import load_growth, save_growth
+from tests.tolaria import ground
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def data(count: int, seed: int) -> TensorDataset:
+    """Four kinds of oriented stripes in noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    grid = torch.arange(8.0)
+    waves = torch.stack(
+        [torch.sin(k * (a * grid[:, None] + b * grid)) for k, a, b in ((1, 1, 0), (1, 0, 1), (1, 1, 1), (2, 1, -1))]
+    )
+    return TensorDataset(waves[labels][:, None] + 0.3 * torch.randn(count, 1, 8, 8, generator=generator), labels)
+
+
+def loaders():
+    generator = torch.Generator().manual_seed(1)
+    return (
+        DataLoader(data(256, 0), batch_size=32, shuffle=True, generator=generator),
+        DataLoader(data(64, 1), batch_size=32),
+    )
+
+
+def test_grow_trains_and_grows(tmp_path):
+    train, validation = loaders()
+    plan = ground.schedule(tmp_path / "plan.json", {"decision": 1, "op": "germinate", "slot": "*", "blueprint": "conv"})
+    model = net()
+    grown = grow(
+        model, train, validation, blueprints=["conv"], points=["1", "3"], epochs=8, controller=plan, learning_rate=1e-2,
+        budget_params="", decisions_per_epoch=2,
+    )  # fmt: skip
+    assert grown.result.status == "finished" and grown.result.validation_accuracy > 0.8
+    assert grown.result.test_loss is None
+    stages = {growth.stage for growth in grown.plane.growths.values()}
+    assert stages & {Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED}
+    assert any(isinstance(event, StageChanged) for event in grown.events)
+    inputs = torch.randn(5, 1, 8, 8)
+    assert torch.equal(grown.model(inputs), grown.plane.host.forward_with_slots(inputs)) or torch.allclose(
+        grown.model(inputs), model.eval()(inputs), atol=1e-6
+    )
+    assert not any(module._forward_hooks for module in grown.model.modules())
+
+
+def test_grow_with_a_heuristic_is_the_same_twice():
+    results = []
+    for _ in range(2):
+        train, validation = loaders()
+        grown = grow(net(), train, validation, blueprints=["conv", "depthwise"], epochs=3, test_loader=validation)
+        results.append([event.to_json() for event in grown.events])
+    assert results[0] == results[1] and json.loads(results[0][-1])["test_loss"] is not None
+
+
+def test_grow_says_what_it_cannot_use():
+    train, validation = loaders()
+    with pytest.raises(BadOption, match="did you mean epochs"):
+        grow(net(), train, validation, epoch=3)
+    with pytest.raises(EsperError, match="loader yields a int"):
+        grow(net(), [1], [1], epochs=1)
+    with pytest.raises(BadOption, match="loader is empty"):
+        grow(net(), train, [], epochs=1)
+
+
+def own_loop(model, optimizer, tolaria, epochs: int, steps: int, scheduler=None):
+    train, validation = loaders()
+    for _ in range(epochs):
+        for inputs, targets in train:
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+            tolaria.step(loss, len(targets))
+            optimizer.zero_grad()
+            if tolaria.due(steps):
+                tolaria.decide(map(to_batch, validation), epoch=0.0)
+
+
+def test_accompany_leaves_the_callers_optimizer_and_scheduler_alone():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 64)
+    seen = []
+    tolaria = accompany(
+        model, optimizer, next(iter(loaders()[0])), steps=48, decisions=12, blueprints=["conv"], points=["1", "3"],
+        emit=seen.append, budget_params="",
+    )  # fmt: skip
+    groups = len(optimizer.param_groups)
+    own_loop(model, optimizer, tolaria, epochs=6, steps=48, scheduler=scheduler)
+    assert len(optimizer.param_groups) == groups and tolaria.clock.decision == 12
+    assert {event.kind for event in seen} >= {"stage_changed", "decided", "slot_read"}
+    tolaria.optimizer.check(tolaria.plane)
+    if tolaria.optimizer.seeds:
+        rate = optimizer.param_groups[0]["lr"]
+        assert all(0 < seed.group["lr"] <= rate * 1.1 for seed in tolaria.optimizer.seeds.values())
+
+
+def test_a_rollback_beside_a_foreign_optimizer_restores_its_moments():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    tolaria = accompany(
+        model, optimizer, next(iter(loaders()[0])), steps=64, decisions=8, blueprints=["conv"], controller="wait"
+    )
+    own_loop(model, optimizer, tolaria, epochs=1, steps=64)
+    tolaria.keep()
+    before = {name: tensor.clone() for name, tensor in tolaria.optimizer.named_state().items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    assert any(name.startswith("other.0.0.") for name in before)
+    for _ in range(3):
+        model(torch.full((2, 1, 8, 8), float("nan"))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tolaria.step(torch.tensor(float("nan")), 2)
+    _, validation = loaders()
+    tolaria.decide(map(to_batch, validation), epoch=1.0)
+    assert tolaria.governor.rollbacks == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    after = tolaria.optimizer.named_state()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_growth_is_saved_beside_a_foreign_model(tmp_path):
+    model = net()
+    tolaria = accompany(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), next(iter(loaders()[0])), steps=8, budget_params=""
+    )
+    path = next(iter(tolaria.plane.slots))
+    tolaria.plane.germinate(path, "conv")
+    tolaria.plane.advance(path, gated=False)
+    tolaria.plane.advance(path, gated=False)
+    for _ in range(20):
+        tolaria.plane.step()
+    for parameter in tolaria.plane.module.parameters():
+        nn.init.normal_(parameter)
+    save_growth(tolaria.plane, tmp_path / "growth.safetensors")
+    twin = net()
+    plane = esper_core.Plane(
+        host_from_module(twin, example=torch.zeros(1, 1, 8, 8)),
+        esper_core.load_registry(),
+        points=list(tolaria.plane.slots),
+    )
+    load_growth(plane, tmp_path / "growth.safetensors")
+    inputs = torch.randn(3, 1, 8, 8)
+    assert torch.equal(twin.eval()(inputs), model.eval()(inputs))
+    assert not torch.equal(twin(inputs), net().eval()(inputs))
+    assert torch.allclose(compose(plane).eval()(inputs), model(inputs), atol=1e-6)
+
+
+def test_labels_of_a_language_model_are_shifted():
+    ids = torch.tensor([[5, 6, 7]])
+    batch = to_batch({"input_ids": ids, "labels": ids})
+    assert batch.targets.tolist() == [[6, 7, -100]] and set(batch.inputs) == {"input_ids"}
+    assert to_batch((ids, ids[:, 0])).targets.tolist() == [5]
+    assert to_batch(Batch(ids, ids)).targets is ids
+
+
+class TestTransformers:
+    """`transformers.Trainer` with the callback, on a GPT-2 of two tiny layers."""
+
+    def test_the_trainer_grows(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        from esper_core.integrations.transformers import GrowthCallback
+
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        model = transformers.GPT2LMHeadModel(config)
+        keys = set(model.state_dict())
+        generator = torch.Generator().manual_seed(0)
+        starts = torch.randint(0, 24, (128, 1), generator=generator)
+        rows = (starts + 3 * torch.arange(16)) % 24
+        items = [{"input_ids": row, "labels": row} for row in rows]
+        validation = [{"input_ids": rows[:16], "labels": rows[:16]}]
+        seen = []
+        plan = ground.schedule(
+            tmp_path / "plan.json",
+            {"decision": 1, "op": "germinate", "slot": "transformer.h.1", "blueprint": "bottleneck_adapter"},
+        )
+        growth = GrowthCallback(
+            validation, decisions=10, blueprints=["bottleneck_adapter"], points=["transformer.h.0", "transformer.h.1"],
+            controller=plan, on_event=seen.append, budget_params="",
+        )  # fmt: skip
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "out"), num_train_epochs=4, per_device_train_batch_size=16, learning_rate=1e-2,
+            report_to=[], disable_tqdm=True, logging_strategy="no", save_strategy="epoch", use_cpu=True, seed=0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=items, callbacks=[growth])
+        trainer.train()
+        tolaria = growth.tolaria
+        assert tolaria.clock.step == 32 and tolaria.clock.decision == 10
+        assert set(model.state_dict()) == keys
+        assert tolaria.plane.growths["transformer.h.1"].blueprint == "bottleneck_adapter"
+        assert {event.kind for event in seen} >= {"stage_changed", "decided", "counterfactual"}
+        losses = [event.validation_loss for event in seen if event.kind == "decided"]
+        assert losses[-1] < 0.8 * losses[0]
+        assert list((tmp_path / "out").glob("checkpoint-*/growth.safetensors"))
+        model.eval()
+        with torch.no_grad():
+            plain = growth.compose()({"input_ids": rows[:4]})
+            assert torch.allclose(plain, model(input_ids=rows[:4]).logits, atol=1e-5)
+
+
+def test_lightning_fabric_loop():
+    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    train, validation = (fabric.setup_dataloaders(loader) for loader in loaders())
+    tolaria = accompany(
+        model,
+        optimizer,
+        next(iter(train)),
+        steps=48,
+        decisions=12,
+        blueprints=["conv"],
+        points=["1", "3"],
+        budget_params="",
+    )
+    losses = []
+    for _ in range(6):
+        for inputs, targets in train:
+            loss = nn.functional.cross_entropy(wrapped(inputs), targets)
+            fabric.backward(loss)
+            wrapped_optimizer.step()
+            tolaria.step(loss, len(targets))
+            wrapped_optimizer.zero_grad()
+            if tolaria.due(48):
+                losses.append(tolaria.decide(map(to_batch, validation), epoch=0.0).loss)
+    assert tolaria.clock.decision == 12 and losses[-1] < losses[0]
+    assert tolaria.governor.rollbacks == 0
+    assert Op.GERMINATE in {Op(c["op"]) for _, c in tolaria.governor.commands}
