@@ -112,10 +112,10 @@ def main() -> int:
     results = sweep(every, check, options)
     notes = [
         f"Every kind of model in transformers {transformers.__version__} with torch {torch.__version__}, through",
-        "AutoModel, AutoModelForCausalLM and AutoModelForSequenceClassification: built small from its default settings with",
-        "random weights, at least one point found, output bit-identical with dormant slots and with an isolated seed,",
-        "the seed trained for one step. Stage `build`: no small configuration was found that builds and runs on plain",
-        "inputs, which is for the sweep to learn, not for the host.",
+        "AutoModel, AutoModelForCausalLM and AutoModelForSequenceClassification: built small from its default settings",
+        "with random weights, at least one point found, output bit-identical with dormant slots and with an isolated",
+        "seed, the seed trained for one step. Stage `build`: no small configuration was found that builds and runs on",
+        "plain inputs, which is for the sweep to learn, not for the host.",
     ]
     page = markdown("transformers sweep", "make sweep-transformers", results, notes, len(every))
     if options.table != "-":

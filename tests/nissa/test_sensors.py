@@ -85,7 +85,9 @@ def grown(alpha: float | None = None):
     return plane
 
 
-@pytest.mark.parametrize("make", [grown, lambda: grown(0.5), lambda: grown(1.0), small_plane], ids=str)
+@pytest.mark.parametrize(
+    "make", [grown, lambda: grown(0.5), lambda: grown(1.0), small_plane], ids=["grown", "half", "whole", "seedless"]
+)
 def test_readings_equal_what_autograd_says(make) -> None:
     expected_from, plane = make(), make()
     expected = by_hand(expected_from, 5)
