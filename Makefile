@@ -17,7 +17,7 @@ help: ## show this list
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Esper needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade "uv>=0.5"
+	$(BIN)/python -m pip install --quiet --upgrade "uv>=0.5,<1"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[dev]"
 	@touch $@
 
