@@ -62,8 +62,16 @@ def parse_blend(text: str, registry: Registry) -> Blend:
 
 
 def parse_blends(texts: Sequence[str], registry: Registry) -> tuple[str, ...]:
-    """Every blend written out as `combination:curve`, in the order given, without repeats."""
-    return tuple(dict.fromkeys(str(parse_blend(text, registry)) for text in texts))
+    """Every blend written out as `combination:curve`, in the order given, without repeats.
+
+    Raises:
+        PluginBroken, MissingDependency: a blend that cannot be imported; and what `parse_blend` raises.
+    """
+    blends = [parse_blend(text, registry) for text in texts]
+    for blend in blends:  # one that cannot be used must not be found out in mid-run
+        for name in (blend.combination, blend.curve):
+            registry.load(registry.find("blend", name))
+    return tuple(dict.fromkeys(map(str, blends)))
 
 
 def _part(registry: Registry, name: str) -> str:

@@ -20,25 +20,32 @@ if TYPE_CHECKING:
 def find_candidates(registry: Registry, names: Sequence[str] | None) -> dict[str, BlueprintSpec]:
     """The blueprints that may grow, by the name that a command uses.
 
-    None takes all that are installed whole; those whose name several packages offer go by `distribution/name`.
+    None takes all that can be used; those whose name several packages offer go by `distribution/name`.
+
+    Raises:
+        UnknownName, AmbiguousName, PluginBroken, MissingDependency: a name that means no blueprint that can be used.
     """
     if names is None:
-        whole = [part for part in registry.specs("blueprint") if not registry.missing(part)]
-        named = (part.qualified if registry.rivals(part) else part.name for part in whole)
-        wanted = [name for name in dict.fromkeys(named) if _is_clear(registry, name)]
+        parts = registry.specs("blueprint")
+        every = dict.fromkeys(part.qualified if registry.rivals(part) else part.name for part in parts)
+        wanted = [name for name in every if _is_usable(registry, name)]
     else:
         wanted = list(dict.fromkeys(names))
-    found: dict[str, BlueprintSpec] = {}
-    for name in wanted:
-        spec = registry.find("blueprint", name).spec
-        assert isinstance(spec, BlueprintSpec)
-        found[name] = spec
-    return found
+    return {name: _usable(registry, name) for name in wanted}
 
 
-def _is_clear(registry: Registry, name: str) -> bool:
+def _usable(registry: Registry, name: str) -> BlueprintSpec:
+    """The spec of a blueprint that has been imported: one that cannot be must not be found out in mid-run."""
+    part = registry.find("blueprint", name)
+    assert isinstance(part.spec, BlueprintSpec)
+    registry.load(part)
+    registry.load(part, attribute="estimate")
+    return part.spec
+
+
+def _is_usable(registry: Registry, name: str) -> bool:
     try:
-        registry.find("blueprint", name)
+        _usable(registry, name)
     except EsperError:
         return False
     return True

@@ -1,11 +1,12 @@
-"""Conformance of hosts: subclass, set `reference`, and pytest checks all that a plane relies on.
+"""Conformance of hosts: subclass, set `spec`, and pytest checks all that a plane relies on.
 
     class TestMine(HostConformance):
-        reference = "my_host:argument"
+        spec = "my_host"
         input_shape = (3, 32, 32)
         outputs = 10
 
-Or override the fixture `host` (a fresh host) and `inputs` (a batch of at least three examples that it takes).
+For a model that no plugin offers, override the fixtures `host` (a fresh host) and `inputs` (a batch of at least three
+examples that it takes) instead.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import IllegalCommand, UnknownName
 from esper_core.leyline.host import HostProtocol
 from esper_core.leyline.injection import InjectionSpec
-from esper_core.leyline.specs import HostSpec
-from esper_core.registry import split_reference
+from esper_core.testing.base import Conformance
 from esper_core.testing.cases import installed
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -49,17 +49,20 @@ class Watch(nn.Module):
         return h if self.change is None else self.change(h)
 
 
-class HostConformance:
+class HostConformance(Conformance):
     """Every invariant of a host.
 
     Attributes:
-        reference: as typed after `--host`. options: of the host.
+        spec: name of the host, or `distribution/name`; empty if the fixture `host` makes it.
+        argument: what stands after `:` in `--host name:argument`. options: of the host.
         input_shape: one example without the batch. outputs: classes, or tokens where `integers` is set.
         integers: inputs are token numbers.
         silent_points: points whose feature may have no part in the logits of a fresh host (zero-initialised branches).
     """
 
-    reference: ClassVar[str] = ""
+    kind = "host"
+    spec: ClassVar[str] = ""
+    argument: str = ""
     options: ClassVar[Mapping[str, object]] = MappingProxyType({})
     input_shape: ClassVar[tuple[int, ...]] = (3, 32, 32)
     outputs: ClassVar[int] = 10
@@ -68,17 +71,17 @@ class HostConformance:
 
     def build(self, seed: int = 0) -> HostProtocol:
         """A fresh host; the same for the same seed."""
-        name, argument = split_reference(self.reference)
         host: HostProtocol = installed().build(
-            "host", name, argument, outputs=self.outputs, input_shape=self.input_shape, seed=seed,
+            "host", self.spec, self.argument, outputs=self.outputs, input_shape=self.input_shape, seed=seed,
             options=dict(self.options),
         )  # fmt: skip
         return host
 
     @pytest.fixture(scope="class")
-    def built(self) -> HostProtocol:
+    @classmethod
+    def built(cls) -> HostProtocol:
         """A host that no test touches; each gets a copy."""
-        return self.build()
+        return cls().build()
 
     @pytest.fixture
     def host(self, built: HostProtocol) -> HostProtocol:
@@ -93,10 +96,11 @@ class HostConformance:
             return torch.randint(0, self.outputs, (4, *self.input_shape), generator=generator)
         return torch.randn(4, *self.input_shape, generator=generator)
 
-    def test_declares_itself(self) -> None:
-        if self.reference:
-            spec = installed().find("host", split_reference(self.reference)[0]).spec
-            assert isinstance(spec, HostSpec) and spec.sensors and spec.summary and spec.capabilities
+    def test_spec_is_sound(self) -> None:
+        if not self.spec:
+            pytest.skip("the host comes from a fixture")
+        super().test_spec_is_sound()
+        assert installed().find("host", self.spec).spec.capabilities, "what the host is good for, in tags"
 
     def test_keeps_the_protocol(self, host: HostProtocol) -> None:
         assert isinstance(host, HostProtocol)
@@ -104,7 +108,7 @@ class HostConformance:
         assert all(name == spec.name for name, spec in host.injection_specs.items())
 
     def test_same_seed_same_weights(self, host: HostProtocol) -> None:
-        if not self.reference:
+        if not self.spec:
             pytest.skip("the host comes from a fixture, and nothing says how to build it again")
         torch.manual_seed(123)
         other = self.build().module.state_dict()
@@ -112,7 +116,7 @@ class HostConformance:
         assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
 
     def test_building_leaves_the_global_random_state(self) -> None:
-        if not self.reference:
+        if not self.spec:
             pytest.skip("the host comes from a fixture")
         before = torch.get_rng_state()
         self.build(seed=5)

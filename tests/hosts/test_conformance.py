@@ -14,44 +14,48 @@ from esper_core.testing.host import HostConformance
 
 
 class TestCnn(HostConformance):
-    reference = "cnn"
+    spec = "cnn"
 
 
 class TestCnnOfDigits(HostConformance):
-    reference = "cnn"
+    spec = "cnn"
     options: ClassVar = {"widths": "8,12", "convs": 2, "pool": "stride", "norm": "group"}
     input_shape = (1, 8, 8)
 
 
 class TestCnnOfSignals(HostConformance):
-    reference = "cnn"
+    spec = "cnn"
     options: ClassVar = {"widths": "8,16"}
     input_shape = (1, 40)
 
 
 class TestMlp(HostConformance):
-    reference = "mlp"
+    spec = "mlp"
     options: ClassVar = {"widths": "16,12", "norm": "batch", "dropout": 0.1}
     input_shape = (1, 8, 8)
 
 
 class TestTimmResnet(HostConformance):
-    reference = "timm:resnet10t"
+    spec = "timm"
+    argument = "resnet10t"
     options: ClassVar = {"drop_rate": 0.1}
     input_shape = (1, 8, 8)
 
 
 class TestTimmVit(HostConformance):
-    reference = "timm:test_vit"
+    spec = "timm"
+    argument = "test_vit"
 
 
 class TestTimmConvNeXt(HostConformance):
-    reference = "timm:test_convnext"
+    spec = "timm"
+    argument = "test_convnext"
     input_shape = (3, 64, 64)
 
 
 class TestGpt2(HostConformance):
-    reference = "transformers:gpt2"
+    spec = "transformers"
+    argument = "gpt2"
     options: ClassVar = {"layers": 2, "width": 16, "heads": 2}
     input_shape = (12,)
     outputs = 40
@@ -59,7 +63,8 @@ class TestGpt2(HostConformance):
 
 
 class TestBert(HostConformance):
-    reference = "transformers:bert"
+    spec = "transformers"
+    argument = "bert"
     options: ClassVar = {"layers": 2, "width": 16, "heads": 2, "head": "classification", "context": 32}
     input_shape = (12,)
     outputs = 7
@@ -67,7 +72,8 @@ class TestBert(HostConformance):
 
 
 class TestVit(HostConformance):
-    reference = "transformers:vit"
+    spec = "transformers"
+    argument = "vit"
     options: ClassVar = {"layers": 2, "width": 16, "heads": 2}
     input_shape = (3, 16, 16)
 

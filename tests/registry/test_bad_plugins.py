@@ -246,3 +246,40 @@ def test_the_command_says_one_line(site: Path) -> None:
     last = result.stderr.splitlines()[-1]
     assert last == "error: plugin bad-exit/plugin 1.0 fails when bad_exit_plugin is imported: it calls exit(3)"
     assert "Traceback" not in result.stderr
+
+
+RUN_BY_NAME = """
+import json, sys
+from click.testing import CliRunner
+from esper_core.cli.main import cli
+answers = {}
+for name in sys.argv[1:]:
+    result = CliRunner().invoke(cli, ["run", "--host", "cnn", "--dry-run", "--blueprints", name], prog_name="esper")
+    answers[name] = [result.exit_code, result.stdout, result.stderr]
+print("\\n" + json.dumps(answers))
+"""
+
+
+def test_a_run_that_names_it_stops_before_it_begins(site: Path) -> None:
+    """Through the command, and also where only importing the part finds the fault."""
+    plugins = {plugin.used.partition(" ")[2]: plugin for plugin in [*BROKEN, *AT_USE]}
+    result = run_python("-c", RUN_BY_NAME, *plugins, "twin", "conv", "conv,good/innocent", site=site)
+    answers = json.loads(result.stdout.splitlines()[-1])
+    for name, (code, stdout, stderr) in answers.items():
+        *_, line = stderr.splitlines()
+        assert code == 2 and "grows" not in stdout and line.startswith("error: "), (name, stdout, stderr)
+        assert "Traceback" not in stderr
+        if name in plugins:
+            assert plugins[name].says in line, line
+
+
+def test_a_run_that_names_nothing_takes_what_can_be_used(site: Path) -> None:
+    program = """
+import json
+from esper_core.kasmina.plane_view import find_candidates
+from esper_core.registry import load_registry
+print("\\n" + json.dumps(sorted(find_candidates(load_registry(), None))))
+"""
+    names = set(json.loads(run_python("-c", program, site=site).stdout.splitlines()[-1]))
+    assert names >= {"innocent", "depthwise", "esper-core/conv", "impostor/conv", "twin-one/twin"}
+    assert names.isdisjoint({"conv", "twin", "bad-factory", "bad-module-of", "bad-requires", "bad-value"})
