@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from esper_core.emrakul.audit_config import AuditConfig
-from esper_core.leyline.actions import Command
+from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op, Stage, legal_ops
 from esper_core.leyline.view import Controller, Interval, RunView, SlotView
 
@@ -17,16 +17,38 @@ _JUDGED = (Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED)
 
 @attrs.frozen
 class Verdict:
-    """The end of an audit: `cull` or `revive`, and the churn that decided (None: called off before it was known)."""
+    """The end of an audit.
+
+    Attributes:
+        verdict: `cull` or `revive`.
+        churn: what the seed would bring if it were put back now; None if the audit was called off before it was known.
+        rise: of the validation loss since the audit began (nats); None if unknown.
+    """
 
     slot: str
     verdict: Op
     churn: Interval | None
     rent: float
+    rise: float | None = None
+
+
+@attrs.frozen
+class Opening:
+    """How an audit began: at which decision, at what validation loss, and what the seed was worth at full alpha."""
+
+    decision: int
+    loss: float | None
+    worth: Interval | None
 
 
 class Auditor:
     """Emrakul around another controller, whose commands pass unless they concern a seed under audit.
+
+    What a seed is worth to a host that had time to do without it cannot be read off one network, so there are bounds.
+    Its *churn*, measured by putting it back into the host of now, understates: that host, and its batch statistics,
+    have left it behind. The *rise* of the loss since the audit began understates by what training gained meanwhile.
+    What its removal cost before anything could adapt overstates. A seed is kept if its churn exceeds its rent, or if
+    the rise does and the last bound allows it.
 
     Args:
         argument, seed: unused.
@@ -49,7 +71,7 @@ class Auditor:
     ) -> None:
         self.inner, self.measure, self.report = inner, measure, report
         self.config = AuditConfig(**options)
-        self._open: dict[str, list[Any]] = {}  # slot → [decision of the start, counterfactual at full alpha]
+        self._open: dict[str, Opening] = {}  # slot → its audit
         self._rests_until: dict[str, int] = {}
         self._audits: dict[str, int] = {}
 
@@ -57,7 +79,7 @@ class Auditor:
         """The inner controller's commands less those under audit, and Emrakul's own."""
         slots = {slot.path: slot for slot in view.slots}
         for path in [p for p in self._open if p not in slots or slots[p].stage is not Stage.WITHERING]:
-            del self._open[path]  # a rollback or another hand ended it
+            del self._open[path]  # its verdict was carried out, or a rollback or another hand ended it
         verdicts = [c for path in list(self._open) if (c := self._judge(slots[path], view)) is not None]
         audits = self._begin(view)
         held = set(self._open) | {command.slot for command in verdicts}
@@ -67,7 +89,7 @@ class Auditor:
     def state_dict(self) -> dict[str, object]:
         """Open audits, rests and counts, and the inner controller's state."""
         return {
-            "open": self._open,
+            "open": {path: attrs.asdict(opening) for path, opening in self._open.items()},
             "rests_until": self._rests_until,
             "audits": self._audits,
             "inner": self.inner.state_dict() if self.inner else {},
@@ -75,7 +97,10 @@ class Auditor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self._open = {path: list(value) for path, value in state["open"].items()}
+        self._open = {
+            path: Opening(**{**value, "worth": Interval(**value["worth"]) if value["worth"] else None})
+            for path, value in state["open"].items()
+        }
         self._rests_until, self._audits = dict(state["rests_until"]), dict(state["audits"])
         if self.inner:
             self.inner.load_state_dict(state["inner"])
@@ -90,7 +115,7 @@ class Auditor:
         commands = []
         for slot in suspects[: config.at_once - len(self._open)]:
             gain = slot.counterfactual
-            self._open[slot.path] = [view.decision, attrs.asdict(gain) if gain else None]
+            self._open[slot.path] = Opening(view.decision, view.validation_loss, gain)
             shown = f"[{gain.low:.4g}, {gain.high:.4g}]" if gain else "unmeasured"
             reason = f"audit: its gain is {shown} against rent {_rent(slot, view):.3g}"
             commands.append(Command(Op.WITHER, slot.path, source="emrakul", reason=reason))
@@ -107,26 +132,33 @@ class Auditor:
         return self.config.everyone or gain is None or gain.low <= rent
 
     def _judge(self, slot: SlotView, view: RunView) -> Command | None:
-        began, before = self._open[slot.path]
+        opening, rent = self._open[slot.path], _rent(slot, view)
         if Op.CULL not in slot.legal:
-            late = view.decision - began >= self.config.patience or view.decision + 1 >= view.decisions
-            return self._close(slot, view, Op.REVIVE, None) if late else None
-        known = self.measure(slot.path) if self.measure else Interval(**before) if before else None
+            late = view.decision - opening.decision >= self.config.patience or view.decision + 1 >= view.decisions
+            return self._close(slot, view, Verdict(slot.path, Op.REVIVE, None, rent)) if late else None
+        known = self.measure(slot.path) if self.measure else opening.worth
+        losses = opening.loss, view.validation_loss
+        rise = None if losses[0] is None or losses[1] is None else losses[1] - losses[0]
+        missed = rise is not None and opening.worth is not None and min(rise, opening.worth.mean) > rent
         # What is unknown is not shown to be dead weight.
-        keeps = known is None or not known.mean <= _rent(slot, view)
-        return self._close(slot, view, Op.REVIVE if keeps else Op.CULL, known)
+        keeps = known is None or not known.mean <= rent or missed
+        verdict = Verdict(slot.path, Op.REVIVE if keeps else Op.CULL, known, rent, rise)
+        return self._close(slot, view, verdict) if verdict.verdict in slot.legal else None
 
-    def _close(self, slot: SlotView, view: RunView, op: Op, churn: Interval | None) -> Command:
-        del self._open[slot.path]
+    def _close(self, slot: SlotView, view: RunView, verdict: Verdict) -> Command:
+        """Carry a verdict out. The audit stays open until that shows, for a rollback may undo it."""
         count = self._audits[slot.path] = self._audits.get(slot.path, 0) + 1
         self._rests_until[slot.path] = view.decision + self.config.cooldown * 2 ** min(count - 1, 16)
-        if op is Op.CULL:
+        if verdict.verdict is Op.CULL:
             self._audits.pop(slot.path)
-        verdict = Verdict(slot.path, op, churn, _rent(slot, view))
         if self.report:
             self.report(verdict)
+        churn = verdict.churn
         shown = f"{churn.mean:.4g} [{churn.low:.4g}, {churn.high:.4g}]" if churn else "unmeasured"
-        return Command(op, slot.path, source="emrakul", reason=f"churn {shown} against rent {verdict.rent:.3g}")
+        rise = "" if verdict.rise is None else f", rise {verdict.rise:.3g},"
+        reason = f"churn {shown}{rise} against rent {verdict.rent:.3g}"
+        # Slowly, or a host that had got used to its absence is thrown out of balance.
+        return Command(verdict.verdict, slot.path, tempo=Tempo.SLOW, source="emrakul", reason=reason)
 
 
 def _rent(slot: SlotView, view: RunView) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -145,3 +146,42 @@ def test_around_any_controller_every_command_is_legal_and_state_is_json(
         return Lab(lambda s, b: gain, NEEDS, decisions, ramp=ramp, blueprints=(CONV, USELESS))
 
     assert lab().run(Auditor(inner=inner, start=0.1, everyone=True)).log == lab().run(build(), reload=build).log
+
+
+@pytest.mark.parametrize(
+    ("worth", "rise", "verdict"),
+    [(0.3, 0.2, Op.REVIVE), (0.3, 0.0, Op.CULL), (0.0, 0.2, Op.CULL), (None, 0.2, Op.CULL)],
+)
+def test_a_loss_that_rose_spares_what_was_worth_its_rent_though_it_no_longer_fits_the_host(
+    worth: float | None, rise: float, verdict: Op
+) -> None:
+    def build() -> Auditor:
+        return Auditor(everyone=True, start=0.0, measure=lambda path: Interval(-0.5, -0.6, -0.4, 9))
+
+    lab = Lab(lambda s, b: 0.0, {"a": 1.0}, 30, blueprints=(CONV,), budget=None)
+    slot, auditor = lab.slots[0], build()
+    slot.blueprint, slot.stage, slot.alpha = CONV, Stage.FOSSILIZED, 1.0
+    slot.measured = None if worth is None else Interval(worth, worth, worth, 9)
+    auditor.decide(lab.view())
+    slot.left, slot.stage, slot.alpha = Stage.FOSSILIZED, Stage.WITHERING, 0.0
+    again = build()
+    again.load_state_dict(json.loads(json.dumps(auditor.state_dict())))
+    view = lab.view()
+    assert [c.op for c in again.decide(attrs.evolve(view, validation_loss=view.validation_loss + rise))] == [verdict]
+
+
+def test_a_verdict_that_a_rollback_undoes_is_carried_out_again_as_soon_as_that_is_legal() -> None:
+    auditor = Auditor(everyone=True, start=0.0, measure=lambda path: Interval(0.5, 0.5, 0.5, 9))
+    lab = Lab(lambda s, b: 0.0, {"a": 1.0}, 30, blueprints=(CONV,), budget=None)
+    slot = lab.slots[0]
+    slot.blueprint, slot.stage, slot.alpha = CONV, Stage.FOSSILIZED, 1.0
+    slot.measured = Interval(0.1, 0.1, 0.1, 9)
+    auditor.decide(lab.view())
+    slot.left, slot.stage, slot.alpha = Stage.FOSSILIZED, Stage.WITHERING, 0.0
+    view = lab.view()
+    assert [c.op for c in auditor.decide(view)] == [Op.REVIVE]
+    barred = [attrs.evolve(s, legal=s.legal - {Op.REVIVE}) for s in view.slots]
+    assert auditor.decide(attrs.evolve(view, slots=tuple(barred))) == []
+    assert [c.op for c in auditor.decide(view)] == [Op.REVIVE]
+    slot.stage = Stage.FOSSILIZED
+    assert auditor.decide(lab.view()) == []
