@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
@@ -27,8 +28,9 @@ def stage(name: str) -> Iterator[None]:
         raise
 
 
+@functools.cache
 def ready_registry() -> Registry:
-    """The registry; from a bare checkout, where no entry points are installed, the plugins are named here."""
+    """The registry, loaded once a process; in a bare checkout without entry points, the plugins are named here."""
     registry = load_registry()
     if not registry.specs("blueprint"):
         import esper_blueprints.plugin
@@ -39,13 +41,12 @@ def ready_registry() -> Registry:
     return registry
 
 
-def check_host(host: ModuleHost, inputs: Any, registry: Registry) -> dict[str, Any]:
+def check_host(host: ModuleHost, inputs: Any) -> dict[str, Any]:
     """Attach a plane, compare outputs bit for bit, germinate a seed in the middle and train it for one step.
 
     Args:
         host: fresh from the discovery of its points.
         inputs: a batch of two.
-        registry: with blueprints and blends.
 
     Returns:
         Number of points, their layouts and roles, where the seed grew, and the host's parameters.
@@ -56,7 +57,7 @@ def check_host(host: ModuleHost, inputs: Any, registry: Registry) -> dict[str, A
     host.module.eval()
     with stage("identity"), torch.no_grad():
         bare = _repeatable(host, inputs)
-        plane = Plane(host, registry)
+        plane = Plane(host, ready_registry())
         _same(bare, host.forward_with_slots(inputs), "dormant slots change the output")
     with stage("germination"):
         spec = specs[len(specs) // 2]
@@ -94,9 +95,11 @@ def check_host(host: ModuleHost, inputs: Any, registry: Registry) -> dict[str, A
 
 
 def _repeatable(host: ModuleHost, inputs: Any) -> Tensor:
-    """The output; a second pass must give it again, or there is nothing to compare with."""
+    """The output; it must be numbers, and a second pass must give it again, or there is nothing to compare with."""
     torch.manual_seed(0)
     bare = host.forward_with_slots(inputs)
+    if bare.isnan().any():
+        raise AssertionError("the bare model's output is not a number")
     torch.manual_seed(0)
     if not _equal(bare, host.forward_with_slots(inputs)):
         raise AssertionError("the bare model does not repeat itself")
@@ -109,7 +112,7 @@ def _same(bare: Tensor, other: Tensor, what: str) -> None:
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(two))
+    return one.shape == two.shape and torch.equal(one, two)
 
 
 def _loss(logits: Tensor) -> Tensor:
@@ -157,8 +160,3 @@ def quiet_forever() -> None:
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-
-
-def bare_module(host: ModuleHost) -> nn.Module:
-    """The host's module."""
-    return host.module

@@ -23,7 +23,6 @@ HUGE = 3_000_000_000
 
 def check(name: str) -> dict[str, Any]:
     """Build one model with random weights and run the whole check on it."""
-    fast_initialisation()
     with stage("build"):
         empty = build_empty(name)
         size = choose_size(name, empty, (3, 1, 1))
@@ -33,15 +32,15 @@ def check(name: str) -> dict[str, Any]:
         model = timm.create_model(name, **size.arguments)
     with stage("points"):
         host = host_from_module(model, example=torch.randn(1, 3, size.size, size.size))
-    return {"size": size.size, **check_host(host, torch.randn(2, 3, size.size, size.size), REGISTRY)}
+    return {"size": size.size, **check_host(host, torch.randn(2, 3, size.size, size.size))}
 
 
 def main() -> int:
     """Sweep and write the table."""
-    global REGISTRY
     options = arguments(__doc__.splitlines()[0], "runs/sweep-timm.jsonl", "docs/sweep-timm.md").parse_args()
     quiet_forever()
-    REGISTRY = ready_registry()
+    ready_registry()
+    fast_initialisation()
     names = timm.list_models()
     results = sweep(names, check, options)
     notes = [
@@ -49,7 +48,7 @@ def main() -> int:
         "with random weights for the smallest input that it takes, at least one point found, output bit-identical with",
         "dormant slots and with an isolated seed, the seed trained for one step.",
     ]
-    page = markdown("timm sweep", "make sweep-timm", results, notes, len(names))
+    page = markdown("timm sweep", "make sweep-timm", results, notes, names)
     if options.table != "-":
         Path(options.table).write_text(page)
     print("\n".join(page.splitlines()[4:60]))

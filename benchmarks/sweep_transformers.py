@@ -21,13 +21,12 @@ from benchmarks.host_check import check_host, fast_initialisation, quiet_forever
 from benchmarks.sample_inputs import sample_inputs
 from benchmarks.sweeping import arguments, markdown, sweep
 from benchmarks.tiny_configs import tiny_configs
+from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.module_host import host_from_module
 
 FAMILIES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
 LARGEST = 400_000_000
 """Parameters above which a configuration does not count as small."""
-
-REGISTRY: Any = None
 
 
 def names() -> list[str]:
@@ -41,14 +40,13 @@ def names() -> list[str]:
 
 def check(name: str) -> dict[str, Any]:
     """Build one small model with random weights and run the whole check on it."""
-    fast_initialisation()
     kind, family = name.split("/")
     with stage("build"):
         model, inputs, params = build(kind, family)
     with stage("points"):
         host = host_from_module(model, example=inputs)
     return {
-        **check_host(host, inputs, REGISTRY),
+        **check_host(host, inputs),
         "inputs": {k: list(v.shape) for k, v in inputs.items()},
         "params": params,
     }
@@ -86,12 +84,9 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
             try:
                 with torch.no_grad():
                     output = model(**inputs)
-                if any(
-                    leaf.isnan().any()
-                    for leaf in torch.utils._pytree.tree_leaves(output)
-                    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-                ):
+                if pick_logits(output).isnan().any():
                     reasons.setdefault("nan", "its output is not a number")
+                    continue
                 return model, inputs, sum(p.numel() for p in model.parameters())
             except Exception as error:  # noqa: BLE001 - the next inputs are tried
                 reasons.setdefault("forward", f"{sorted(inputs)}: {type(error).__name__}: {error}"[:300])
@@ -100,12 +95,12 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
 
 def main() -> int:
     """Sweep and write the table."""
-    global REGISTRY
     parser = arguments(__doc__.splitlines()[0], "runs/sweep-transformers.jsonl", "docs/sweep-transformers.md")
     parser.set_defaults(memory=6)
     options = parser.parse_args()
     quiet_forever()
-    REGISTRY = ready_registry()
+    ready_registry()
+    fast_initialisation()
     for kind in ("bert", "gpt2", "llama", "vit", "t5", "wav2vec2", "mixtral", "clip", "whisper"):  # before forking
         importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     every = names()
@@ -117,7 +112,7 @@ def main() -> int:
         "seed, the seed trained for one step. Stage `build`: no small configuration was found that builds and runs on",
         "plain inputs, which is for the sweep to learn, not for the host.",
     ]
-    page = markdown("transformers sweep", "make sweep-transformers", results, notes, len(every))
+    page = markdown("transformers sweep", "make sweep-transformers", results, notes, every)
     if options.table != "-":
         Path(options.table).write_text(page)
     print("\n".join(page.splitlines()[4:60]))

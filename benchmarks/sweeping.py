@@ -1,6 +1,7 @@
 """Runs one check over very many names: a forked process each, limits on time and memory, results as JSON lines.
 
-A sweep goes on where it stopped: names that have a result are skipped. With `--deadline` it stops in time.
+A sweep goes on where it stopped: names that have a result are skipped. With `--deadline` it stops in time. Names that
+sound large come last, and one that the machine has no memory for at the moment gets no result: the next sweep tries it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import attrs
 
 Check = Callable[[str], dict[str, Any]]
 BIG = re.compile(r"giga|giant|enormous|huge|_7b|so400m|xlarge|xxlarge|_2b|_1b|large|g_14|h_14")
+STARVED = "the machine's memory ran out"
 
 
 @attrs.define
@@ -48,7 +50,9 @@ def arguments(description: str, out: str, table: str) -> argparse.ArgumentParser
     parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))), help="default: every core")
     parser.add_argument("--shard", default="0/1", help="only every n-th name from the i-th: i/n")
     parser.add_argument("--sample", type=int, default=0, help="only so many names, evenly spread")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one name (default %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=240, help="processor seconds for one name (default %(default)s)"
+    )
     parser.add_argument("--memory", type=float, default=24, help="GB for one name (default %(default)s)")
     parser.add_argument("--deadline", type=float, default=0, help="stop after so many seconds; 0: never")
     parser.add_argument("--retry", action="store_true", help="check names again that failed")
@@ -56,7 +60,7 @@ def arguments(description: str, out: str, table: str) -> argparse.ArgumentParser
 
 
 def sweep(names: Sequence[str], check: Check, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Check every name that has no result yet; returns all results, old ones included.
+    """Check every chosen name that has no result yet; returns the results of all names, old ones included.
 
     Args:
         names: what to check.
@@ -66,13 +70,11 @@ def sweep(names: Sequence[str], check: Check, options: argparse.Namespace) -> di
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     results = read_results(out)
-    if options.retry:
-        results = {name: result for name, result in results.items() if result["ok"]}
     chosen = choose(names, options)
-    waiting = [name for name in chosen if name not in results]
-    waiting.sort(key=lambda name: not BIG.search(name))
-    waiting.reverse()  # popped from the end: big ones first
+    waiting = [name for name in chosen if name not in results or (options.retry and not results[name]["ok"])]
+    waiting.sort(key=lambda name: not BIG.search(name))  # popped from the end: big ones last
     done, total, begun = len(chosen) - len(waiting), len(chosen), time.monotonic()
+    starved: list[str] = []
     running: dict[int, Child] = {}
     with out.open("a") as file:
         try:
@@ -88,6 +90,9 @@ def sweep(names: Sequence[str], check: Check, options: argparse.Namespace) -> di
                     if result is None:
                         continue
                     del running[child.pid]
+                    if result.get("starved"):
+                        starved.append(child.name)
+                        continue
                     results[child.name] = result
                     file.write(json.dumps({"name": child.name, **result}) + "\n")
                     file.flush()
@@ -99,9 +104,11 @@ def sweep(names: Sequence[str], check: Check, options: argparse.Namespace) -> di
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
     print(file=sys.stderr)
+    if starved:
+        print(f"the machine had no memory left for {', '.join(sorted(starved))}: run the sweep again", file=sys.stderr)
     if waiting:
         print(f"stopped at the deadline with {len(waiting) + len(running)} names left", file=sys.stderr)
-    return {name: results[name] for name in chosen if name in results}
+    return {name: results[name] for name in names if name in results}
 
 
 def choose(names: Sequence[str], options: argparse.Namespace) -> list[str]:
@@ -152,23 +159,26 @@ def start(name: str, check: Check) -> Child:
 
 
 def poll(child: Child, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The child's result if it has one by now; a child beyond its limits is killed, and that is its result."""
+    """The child's result if it has one by now; a child beyond its limits is killed, and that is its result.
+
+    A child is timed by its own processor, since others may share the machine; one that waits for ever is killed too.
+    """
     try:
         while chunk := os.read(child.pipe, 65536):
             child.text += chunk
         ended = True
     except BlockingIOError:
         ended = False
-    seconds = time.monotonic() - child.started
+    seconds, worked = time.monotonic() - child.started, processor_seconds(child.pid)
     child.peak = max(child.peak, resident(child.pid))
     reason = ""
     if not ended:
-        if seconds > options.timeout:
+        if max(worked, seconds / 20) > options.timeout:
             reason = f"took more than {options.timeout:.0f} s"
         elif child.peak > options.memory * 1e9:
             reason = f"needs more than {options.memory:g} GB"
         elif free_memory() < 1e9:
-            reason = "the machine's memory ran out"
+            reason = STARVED
         if not reason:
             return None
         os.kill(child.pid, signal.SIGKILL)
@@ -179,6 +189,8 @@ def poll(child: Child, options: argparse.Namespace) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         result = {"ok": False, "stage": "limits", "error": f"the process died (status {status})"}
     cpu = usage.ru_utime + usage.ru_stime
+    if reason == STARVED:
+        return {"ok": False, "starved": True}
     return {**result, "seconds": round(seconds, 1), "cpu": round(cpu, 1), "gigabytes": round(child.peak / 1e9, 2)}
 
 
@@ -188,6 +200,15 @@ def resident(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
+
+
+def processor_seconds(pid: int) -> float:
+    """Seconds for which a process has computed."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def free_memory() -> float:
@@ -206,17 +227,18 @@ def progress(done: int, total: int, results: dict[str, dict[str, Any]], begun: f
     print(f"\r{bar:<30} {done}/{total}, {failed} failed, {seconds:.0f} s ", end="", file=sys.stderr, flush=True)
 
 
-def markdown(title: str, command: str, results: dict[str, dict[str, Any]], notes: Iterable[str], total: int) -> str:
-    """The page: the share that works, how many points, and a table of what fails and why."""
+def markdown(
+    title: str, command: str, results: dict[str, dict[str, Any]], notes: Iterable[str], names: Sequence[str]
+) -> str:
+    """The page: the share that works, how many points, what was not checked, and a table of what fails and why."""
     good = {name: result for name, result in results.items() if result["ok"]}
     bad = {name: result for name, result in results.items() if not result["ok"]}
     share = 100 * len(good) / max(1, len(results))
     lines = [f"# {title}", "", *notes, "", f"Command: `{command}`", ""]
-    lines += [
-        f"**{len(good)} of {len(results)} work: {share:.1f} %.**"
-        + (f" ({total} in all)" if total != len(results) else ""),
-        "",
-    ]
+    lines += [f"**{len(good)} of {len(results)} work: {share:.1f} %.**", ""]
+    missing = [name for name in names if name not in results]
+    if missing:
+        lines += [f"Not checked yet, {len(missing)} of {len(names)}: {', '.join(missing)}.", ""]
     if good:
         counts = sorted(result["points"] for result in good.values())
         layouts = Counter(layout for result in good.values() for layout in result["layouts"])
