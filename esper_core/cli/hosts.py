@@ -136,15 +136,31 @@ def _print(data: dict[str, Any]) -> None:
     console.print(heading)
     for note in data["notes"]:
         console.print(Text(f"note: {note}", "yellow"))
-    table = make_table("point", "layout", "shape", "channels", "role", "region", "params", "FLOPs", "tags", header=True)
-    for column in (3, 6, 7):
-        table.columns[column].justify = "right"
-    for p in data["points"]:
-        table.add_row(
-            p["name"], p["layout"], "×".join(map(str, p["feature_shape"])), str(p["channels"]), p["role"], p["region"],
+    heads = ["point", "layout", "size", "channels", "after", "params", "FLOPs", "tags"]
+    rows = [
+        [
+            p["name"], p["layout"], _positions(p), str(p["channels"]), p["role"].removeprefix("after_"),
             _short(p["params"]), _short(p["flops"]), " ".join(p["tags"]),
-        )  # fmt: skip
+        ]
+        for p in data["points"]
+    ]  # fmt: skip
+    if console.width >= 110:
+        heads.insert(5, "region")
+        for row, p in zip(rows, data["points"], strict=True):
+            row.insert(5, p["region"])
+    table = make_table(*heads, header=True)
+    for column, head in zip(table.columns, heads, strict=True):
+        column.justify = "right" if head in ("size", "channels", "params", "FLOPs") else "left"
+        column.no_wrap = head not in ("point", "tags")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
+
+
+def _positions(point: dict[str, Any]) -> str:
+    """`56×56` for a map, `197` for a sequence."""
+    shape = point["feature_shape"]
+    return "×".join(map(str, shape[1:] if point["layout"] == "NCHW" else shape[:-1]))
 
 
 def _short(count: int | None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.leyline.errors import EsperError
-from esper_hosts.sizes import widths_of
+from esper_hosts.sizes import no_argument, widths_of
 
 INPUT_SHAPE = (3, 32, 32)
 OUTPUTS = 10
@@ -98,7 +98,7 @@ def cnn(
     """The network as a host, with a point behind each block.
 
     Args:
-        argument: unused.
+        argument: must be empty; what the network is made of are options.
         outputs: classes; 10 if unknown.
         input_shape: (C, H, W), (C, L) or (L,); (3, 32, 32) if unknown.
         seed: of the initial weights.
@@ -106,8 +106,9 @@ def cnn(
 
     Raises:
         EsperError: the input is no map and no signal.
-        BadOption: `widths` cannot be read.
+        BadOption: there is an argument, or `widths` cannot be read.
     """
+    no_argument("cnn", argument)
     shape = tuple(input_shape or INPUT_SHAPE)
     if not 1 <= len(shape) <= 3:
         raise EsperError(f"cnn cannot take inputs of shape {shape}", "(C, H, W), (C, L) or (L,)")

@@ -14,7 +14,7 @@ from torch import nn
 
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_hosts.cnn import INPUT_SHAPE, OUTPUTS
-from esper_hosts.sizes import widths_of
+from esper_hosts.sizes import no_argument, widths_of
 
 
 class Hidden(nn.Sequential):
@@ -49,7 +49,7 @@ def mlp(
     """The perceptron as a host.
 
     Args:
-        argument: unused.
+        argument: must be empty; what the network is made of are options.
         outputs: classes; 10 if unknown.
         input_shape: any; (3, 32, 32) if unknown.
         seed: of the initial weights.
@@ -57,8 +57,9 @@ def mlp(
         norm, dropout: see `Hidden`.
 
     Raises:
-        BadOption: `widths` cannot be read.
+        BadOption: there is an argument, or `widths` cannot be read.
     """
+    no_argument("mlp", argument)
     shape = tuple(input_shape or INPUT_SHAPE)
     sizes = [math.prod(shape), *widths_of("mlp.widths", widths)]
     with torch.random.fork_rng(devices=[]):
