@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "report": ("esper_core.cli.report", "report", "write the report of a run as one HTML file"),
     "runs": ("esper_core.cli.runs", "runs", "list runs, and put two side by side"),
     "hosts": ("esper_core.cli.hosts", "hosts", "show where a host can grow, and what it costs"),
+    "tamiyo": ("esper_core.cli.tamiyo", "tamiyo", "train, measure, show and adapt the learned controller"),
     "plugins": ("esper_core.cli.plugins", "plugins", "list, explain and check what can be used"),
     "doctor": ("esper_core.cli.doctor", "doctor", "say what is installed, what is missing and how to mend it"),
     "completion": ("esper_core.cli.completion", "completion", "print the script that completes commands in a shell"),

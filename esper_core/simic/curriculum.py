@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import attrs
 
 from esper_core.leyline.errors import BadFile, UnknownName, did_you_mean
+from esper_core.simic.imitation import ImitationConfig
 from esper_core.simic.ppo import PPOConfig
 from esper_core.tamiyo.core import CoreConfig
 from esper_core.tolaria.config import RunConfig
@@ -31,6 +32,7 @@ class World:
     Attributes:
         name: for curves and tables. domain: `vision`, `language`, `signal`; adapters train on one.
         held_out: only evaluated on. weight: how often it is drawn beside the others.
+        apart: only drawn when its domain is named, so that a core never hears the dialect of an adapter.
         run: fields of `RunConfig`. vary: field, or `settings.part.option`, to values that an episode draws from.
         schedule: the blueprint of the fixed-schedule control.
     """
@@ -38,6 +40,7 @@ class World:
     name: str
     domain: str = "vision"
     held_out: bool = False
+    apart: bool = False
     weight: float = 1.0
     run: Mapping[str, Any] = attrs.field(factory=dict)
     vary: Mapping[str, Sequence[Any]] = attrs.field(factory=dict)
@@ -68,6 +71,7 @@ class Curriculum:
         iterations: policy updates. groups: episode groups in each. group_size: environments in a group.
         rewards: `name=weight`. controllers: what an evaluation puts beside the agent.
         checkpoint_every: iterations between checkpoints.
+        ppo, core, imitation: of the policy update, the network, and the demonstrations before the first update.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Curriculum:
     checkpoint_every: int = 5
     ppo: PPOConfig = attrs.Factory(PPOConfig)
     core: CoreConfig = attrs.Factory(CoreConfig)
+    imitation: ImitationConfig = attrs.Factory(ImitationConfig)
     worlds: Sequence[World] = ()
 
     def chosen(self, *, held_out: bool, domain: str = "") -> list[World]:
@@ -88,7 +93,7 @@ class Curriculum:
         Raises:
             UnknownName: there is none.
         """
-        worlds = [w for w in self.worlds if w.held_out is held_out and domain in ("", w.domain)]
+        worlds = [w for w in self.worlds if w.held_out is held_out and (w.domain == domain if domain else not w.apart)]
         if not worlds:
             domains = ", ".join(sorted({w.domain for w in self.worlds}))
             raise UnknownName(
@@ -119,18 +124,34 @@ def load_curriculum(name: str) -> Curriculum:
         UnknownName: no such stage and no such file.
         BadFile: no TOML, or a key that does not exist.
     """
+    return parse_curriculum(curriculum_text(name), name)
+
+
+def curriculum_text(name: str) -> str:
+    """The TOML of a curriculum; see `load_curriculum`."""
     path = Path(name)
     try:
         if path.suffix == ".toml" and path.is_file():
             if path.stat().st_size > _LIMIT_BYTES:
                 raise BadFile(f"{path} is larger than {_LIMIT_BYTES} bytes", "a curriculum")
-            text = path.read_text(encoding="utf-8")
-        elif name in stages():
-            text = (_folder() / f"{name}.toml").read_text(encoding="utf-8")
-        else:
-            raise UnknownName(f"no curriculum {name!r}", ", ".join(stages()), did_you_mean(name, stages()))
+            return path.read_text(encoding="utf-8")
+        if name in stages():
+            return str((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"the curriculum {name!r} cannot be read: {error}", "a TOML file") from error
+    raise UnknownName(f"no curriculum {name!r}", f"{', '.join(stages())}, or the path of a TOML file",
+                      did_you_mean(name, stages()))  # fmt: skip
+
+
+def parse_curriculum(text: str, name: str) -> Curriculum:
+    """The curriculum that a TOML text describes. `name`: for error messages.
+
+    Raises:
+        BadFile: no TOML, a key that does not exist, or a value that does not fit.
+    """
+    try:
         return _read(tomllib.loads(text), name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFile(
             f"the curriculum {name!r} cannot be read: {error}", "a TOML file as in docs/curriculum.md"
         ) from error
@@ -144,7 +165,8 @@ def _read(data: dict[str, Any], name: str) -> Curriculum:
         settings = {**_flat(shared.get("settings", {})), **_flat(own.get("settings", {}))}
         worlds.append(_part(World, {**raw, "run": {**shared, **own, "settings": settings}}, f"a world of {name}"))
     parts = {"ppo": _part(PPOConfig, _tuples(data.pop("ppo", {})), "ppo"),
-             "core": _part(CoreConfig, data.pop("core", {}), "core")}  # fmt: skip
+             "core": _part(CoreConfig, data.pop("core", {}), "core"),
+             "imitation": _part(ImitationConfig, _tuples(data.pop("imitation", {})), "imitation")}  # fmt: skip
     return _part(Curriculum, {**data, **parts, "worlds": worlds}, name)
 
 

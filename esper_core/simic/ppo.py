@@ -34,6 +34,8 @@ class PPOConfig:
     gradient_norm: float = 0.5  # bound on each environment's own gradient
     target_kl: float = 0.03  # stop before a step that starts from a policy further away than this
     reward_scale: float = 1.0
+    group_baseline: bool = False  # subtract what the other environments of the group got at the same decision
+    final_rate: float = 1.0  # learning rate of the last iteration over that of the first; linear between
 
 
 @attrs.frozen
@@ -101,6 +103,23 @@ def advantages(rewards: NDArray[Any], values: NDArray[Any], discount: float, gae
     return out
 
 
+def relative(estimates: Sequence[NDArray[np.float32]], groups: Sequence[int]) -> list[NDArray[np.float32]]:
+    """Advantages less the mean of the group's others at the same decision (Kool, van Hoof & Welling 2019).
+
+    The others' actions are drawn apart from one's own, so nothing is biased; and what they share, which is how much
+    growing is worth on their host at all, no longer drowns what sets them apart. A decision that nobody else lived to
+    see keeps its estimate.
+    """
+    out = []
+    for k, own in enumerate(estimates):
+        others = [e for j, e in enumerate(estimates) if j != k and groups[j] == groups[k]]
+        mean = [
+            float(np.mean(values)) if (values := [o[t] for o in others if t < len(o)]) else 0.0 for t in range(len(own))
+        ]
+        out.append(own - np.array(mean, np.float32))
+    return out
+
+
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The clipped objective to be maximised (equation 7), elementwise."""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -119,7 +138,8 @@ def update(
     """
     estimates = [advantages(e.rewards * config.reward_scale, e.values, config.discount, config.gae_lambda)
                  for e in episodes]  # fmt: skip
-    flat = np.concatenate(estimates)
+    merits = relative(estimates, [e.group for e in episodes]) if config.group_baseline else estimates
+    flat = np.concatenate(merits)
     shift, scale = float(flat.mean()), float(flat.std()) + 1e-6
     seen: dict[str, list[float]] = {}
     steps, stopped, worst = 0, False, 0.0
@@ -128,7 +148,7 @@ def update(
         for start in range(0, len(order), config.minibatch):
             chosen = order[start : start + config.minibatch]
             total, kl, notes = _minibatch(policy, [episodes[i] for i in chosen],
-                                          [(estimates[i] - shift) / scale for i in chosen],
+                                          [(merits[i] - shift) / scale for i in chosen],
                                           [estimates[i] for i in chosen], config)  # fmt: skip
             worst = max(worst, kl)
             if kl > config.target_kl:

@@ -10,25 +10,27 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load, save
 
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.stages import Op, Stage
-from esper_core.leyline.view import Controller
+from esper_core.leyline.view import Controller, RunView
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.simic.curriculum import World
 from esper_core.simic.environment import EpisodeGroup, Ground, Paid
+from esper_core.simic.imitation import ImitationConfig, Scribe
 from esper_core.simic.ppo import Episode
 from esper_core.tamiyo.adapter import build_adapter
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
-from esper_core.tamiyo.observation import OPS, collate, observe
+from esper_core.tamiyo.observation import OPS, Observation, collate, observe
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 
@@ -130,47 +132,106 @@ def _ground(state: dict[str, Any], run: RunConfig) -> Ground:
     return Ground.lay(run, registry, tasks[key])
 
 
-def rollout(
-    state: dict[str, Any], packed: Packed, run: RunConfig, size: int, seed: int, group_number: int
+class _Diary:
+    """What one environment saw, did and was paid, on its way to an episode."""
+
+    def __init__(self) -> None:
+        self.seen: list[Observation] = []
+        self.rows: list[NDArray[np.int64]] = []
+        self.log_probs: list[float] = []
+        self.values: list[float] = []
+        self.ledger = _Ledger()
+
+    def note(self, seen: Observation, row: NDArray[np.int64], log_prob: float = 0.0, value: float = 0.0) -> None:
+        self.seen.append(seen)
+        self.rows.append(row)
+        self.log_probs.append(log_prob)
+        self.values.append(value)
+
+    def close(self, group_number: int) -> Episode:
+        figures = [np.array(v, np.float32) for v in (self.log_probs, self.values, self.ledger.rewards)]
+        return Episode(self.seen, np.stack(self.rows), figures[0], figures[1], figures[2], group_number)
+
+
+class _Choice(Protocol):
+    """Who decides for all environments of a group at one decision: (K, 5) rows, log-probability and value of each."""
+
+    def __call__(
+        self, views: Sequence[RunView], seen: Sequence[Observation]
+    ) -> Sequence[tuple[NDArray[np.int64], float, float]]: ...
+
+
+def _play(
+    state: dict[str, Any], run: RunConfig, size: int, group_number: int, choose: _Choice
 ) -> tuple[list[Episode], list[Played]]:
-    """One episode of `size` environments under draws from the policy; an environment that fails ends early."""
-    core, ground = packed.unpack(), _ground(state, run)
+    """One episode of `size` environments. One that fails ends early; where the host fails on its own, nothing is
+    to be learnt about growth, and the answer is empty."""
+    ground = _ground(state, run)
     group = EpisodeGroup(ground, size, assembly.build_rewards(run, ground.registry))
     probe: BlendProbe = state.setdefault("probe", None) or BlendProbe(ground.registry)
     state["probe"] = probe
-    generator = torch.Generator().manual_seed(seed)
-    hidden, ledgers = core.initial(size), [_Ledger() for _ in range(size)]
-    seen: list[list[Any]] = [[] for _ in range(size)]
-    rows: list[list[Any]] = [[] for _ in range(size)]
-    logs: list[list[float]] = [[] for _ in range(size)]
-    estimates: list[list[float]] = [[] for _ in range(size)]
+    diaries = [_Diary() for _ in range(size)]
     try:
         views, _ = group.advance()
-    except RunFailed:  # the host fails on its own: there is nothing to learn about growth here
+        while not group.done:
+            seen = [observe(view, probe.describe(view.blends)) for view in views]
+            chosen = choose(views, seen)
+            alive = [k for k in range(size) if not group.cohort.members[k].failed]
+            for k in alive:
+                wanted = [seen[k].command(row, "agent") for row in chosen[k][0].tolist() if OPS[row[0]] is not Op.WAIT]
+                diaries[k].ledger.commands.update(str(command.op) for command in group.act(k, wanted))
+                diaries[k].note(seen[k], *chosen[k])
+            views, paid = group.advance()
+            for k in alive:
+                diaries[k].ledger.take(paid[k])
+    except RunFailed:
         return [], []
-    while not group.done:
-        observations = [observe(view, probe.describe(view.blends)) for view in views]
-        with torch.no_grad():
-            decision = core.decide(collate(observations), hidden, generator=generator)
+    episodes = [diary.close(group_number) for diary in diaries]
+    return episodes, [diary.ledger.close(group, k) for k, diary in enumerate(diaries)]
+
+
+def rollout(
+    state: dict[str, Any], packed: Packed, run: RunConfig, size: int, seed: int, group_number: int
+) -> tuple[list[Episode], list[Played]]:
+    """One episode of `size` environments under draws from the policy; see `_play`."""
+    core = packed.unpack()
+    generator = torch.Generator().manual_seed(seed)
+    hidden = core.initial(size)
+
+    @torch.no_grad()
+    def choose(
+        views: Sequence[RunView], seen: Sequence[Observation]
+    ) -> Sequence[tuple[NDArray[np.int64], float, float]]:
+        nonlocal hidden
+        decision = core.decide(collate(seen), hidden, generator=generator)
         hidden = decision.hidden
-        actions = decision.actions.numpy()
-        alive = [not member.failed for member in group.cohort.members]
-        for k in (k for k in range(size) if alive[k]):
-            wanted = [observations[k].command(row, "agent") for row in actions[k] if OPS[row[0]] is not Op.WAIT]
-            ledgers[k].commands.update(str(command.op) for command in group.act(k, wanted))
-            seen[k].append(observations[k])
-            rows[k].append(actions[k])
-            logs[k].append(float(decision.log_prob[k]))
-            estimates[k].append(float(decision.value[k]))
-        views, paid = group.advance()
-        for k in (k for k in range(size) if alive[k]):
-            ledgers[k].take(paid[k])
-    episodes = []
-    for k in range(size):
-        rewards = ledgers[k].rewards
-        figures = [np.array(values, np.float32) for values in (logs[k], estimates[k], rewards)]
-        episodes.append(Episode(seen[k], np.stack(rows[k]), figures[0], figures[1], figures[2], group_number))
-    return episodes, [ledger.close(group, k) for k, ledger in enumerate(ledgers)]
+        return list(zip(decision.actions.numpy(), decision.log_prob.tolist(), decision.value.tolist(), strict=True))
+
+    return _play(state, run, size, group_number, choose)
+
+
+def demonstrate(
+    state: dict[str, Any], config: ImitationConfig, commands: int, run: RunConfig, size: int, group_number: int
+) -> tuple[list[Episode], list[Played]]:
+    """One episode of `size` environments under a teacher; the k-th takes the k-th variant of its options.
+
+    What is carried out is what the core's heads can say of the teacher's commands, `commands` a decision at most.
+    """
+    registry = _ground(state, run).registry
+    name, argument = split_reference(config.teacher)
+    teachers: list[Controller] = [
+        registry.build("controller", name, argument, seed=run.seed, options=config.variants[k % len(config.variants)])
+        for k in range(size)
+    ]
+    scribes = [Scribe(commands) for _ in range(size)]
+
+    def choose(
+        views: Sequence[RunView], seen: Sequence[Observation]
+    ) -> Sequence[tuple[NDArray[np.int64], float, float]]:
+        told = [teacher.decide(view) for teacher, view in zip(teachers, views, strict=True)]
+        return [(s.write(t, o), 0.0, 0.0) for s, t, o in zip(scribes, told, seen, strict=True)]
+
+    return _play(state, run, size, group_number, choose)
 
 
 def contest(
@@ -181,6 +242,9 @@ def contest(
     Args:
         controllers: references such as `heuristic`; `schedule` alone is the world's own fixed schedule.
         cores: further contenders by name, whose likeliest commands are taken.
+
+    Returns:
+        What came of each by name; empty where the host fails without any growth.
     """
     from esper_core.tamiyo.learned import LearnedController
 
@@ -190,15 +254,18 @@ def contest(
     made: list[Controller] = [_controller(world, run, name, ground.registry) for name in controllers]
     made += [LearnedController(core=packed.unpack(), registry=ground.registry) for packed in cores.values()]
     ledgers = [_Ledger() for _ in names]
-    views, _ = group.advance()
-    while not group.done:
-        for k, controller in enumerate(made):
-            if not group.cohort.members[k].failed:
-                done = group.act(k, list(controller.decide(views[k])))
-                ledgers[k].commands.update(str(command.op) for command in done)
-        views, paid = group.advance()
-        for ledger, one in zip(ledgers, paid, strict=True):
-            ledger.take(one)
+    try:
+        views, _ = group.advance()
+        while not group.done:
+            for k, controller in enumerate(made):
+                if not group.cohort.members[k].failed:
+                    done = group.act(k, list(controller.decide(views[k])))
+                    ledgers[k].commands.update(str(command.op) for command in done)
+            views, paid = group.advance()
+            for ledger, one in zip(ledgers, paid, strict=True):
+                ledger.take(one)
+    except RunFailed:
+        return {}
     return {name: ledger.close(group, k) for k, (name, ledger) in enumerate(zip(names, ledgers, strict=True))}
 
 

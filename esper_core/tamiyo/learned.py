@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,19 +24,31 @@ SHIPPED = "core_v1.safetensors"
 """The core that comes with the package, used when no file is named."""
 
 
+@contextmanager
+def agent_path(path: str) -> Iterator[Path]:
+    """`path` itself, or where the shipped core lies if `path` is empty.
+
+    Raises:
+        BadFile: none is shipped with this installation.
+    """
+    if path:
+        yield Path(path)
+        return
+    resource = files("esper_core.tamiyo") / SHIPPED
+    if not resource.is_file():
+        raise BadFile("this installation ships no trained agent", "agent:FILE", "esper tamiyo train")
+    with as_file(resource) as shipped:
+        yield shipped
+
+
 def load_agent(path: str) -> TamiyoCore:
     """The core in `path`, or the shipped one if `path` is empty.
 
     Raises:
         BadFile: damaged, hostile, or none is shipped with this installation.
     """
-    if path:
-        return TamiyoCore.load(path)
-    resource = files("esper_core.tamiyo") / SHIPPED
-    if not resource.is_file():
-        raise BadFile("this installation ships no trained agent", "agent:FILE", "esper tamiyo train")
-    with as_file(resource) as shipped:
-        return TamiyoCore.load(shipped)
+    with agent_path(path) as file:
+        return TamiyoCore.load(file)
 
 
 class LearnedController:

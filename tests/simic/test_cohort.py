@@ -96,7 +96,7 @@ def test_the_trunk_and_a_waiting_member_are_a_run_that_waits(ground: Ground) -> 
     """The twin is the WAIT control itself: an ordinary run under the controller `wait` ends with the same bits."""
     group, _, _ = play(ground, 2, share=True)
     config = attrs.evolve(CONFIG, controller="wait")
-    trainer = _build_trainer(_lay(config, ground.registry, lambda text: None), None, {})
+    trainer = _build_trainer(_lay(config, ground.registry, lambda text: None), {})
     trainer.run()
     state = trainer.tolaria.plane.host.module.state_dict()
     for member in (group.cohort.trunk, group.cohort.members[0]):

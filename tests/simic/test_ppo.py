@@ -201,3 +201,10 @@ def test_it_learns_a_known_problem() -> None:
         ppo.update(CorePolicy(core), optimizer, episodes, PPOConfig(target_kl=0.1), generator)
         ppo.update_normalisers(core, episodes)
     assert totals[0] < 1.6 and np.mean(totals[-3:]) > 4.5, totals
+
+
+def test_the_group_baseline_is_what_the_others_got() -> None:
+    own = [np.array([1.0, 2.0, 3.0]), np.array([0.0, 4.0]), np.array([5.0, 0.0, 1.0]), np.array([7.0])]
+    found = ppo.relative(own, [0, 0, 0, 1])
+    assert found[0].tolist() == [1 - 2.5, 2 - 2, 3 - 1] and found[1].tolist() == [0 - 3, 4 - 1]
+    assert found[2].tolist() == [5 - 0.5, 0 - 3, 1 - 3] and found[3].tolist() == [7.0]  # alone: nothing to compare

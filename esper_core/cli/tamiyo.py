@@ -1,0 +1,224 @@
+"""`esper tamiyo`: train a growth controller, measure it against its controls, show it, adapt it to a domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from esper_core.cli.arguments import RUNS
+from esper_core.cli.output import print_json
+
+if TYPE_CHECKING:
+    from esper_core.simic.training import Training
+    from esper_core.tamiyo.core import TamiyoCore
+
+Function = Callable[..., Any]
+
+
+def _curriculum(function: Function) -> Function:
+    return click.option(
+        "--curriculum", default="university", metavar="NAME|FILE", show_default=True,
+        help="university, internship, masterpiece, or the path of a TOML file",
+    )(function)  # fmt: skip
+
+
+def _workers(function: Function) -> Function:
+    return click.option("--workers", type=click.IntRange(0), default=0, metavar="N",
+                        help="processes, of one thread each; 0 for one a core; the answer is the same  [default: 0]",
+                        )(function)  # fmt: skip
+
+
+def _shown(function: Function) -> Function:
+    function = click.option("--json-lines", is_flag=True, help="print every iteration as a line of JSON")(function)
+    return click.option("--quiet", "-q", is_flag=True, help="print only where the agent is")(function)
+
+
+def _training(function: Function) -> Function:
+    for option in (
+        click.option("--out", metavar="FOLDER", help="where to train  [default: runs/tamiyo-<curriculum>-<n>]"),
+        click.option("--iterations", type=click.IntRange(1), metavar="N", help="instead of the curriculum's number"),
+        click.option("--seed", type=click.IntRange(0), default=0, metavar="N", show_default=True,
+                     help="of every draw: it fixes every bit of the agent"),
+    ):  # fmt: skip
+        function = option(function)
+    return _curriculum(_workers(_shown(function)))
+
+
+@click.group()
+def tamiyo() -> None:
+    """The learned controller: a core that is trained once, and adapters that teach it a domain.
+
+    \b
+    esper tamiyo train --curriculum university
+    esper tamiyo eval agent.safetensors
+    esper run --controller agent:agent.safetensors
+    """
+
+
+@tamiyo.command()
+@_training
+@click.option("--base", metavar="FILE", help="go on from this agent instead of from nothing")
+@click.option("--domain", default="", metavar="NAME", help="only on worlds of this domain")
+def train(
+    curriculum: str, out: str | None, iterations: int | None, seed: int, base: str | None, domain: str, workers: int,
+    quiet: bool, json_lines: bool,
+) -> None:  # fmt: skip
+    """Train a core on a curriculum. Stop it whenever you like; `esper tamiyo resume` goes on bit for bit."""
+    from esper_core.simic.training import Training, new_manifest
+
+    manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain)
+    _carry_on(Training.start(_folder(out, curriculum), manifest, base), workers, quiet, json_lines)
+
+
+@tamiyo.command()
+@click.argument("folder", type=click.Path(file_okay=False))
+@_workers
+@_shown
+def resume(folder: str, workers: int, quiet: bool, json_lines: bool) -> None:
+    """Go on with the training in FOLDER from its newest checkpoint, bit for bit as if it had not stopped."""
+    from esper_core.simic.training import Training
+
+    _carry_on(Training.resume(folder), workers, quiet, json_lines)
+
+
+@tamiyo.command()
+@_training
+@click.option("--base", default="", metavar="FILE", help="the core to adapt  [default: the one that ships]")
+@click.option("--domain", required=True, metavar="NAME", help="of the worlds to adapt to: vision, language, …")
+@click.option("--kind", default="lora", metavar="NAME", show_default=True, help="of adapter")
+def adapt(
+    curriculum: str, out: str | None, iterations: int | None, seed: int, base: str, domain: str, kind: str,
+    workers: int, quiet: bool, json_lines: bool,
+) -> None:  # fmt: skip
+    """Train an adapter for one domain on a frozen core; the core's own weights never move."""
+    from esper_core.cli.context import current_registry
+    from esper_core.simic.training import Training, new_manifest
+    from esper_core.tamiyo.learned import agent_path
+
+    current_registry().find("adapter", kind)
+    manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain, adapter=kind)
+    with agent_path(base) as path:
+        training = Training.start(_folder(out, f"{curriculum}-{domain}"), manifest, path)
+    _carry_on(training, workers, quiet, json_lines)
+
+
+@tamiyo.command("eval")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@_curriculum
+@click.option("--adapter", "adapters", multiple=True, metavar="FILE",
+              help="put this adapter on the first FILE as a contender of its own; repeatable")  # fmt: skip
+@click.option("--groups", type=click.IntRange(1), default=32, metavar="N", show_default=True,
+              help="contests, each on a host and batches of its own")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=1000, metavar="N", show_default=True, help="of the contests")
+@click.option("--domain", default="", metavar="NAME", help="only on worlds of this domain")
+@click.option("--held-out/--trained", default=True, help="worlds that were held out, or those trained on")
+@click.option("--controllers", metavar="A,B", help="controls beside the agents  [default: the curriculum's]")
+@click.option("--out", metavar="FILE", help="write everything that was measured there as JSON")
+@_workers
+@click.option("--json", "as_json", is_flag=True, help="print the summary as JSON")
+def evaluate(
+    files: tuple[str, ...], curriculum: str, adapters: tuple[str, ...], groups: int, seed: int, domain: str,
+    held_out: bool, controllers: str | None, out: str | None, workers: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Put agents beside their controls on the same hosts, batches and order; differences with 95% intervals.
+
+    FILE is an agent; without one, it is the one that ships with Esper.
+    """
+    from esper_core.cli.tamiyo_view import show_evaluation
+    from esper_core.kasmina.tensor_file import write_json_file
+    from esper_core.simic.curriculum import load_curriculum
+    from esper_core.simic.evaluation import EvaluationPlan
+    from esper_core.simic.evaluation import evaluate as play
+
+    plan = load_curriculum(curriculum)
+    names = plan.controllers if controllers is None else [c.strip() for c in controllers.split(",") if c.strip()]
+    told = EvaluationPlan(groups=groups, seed=seed, held_out=held_out, domain=domain, controllers=tuple(names))
+
+    def notify(played: int) -> None:
+        if not as_json:
+            click.echo(f"{played} of {groups} contests", err=True)
+
+    result = play(plan, _contenders(files, adapters), told, workers=workers, notify=notify)
+    if out:
+        write_json_file(out, result)
+    if as_json:
+        print_json({key: value for key, value in result.items() if key != "contests"})
+    else:
+        show_evaluation(result)
+
+
+@tamiyo.command()
+@click.argument("file", required=False, default="")
+@click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
+def show(file: str, as_json: bool) -> None:
+    """Say what FILE, an agent or an adapter, is and how it was trained. Without FILE: the agent that ships."""
+    from esper_core.cli.tamiyo_view import describe_product, show_product
+    from esper_core.tamiyo.learned import agent_path
+
+    with agent_path(file) as path:
+        told = describe_product(path)
+    if as_json:
+        print_json(told)
+    else:
+        show_product(told)
+
+
+@tamiyo.command()
+@click.argument("adapter")
+@click.option("--base", default="", metavar="FILE", help="the adapter's core  [default: the one that ships]")
+@click.option("--out", required=True, metavar="FILE", help="where to write the merged agent")
+def merge(adapter: str, base: str, out: str) -> None:
+    """Write ADAPTER into the weights of its core: an agent of one file that needs no adapter any more."""
+    from esper_core.tamiyo.adapter import load_adapter
+    from esper_core.tamiyo.adapter import merge as merged
+    from esper_core.tamiyo.learned import load_agent
+
+    core, file = load_agent(base), load_adapter(adapter)
+    core.attach(file, "merged")
+    merged(core, "merged").save(out)
+    click.echo(out)
+
+
+def _folder(out: str | None, name: str) -> Path:
+    if out:
+        return Path(out)
+    stem, number = f"tamiyo-{Path(name).stem}", 1
+    while (RUNS / f"{stem}-{number}").exists():
+        number += 1
+    return RUNS / f"{stem}-{number}"
+
+
+def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -> None:
+    from esper_core.cli.tamiyo_view import TrainingView
+
+    with TrainingView(training, quiet=quiet, json_lines=json_lines) as view:
+        try:
+            product = training.run(workers, view.take)
+        except KeyboardInterrupt:
+            view.close()
+            click.echo(f"go on with: esper tamiyo resume {training.path}", err=True)
+            raise click.Abort from None
+    if not json_lines:
+        click.echo(product)
+
+
+def _contenders(files: Sequence[str], adapters: Sequence[str]) -> dict[str, TamiyoCore]:
+    """Cores by the name that the table gives them."""
+    from esper_core.tamiyo.adapter import load_adapter
+    from esper_core.tamiyo.learned import load_agent
+
+    cores: dict[str, TamiyoCore] = {}
+    for file in files or ("",):
+        cores[_unused(Path(file).stem if file else "core_v1", cores)] = load_agent(file)
+    for file in adapters:
+        core = load_agent(files[0] if files else "")
+        adapter = core.attach(load_adapter(file))
+        cores[_unused(f"+{adapter.domain or Path(file).stem}", cores)] = core
+    return cores
+
+
+def _unused(name: str, taken: dict[str, TamiyoCore]) -> str:
+    return name if name not in taken else f"{name}#{sum(n.partition('#')[0] == name for n in taken) + 1}"

@@ -1,0 +1,132 @@
+"""A warm start from demonstrations: the core first learns to say what a teacher did, weighted by how well it paid.
+
+Advantage-weighted regression (Peng et al. 2019, arXiv:1910.00177) on whole episodes. Teachers of one group share host,
+initial weights and batches, so that who did better is a paired comparison. An agent's lineage tells that it had one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.stages import Op
+from esper_core.simic.ppo import Episode, Policy
+from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Observation
+
+
+@attrs.frozen
+class ImitationConfig:
+    """How the core is taught before PPO.
+
+    Attributes:
+        iterations: of demonstrations; 0 for none. teacher: reference of the controller that demonstrates.
+        variants: options of the teacher; environments of a group take them in turn, the plain teacher first.
+        epochs: passes over one iteration's demonstrations. learning_rate: peak rate of these passes.
+        sharpness: how much more the better of a group count: weight exp(sharpness * standardised return).
+        value_weight: of the value's squared error. minibatch: episodes in a step.
+    """
+
+    iterations: int = 0
+    teacher: str = "heuristic"
+    variants: Sequence[Mapping[str, Any]] = ({},)
+    epochs: int = 2
+    learning_rate: float = 1e-3
+    sharpness: float = 1.0
+    value_weight: float = 0.5
+    minibatch: int = 8
+
+
+class Scribe:
+    """Writes one environment's commands as the rows that the core's heads would have to choose.
+
+    The heads name blend and tempo when a seed begins to blend; a teacher may have named them at its birth, so they are
+    remembered until then.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._born: dict[str, Command] = {}
+
+    def write(self, commands: Sequence[Command], seen: Observation) -> NDArray[np.int64]:
+        """(most, 5) rows in the order of `commands`; what the heads cannot say or what is beyond `most` is left out."""
+        rows = np.zeros((self.most, len(FIELDS)), np.int64)
+        rows[:, 0] = WAIT_INDEX
+        taken: set[str] = set()
+        for command in commands:
+            row = None if command.slot in taken or len(taken) == self.most else self._row(command, seen)
+            if row is not None:
+                rows[len(taken)] = row
+                taken.add(command.slot)
+        return rows
+
+    def _row(self, command: Command, seen: Observation) -> tuple[int, ...] | None:
+        if command.op is Op.WAIT or command.slot not in seen.paths:
+            return None
+        op, slot = OPS.index(command.op), seen.paths.index(command.slot)
+        if not seen.legal[slot, op]:
+            return None
+        if command.op is Op.GERMINATE:
+            if command.blueprint not in seen.names[slot]:
+                return None
+            self._born[command.slot] = command
+            return op, slot, seen.names[slot].index(command.blueprint), 0, 0
+        if command.op is Op.ADVANCE and seen.blending[slot]:
+            born = self._born.get(command.slot, command)
+            blend = command.blend or born.blend
+            tempo = born.tempo if command.tempo is Tempo.STANDARD else command.tempo
+            return op, slot, 0, seen.blend_names.index(blend) if blend in seen.blend_names else 0, TEMPOS.index(tempo)
+        return op, slot, 0, 0, 0
+
+
+def demonstration_weights(episodes: Sequence[Episode], sharpness: float) -> list[float]:
+    """One weight an episode, with mean 1 over all: by its return among those of its group."""
+    raw = []
+    for episode in episodes:
+        returns = [other.total for other in episodes if other.group == episode.group]
+        deviation = float(np.std(returns))
+        standing = (episode.total - float(np.mean(returns))) / deviation if deviation > 1e-9 else 0.0
+        raw.append(math.exp(min(sharpness * standing, 3.0)))
+    mean = sum(raw) / max(len(raw), 1)
+    return [weight / mean for weight in raw]
+
+
+def imitate(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    episodes: Sequence[Episode],
+    config: ImitationConfig,
+    generator: torch.Generator,
+    *,
+    reward_scale: float = 1.0,
+) -> dict[str, float]:
+    """Raise the likelihood of what was demonstrated; returns means over all minibatches."""
+    weights = demonstration_weights(episodes, config.sharpness)
+    likelihood = value_error = norm_sum = 0.0
+    parameters, steps = list(policy.parameters()), 0
+    for _ in range(config.epochs):
+        order = torch.randperm(len(episodes), generator=generator).tolist()
+        for start in range(0, len(order), config.minibatch):
+            chosen = order[start : start + config.minibatch]
+            optimizer.zero_grad(set_to_none=True)
+            for i in chosen:
+                decision = policy.score(episodes[i])
+                to_go = np.cumsum(episodes[i].rewards[::-1])[::-1].copy() * reward_scale
+                error = (decision.value - torch.from_numpy(to_go)).square().mean()
+                loss = (config.value_weight * error - weights[i] * decision.log_prob.mean()) / len(chosen)
+                loss.backward()
+                likelihood += float(decision.log_prob.detach().mean())
+                value_error += float(error.detach())
+            norm_sum += float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            optimizer.step()
+            steps += 1
+    optimizer.zero_grad(set_to_none=True)
+    count = max(config.epochs * len(episodes), 1)
+    return {"log_likelihood": likelihood / count, "value_loss": value_error / count,
+            "gradient_norm": norm_sum / max(steps, 1), "steps": float(steps)}  # fmt: skip

@@ -1,0 +1,340 @@
+"""Training Tamiyo: iterations of episodes and updates in a folder of its own, resumable bit for bit.
+
+Everything that an iteration does follows from the manifest and the iteration's number, so that a training killed at
+any moment goes on from its newest checkpoint as if it had not stopped, with any number of worker processes.
+
+`FOLDER/`: `training.json` (the manifest), `curves.jsonl` (one line an iteration), `checkpoints/`, `base.safetensors`
+(the core that was started from, if any), `agent.safetensors` or `adapter.safetensors`, `report.html`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
+
+import attrs
+import torch
+from torch import Tensor
+
+from esper_core.kasmina.tensor_file import expect_well_formed, read_json_file, write_json_file
+from esper_core.leyline.errors import BadFile, BadOption, RunFailed
+from esper_core.simic.cpu_engine import Task, WorkerPool
+from esper_core.simic.curriculum import Curriculum, curriculum_text, parse_curriculum
+from esper_core.simic.imitation import imitate
+from esper_core.simic.ppo import CorePolicy, Episode, update, update_normalisers
+from esper_core.simic.rollout import Packed, Played, demonstrate, rollout
+from esper_core.tamiyo.adapter import Adapter, build_adapter
+from esper_core.tamiyo.core import TamiyoCore
+from esper_core.tolaria.run_folder import RunFolder
+
+FORMAT: Final = "esper-training-1"
+Record = dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """What a training is told; with the code, it determines every bit.
+
+    Attributes:
+        curriculum: name, for people. text: its TOML. seed: of everything that is drawn.
+        iterations: policy updates, demonstrations included; 0 for the curriculum's own number.
+        domain: train on the worlds of this domain alone; empty for all.
+        adapter: kind of adapter to train on a frozen base; empty to train the core itself.
+        base: fingerprint of the core in `base.safetensors`; empty for a fresh one.
+    """
+
+    curriculum: str
+    text: str
+    seed: int = 0
+    iterations: int = 0
+    domain: str = ""
+    adapter: str = ""
+    base: str = ""
+
+
+class Training:
+    """One training in a folder. `start` or `resume`, then `run`.
+
+    Attributes:
+        path: the folder. manifest, curriculum: what to do. core: the network, with the adapter in training attached.
+        done: iterations behind us. records: one for each of them, as in `curves.jsonl`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.curriculum: Curriculum = parse_curriculum(manifest.text, manifest.curriculum)
+        self.folder = RunFolder(path, keep=2)
+        self.done, self.records = 0, list[Record]()
+        self.core, self.adapter = self._network()
+        self.policy = CorePolicy(self.core)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), eps=1e-5)
+
+    # --- Beginning ---
+
+    @classmethod
+    def start(cls, path: str | Path, manifest: Manifest, base: str | Path | None = None) -> Training:
+        """A new training.
+
+        Args:
+            base: agent file to start from, or to adapt.
+
+        Raises:
+            BadOption: the folder holds a training already, or cannot be written to.
+            BadFile, UnknownName: the base or the curriculum cannot be used.
+        """
+        path = Path(path)
+        if (path / "training.json").exists():
+            raise BadOption(f"{path} holds a training already", "a new folder", f"esper tamiyo resume {path}")
+        parse_curriculum(manifest.text, manifest.curriculum).chosen(held_out=False, domain=manifest.domain)
+        core = TamiyoCore.load(base) if base is not None else None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if core is not None:
+                core.save(path / "base.safetensors")
+                manifest = attrs.evolve(manifest, base=core.fingerprint)
+            write_json_file(path / "training.json", {"format": FORMAT, **attrs.asdict(manifest)})
+        except OSError as error:
+            raise BadOption(f"{path} cannot be written to: {error.strerror or error}", "a folder with space",
+                            "--out DIR") from error  # fmt: skip
+        return cls(path, manifest)
+
+    @classmethod
+    def resume(cls, path: str | Path) -> Training:
+        """A training that was stopped, as its newest whole checkpoint left it.
+
+        Raises:
+            BadFile: no training is there, or its files are damaged.
+        """
+        path = Path(path)
+        if not (path / "training.json").is_file():
+            raise BadFile(f"there is no training at {path}", "a folder with a training.json", "esper tamiyo train")
+        about = read_json_file(path / "training.json")
+        with expect_well_formed(path / "training.json"):
+            if about.pop("format") != FORMAT:
+                raise BadFile(f"{path} holds no training of format {FORMAT}")
+            training = cls(path, Manifest(**about))
+        found = training.folder.checkpoints.newest()
+        if found is not None:
+            with expect_well_formed(path / "checkpoints"):
+                training._restore(*found)
+        return training
+
+    def _network(self) -> tuple[TamiyoCore, Adapter | None]:
+        if not self.manifest.base:
+            return TamiyoCore(self.curriculum.core, seed=self.manifest.seed), None
+        core = TamiyoCore.load(self.path / "base.safetensors")
+        if core.fingerprint != self.manifest.base:
+            raise BadFile(f"{self.path / 'base.safetensors'} is not the core that this training began with")
+        if not self.manifest.adapter:
+            return core, None
+        adapter = build_adapter(core, self.manifest.adapter, self.manifest.domain or "all")
+        core.attach(adapter)
+        return core, adapter
+
+    # --- Going on ---
+
+    @property
+    def iterations(self) -> int:
+        """How many there will be."""
+        return self.manifest.iterations or self.curriculum.iterations
+
+    @property
+    def product(self) -> Path:
+        """The file that the training is for: the agent, or the adapter."""
+        return self.path / ("adapter.safetensors" if self.adapter is not None else "agent.safetensors")
+
+    def run(self, workers: int = 0, notify: Callable[[Record], None] = lambda record: None) -> Path:
+        """Go on to the end; returns the product.
+
+        Args:
+            workers: processes; 0 for one a core. The answer is the same for any number.
+            notify: told of every iteration.
+
+        Raises:
+            BadFile: another process trains here.
+            RunFailed: not one episode of an iteration could be played.
+        """
+        self.folder.hold()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # another number sums in another order, and the workers have the other cores
+        try:
+            self._rewrite_curves()
+            with WorkerPool(workers) as pool:
+                while self.done < self.iterations:
+                    record = self._iterate(pool)
+                    self.records.append(record)
+                    self._append(record)
+                    self.done += 1
+                    if self.done % self.curriculum.checkpoint_every == 0 or self.done == self.iterations:
+                        self._save()
+                    notify(record)
+        finally:
+            torch.set_num_threads(threads)
+            self.folder.release()
+        return self.product
+
+    def _iterate(self, pool: WorkerPool) -> Record:
+        began, plan, i = time.monotonic(), self.curriculum, self.done
+        teaching = i < plan.imitation.iterations and self.adapter is None
+        draws = [plan.draw(self.manifest.seed, i, g, domain=self.manifest.domain) for g in range(plan.groups)]
+        jobs: list[tuple[Task, tuple[Any, ...]]]
+        if teaching:
+            jobs = [(demonstrate, (plan.imitation, self.core.config.commands, run, plan.group_size, g))
+                    for g, (_, run) in enumerate(draws)]  # fmt: skip
+        else:
+            packed, dice = Packed.pack(self.core), random.Random(f"{self.manifest.seed}|rollout|{i}")
+            jobs = [(rollout, (packed, run, plan.group_size, dice.randrange(1 << 31), g))
+                    for g, (_, run) in enumerate(draws)]  # fmt: skip
+        answers = pool.run(jobs)
+        episodes: list[Episode] = [episode for found, _ in answers for episode in found]
+        if not episodes:
+            raise RunFailed("every host of the iteration failed without any growth", "", "a lower learning rate")
+        played = time.monotonic()
+        generator = torch.Generator().manual_seed(self.manifest.seed * 1_000_003 + i)
+        self._set_rate(teaching)
+        if teaching:
+            notes = imitate(self.policy, self.optimizer, episodes, plan.imitation, generator,
+                            reward_scale=plan.ppo.reward_scale)  # fmt: skip
+        else:
+            notes = update(self.policy, self.optimizer, episodes, plan.ppo, generator)
+        if self.adapter is None:  # a frozen core keeps its normalisers
+            update_normalisers(self.core, episodes)
+        results = [(world.name, one) for (world, _), (_, many) in zip(draws, answers, strict=True) for one in many]
+        before = self.records[-1] if self.records else {}
+        steps = sum(
+            len(found) * run.steps_per_epoch * run.epochs for (_, run), (found, _) in zip(draws, answers, strict=True)
+        )
+        return {
+            "iteration": i, "phase": "imitation" if teaching else "ppo", **_summary(results),
+            "update": notes, "episodes": before.get("episodes", 0) + len(episodes),
+            "environment_steps": before.get("environment_steps", 0) + steps,
+            "seconds": {"play": played - began, "update": time.monotonic() - played,
+                        "total": _seconds(before) + time.monotonic() - began},
+        }  # fmt: skip
+
+    def _set_rate(self, teaching: bool) -> None:
+        plan, taught = self.curriculum, self.curriculum.imitation.iterations * (self.adapter is None)
+        if teaching:
+            rate = plan.imitation.learning_rate
+        else:
+            share = (self.done - taught) / max(self.iterations - taught - 1, 1)
+            rate = plan.ppo.learning_rate * (1 + (plan.ppo.final_rate - 1) * share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    # --- Keeping ---
+
+    def _save(self) -> None:
+        state = self.optimizer.state_dict()["state"]
+        tensors = {f"core.{name}": t for name, t in self.core.state_dict().items()}
+        if self.adapter is not None:
+            tensors |= {f"adapter.{name}": t for name, t in self.adapter.state_dict().items()}
+        tensors |= {f"adam.{i}.{name}": t for i, moments in state.items() for name, t in moments.items()}
+        self.folder.checkpoints.save(self.done, tensors, {"records": self.records}, None)
+        self.write_product()
+
+    def _restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor.clone()
+        self.core.load_state_dict(parts["core"])
+        if self.adapter is not None:
+            self.adapter.load_state_dict(parts["adapter"])
+        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in parts["adam"].items():
+            index, _, kind = name.partition(".")
+            moments[int(index)][kind] = tensor
+        state = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**state, "state": dict(moments)})
+        self.records = list(plain["records"])
+        self.done = int(plain["step"])
+
+    def write_product(self) -> None:
+        """Write agent or adapter as it is now, with its lineage, and the report."""
+        from esper_core.simic.curve_report import write_curve_report
+
+        lineage = self.lineage()
+        if self.adapter is not None:
+            self.adapter.lineage = lineage
+            self.adapter.save(self.product)
+        else:
+            self.core.lineage = lineage
+            self.core.save(self.product)
+        write_curve_report(self.path / "report.html", lineage, self.records)
+
+    def lineage(self) -> dict[str, Any]:
+        """Where the product comes from: what an agent file tells of its training."""
+        last, worlds = (self.records[-1] if self.records else {}), self.curriculum.chosen(
+            held_out=False, domain=self.manifest.domain
+        )  # fmt: skip
+        offered = [w.run.get("blueprints", ()) for w in worlds]
+        pools = [o.get("pool", ()) if isinstance(o, Mapping) else o for o in offered]
+        parent = TamiyoCore.load(self.path / "base.safetensors").lineage if self.manifest.base else {}
+        command = f"esper tamiyo {'adapt' if self.adapter else 'train'} --curriculum {self.manifest.curriculum}"
+        command += f" --seed {self.manifest.seed}"
+        command += f" --iterations {self.manifest.iterations}" if self.manifest.iterations else ""
+        command += f" --domain {self.manifest.domain}" if self.manifest.domain else ""
+        return {
+            "command": command, "curriculum": self.manifest.curriculum, "seed": self.manifest.seed,
+            "curriculum_sha256": hashlib.sha256(self.manifest.text.encode()).hexdigest(),
+            "iterations": self.done, "of": self.iterations,
+            "imitation": {"teacher": self.curriculum.imitation.teacher,
+                          "iterations": min(self.done, self.curriculum.imitation.iterations)}
+            if self.curriculum.imitation.iterations and self.adapter is None else None,
+            "episodes": last.get("episodes", 0), "environment_steps": last.get("environment_steps", 0),
+            "seconds": round(_seconds(last)), "rewards": list(self.curriculum.rewards),
+            "domain": self.manifest.domain or None, "worlds": [w.name for w in worlds],
+            "blueprints": sorted({name for pool in pools for name in pool}),
+            "versions": {name: metadata.version(name) for name in ("esper-core", "torch")},
+            "base": {"fingerprint": self.manifest.base, "lineage": parent} if self.manifest.base else None,
+        }  # fmt: skip
+
+    def _rewrite_curves(self) -> None:
+        """Forget lines of iterations that will be done again."""
+        path = self.path / "curves.jsonl"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _append(self, record: Record) -> None:
+        with open(self.path / "curves.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _seconds(record: Mapping[str, Any]) -> float:
+    return float(record.get("seconds", {}).get("total", 0.0))
+
+
+def _summary(results: Sequence[tuple[str, Played]]) -> Record:
+    """Means over all environments of an iteration, and the mean return by world."""
+    by_world: dict[str, list[float]] = defaultdict(list)
+    commands: dict[str, int] = defaultdict(int)
+    for world, one in results:
+        by_world[world].append(one.total)
+        for op, count in one.commands.items():
+            commands[op] += count
+    everyone = [one for _, one in results]
+    return {
+        "return": fmean(one.total for one in everyone),
+        "worlds": {world: fmean(totals) for world, totals in sorted(by_world.items())},
+        "loss_gain": fmean(one.twin_loss - one.loss for one in everyone),
+        "accuracy_gain": fmean(one.accuracy - one.twin_accuracy for one in everyone),
+        "params_ratio": fmean(one.params_ratio for one in everyone),
+        "deaths": sum(one.deaths for one in everyone),
+        "commands": {op: count / len(everyone) for op, count in sorted(commands.items())},
+    }
+
+
+def new_manifest(curriculum: str, **told: Any) -> Manifest:
+    """The manifest of a training on a curriculum that ships with Esper, or on the TOML file of that path."""
+    return Manifest(curriculum=curriculum, text=curriculum_text(curriculum), **told)
