@@ -55,7 +55,7 @@ def build(config: RunConfig) -> Trainer:
             plane.step()
             if plane.growths[path].stage in ("training", "shadowing", "probationary", "germinated"):
                 plane.advance(path, gated=False)
-    return runs._build_trainer(ground, folder, {})
+    return runs._build_trainer(ground, {}, lambda: folder)
 
 
 def by_hand(trainer: Trainer, model: nn.Module, config: RunConfig) -> None:

@@ -65,7 +65,11 @@ class Hub:
         self._drop_all(failed)
 
     def positions(self) -> dict[str, int]:
-        """How far each sink that can be rewound has written, after `flush`; a checkpoint keeps it."""
+        """How far each sink that can be rewound has written, after `flush`; a checkpoint keeps it.
+
+        Raises:
+            OSError: what a sink wrote is not on the disk.
+        """
         return {n: s.position() for n, s in self._inline.items() if hasattr(s, "position")}
 
     def rewind(self, positions: Mapping[str, int]) -> None:

@@ -118,13 +118,16 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    expected = "auto, cpu, cuda, cuda:N or mps"
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise BadOption(f"there is no device {name!r}", expected, "--device auto") from None
+    try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadOption(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "auto, cpu, cuda, cuda:N or mps"
-        ) from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise BadOption(f"device {name!r} cannot be used here: {why}", expected, "--device auto") from error
     return device
 
 
@@ -257,11 +260,22 @@ def head(inputs: Inputs, count: int = 1) -> Inputs:
 
 
 def host_flops(host: HostProtocol, task: TaskProtocol, device: torch.device) -> int:
-    """Forward FLOPs of the host for one example of the validation split."""
+    """Forward FLOPs of the host for one example of the validation split.
+
+    Raises:
+        BadOption: the host cannot take such examples.
+    """
     batch = next(iter(task.validation.batches(1, device=str(device))))
     training = host.module.training
     host.module.eval()
-    flops = count_flops(lambda: host.forward_with_slots(head(batch.inputs)))
+    try:
+        flops = count_flops(lambda: host.forward_with_slots(head(batch.inputs)))
+    except Exception as error:  # hosts are other people's code, and this is its first call
+        raise BadOption(
+            f"the host cannot take the examples of task {task.name}: {type(error).__name__}: {error}",
+            "a host and a task of one kind",
+            "leave out --task, and the host's own default is used",
+        ) from error
     host.module.train(training)
     return flops
 

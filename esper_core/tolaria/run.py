@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +60,26 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
     return _Ground(config, registry, device, task, name, plane)
 
 
-def _build_trainer(ground: _Ground, folder: RunFolder | None, sinks: Mapping[str, Sink]) -> Trainer:
+def _build_trainer(
+    ground: _Ground, sinks: Mapping[str, Sink], open_folder: Callable[[], RunFolder | None] = lambda: None
+) -> Trainer:
+    """Everything that can be refused is built before the folder, so that a refused run leaves none behind."""
     config, registry, task = ground.config, ground.registry, ground.task
-    found: dict[str, Sink] = dict(sinks)
+    steps = steps_per_epoch(config, task)
+    tolaria = assembly.build_tolaria(
+        config, registry, ground.plane, task.outputs, lambda event: hub.emit(event),
+        steps=steps * config.epochs, decisions=decisions_per_epoch(config, steps) * config.epochs,
+    )  # fmt: skip
+    names = dict.fromkeys(("jsonl", *config.sinks))
+    for name in names:
+        registry.load(registry.find("sink", name))
+    folder, found = open_folder(), dict(sinks)
     if folder is not None:
-        for name in dict.fromkeys(("jsonl", *config.sinks)):
+        for name in names:
             found[name] = registry.build(
                 "sink", name, folder.path, options=assembly.options_for(config, registry, "sink", name)
             )
     hub = Hub(found, registry)
-    steps = steps_per_epoch(config, task)
-    tolaria = assembly.build_tolaria(
-        config, registry, ground.plane, task.outputs, hub.emit,
-        steps=steps * config.epochs, decisions=decisions_per_epoch(config, steps) * config.epochs,
-    )  # fmt: skip
     about = describe_origin(attrs.evolve(config, task=ground.task_name), task)
     return Trainer(config, tolaria, task, hub, folder, device=ground.device, about=about)
 
@@ -97,10 +104,11 @@ def start_run(
         RunFailed: the run could not go on; its last good model was saved.
     """
     ground = _lay(config, registry, notify)
-    folder = RunFolder.create(config, ground.task_name, ground.registry) if keep else None
-    if folder is not None:
-        notify(f"run folder: {folder.path}")
-    return _run(_build_trainer(ground, folder, sinks or {}), folder)
+    create = partial(RunFolder.create, config, ground.task_name, ground.registry)
+    trainer = _build_trainer(ground, sinks or {}, create if keep else lambda: None)
+    if trainer.folder is not None:
+        notify(f"run folder: {trainer.folder.path}")
+    return _run(trainer)
 
 
 def resume_run(
@@ -128,7 +136,7 @@ def resume_run(
             f"the run began with torch {version}; with {torch.__version__} it may go on differently in the last bits"
         )
     ground = _lay(config, registry, notify)
-    trainer = _build_trainer(ground, folder, sinks or {})
+    trainer = _build_trainer(ground, sinks or {}, lambda: folder)
     found = folder.checkpoints.newest(notify)
     if found is None:
         notify("no checkpoint yet: starting from the beginning")
@@ -139,10 +147,11 @@ def resume_run(
         notify(f"resumed at step {trainer.tolaria.clock.step} of {trainer.total_steps}")
     folder.checkpoints.forget_after(trainer.tolaria.clock.step)
     folder.forget_result()
-    return _run(trainer, folder)
+    return _run(trainer)
 
 
-def _run(trainer: Trainer, folder: RunFolder | None) -> RunResult:
+def _run(trainer: Trainer) -> RunResult:
+    folder = trainer.folder
     try:
         return trainer.run()
     except RunFailed as error:
@@ -223,7 +232,7 @@ class Plan:
 def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Notify = _silent) -> Plan:
     """Resolve a configuration without training and without a folder."""
     ground = _lay(config, registry, notify)
-    trainer = _build_trainer(ground, None, {})
+    trainer = _build_trainer(ground, {})
     trainer.hub.close()
     plane, task = ground.plane, ground.task
     return Plan(

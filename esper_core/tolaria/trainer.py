@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +276,8 @@ class Trainer:
         if self.folder is not None:
             seconds = time.perf_counter() - began
             line = {"epoch": position.epoch, "step": clock.step, "batches": position.batch - first, "seconds": seconds}
-            with open(self.folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with suppress(OSError), open(self.folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")  # a full disk is told where it matters
         position.epoch, position.batch = position.epoch + 1, 0
 
     def _read_host(self) -> None:
@@ -342,6 +342,7 @@ class Trainer:
         )
         self.hub.flush()
         if self.folder is not None:
+            self.hub.positions()  # raises where the log is not on the disk
             self.folder.write_result(result.to_mapping())
         return result
 
@@ -371,7 +372,8 @@ class Trainer:
         try:
             self._end("failed", str(error), None)
         except OSError as full:
-            return RunFailed(f"{error}; and the model could not be saved: {full}")
+            hint = f"esper resume {self.folder.path}, once there is room" if self.folder else ""
+            return RunFailed(f"{error}; and that could not be recorded: {full}", "", hint)
         where = f"; the last good model is in {self.folder.model}" if self.folder else ""
         return RunFailed(f"{error.given}{where}", error.expected, error.hint)
 

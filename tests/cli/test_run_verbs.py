@@ -186,6 +186,10 @@ def test_options_come_from_a_file_and_from_the_line_which_wins(home: Path) -> No
         (["--set", "governor"], "part.option=value"),
         (["--config", "missing.toml"], "cannot be read"),
         (["--budget-params", "lots"], "a share such as 20%"),
+        (["--device", "gpu"], "there is no device 'gpu'"),
+        (["--slots", "block9"], "did you mean block3"),
+        (["--task", "pydoc"], "the host cannot take the examples of task pydoc"),
+        (["--task", "torchvision:CIFAR10"], "--task torchvision:CIFAR10 --download"),
     ],
 )
 def test_mistakes_are_one_line_with_what_to_type(home: Path, arguments: list[str], told: str) -> None:
@@ -193,6 +197,20 @@ def test_mistakes_are_one_line_with_what_to_type(home: Path, arguments: list[str
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and told in line
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--rewards", "accuracy=much"], "name=weight"),
+        (["--controller", "schedule:missing.toml"], "missing.toml cannot be read"),
+        (["--set", "governor.sigma=-1"], "out of bounds"),
+        (["--sinks", "tensorbord"], "did you mean tensorboard?"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_no_folder(home: Path, arguments: list[str], told: str) -> None:
+    assert told in esper(home, "run", *arguments, "--out", "refused", code=2).stderr
+    assert not (home / "refused").exists()
 
 
 def test_help_shows_every_default_and_imports_no_torch() -> None:

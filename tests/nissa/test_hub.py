@@ -194,12 +194,36 @@ def test_jsonl_refuses_a_position_that_is_not_its_own(tmp_path) -> None:
     sink.close()
 
 
-def test_a_full_disk_drops_the_log_and_not_the_run() -> None:
-    sink = JsonLines.__new__(JsonLines)
-    sink._file, sink._pushed = open("/dev/full", "ab"), float("-inf")  # noqa: SIM115 - closed by the hub
-    hub = Hub({"jsonl": sink})
-    hub.emit(event(0))
-    assert hub.live == () and "No space left" in hub.faults[0].error
+def test_a_full_disk_keeps_the_log_waiting_and_not_the_run(tmp_path) -> None:
+    sink = JsonLines(tmp_path)
+    hub, disk = Hub({"jsonl": sink}), sink._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        sink._file = full
+        for step in range(10):
+            hub.emit(event(step))
+        hub.flush()
+        assert hub.live == ("jsonl",) and sink.path.read_bytes() == b""
+        with pytest.raises(OSError, match="No space left"):
+            hub.positions()
+    sink._file = disk  # there is room again
+    hub.emit(event(10))
+    hub.flush()
+    assert hub.positions() == {"jsonl": sink.path.stat().st_size}
+    hub.close()
+    assert hub.faults == [] and len(sink.path.read_text().splitlines()) == 11
+
+
+def test_a_disk_that_stays_full_drops_the_log(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("esper_plugins.sinks.jsonl._PATIENT_BYTES", 1000)
+    monkeypatch.setattr("esper_plugins.sinks.jsonl._EAGER_BYTES", 100)
+    sink = JsonLines(tmp_path)
+    with open("/dev/full", "ab", buffering=0) as full:
+        sink._file.close()
+        sink._file = full
+        hub = Hub({"jsonl": sink})
+        for step in range(40):
+            hub.emit(event(step))
+        assert hub.live == () and "No space left" in hub.faults[0].error
 
 
 def test_jsonl_costs_little() -> None:

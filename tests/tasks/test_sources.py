@@ -107,7 +107,7 @@ def test_every_known_set_exists_in_torchvision_and_takes_its_arguments() -> None
 
 
 def test_a_missing_set_names_the_line_that_fetches_it(tmp_path) -> None:
-    with pytest.raises(EsperError, match=r"--set torchvision.download=true"):
+    with pytest.raises(EsperError, match=r"--task torchvision:\w+ --download"):
         torchvision_set("SVHN", root=str(tmp_path))
     with pytest.raises(UnknownName, match="did you mean CIFAR10"):
         torchvision_set("CIFAR01", root=str(tmp_path))

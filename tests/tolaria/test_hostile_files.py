@@ -184,7 +184,7 @@ def _restore(tensors, plain, registry) -> None:
         from esper_core.tolaria import run as runs
 
         config = ground.config(epochs=1)
-        _TRAINERS.append(runs._build_trainer(runs._lay(config, registry, print), None, {}))
+        _TRAINERS.append(runs._build_trainer(runs._lay(config, registry, print), {}))
     plain = {**plain, "sinks": {}} if isinstance(plain.get("sinks"), dict) else plain
     _TRAINERS[0].load(tensors, plain)
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Final
 
 from esper_core.leyline.errors import BadFile
 from esper_core.leyline.events import Event
 
-_EAGER_SECONDS = 1.0
+_EAGER_SECONDS: Final = 1.0
+_EAGER_BYTES: Final = 1 << 18
+_PATIENT_BYTES: Final = 1 << 26
+"""What may wait in memory while the disk is full."""
 
 
 class JsonLines:
     """Writes `<folder>/events.jsonl`. The bytes depend on the events only.
 
-    Lines reach the operating system when a buffer is full or a second has passed, and the disk at `flush`. Called
-    in the training thread: a write is a copy into a buffer.
+    Lines reach the operating system when enough of them wait or a second has passed, and the disk at `flush`. Called
+    in the training thread: a write is a copy into a buffer. While the disk is full they wait in memory, and no
+    `position` is given, so that no checkpoint is taken that the log on disk does not reach.
 
     Args:
         folder: the run folder; it exists.
@@ -26,29 +31,45 @@ class JsonLines:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / "events.jsonl"
-        self._file = open(self.path, "ab", buffering=1 << 18)  # noqa: SIM115 - open as long as the run
-        self._pushed = time.monotonic()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._waiting, self._pushed = bytearray(), time.monotonic()
+        self._error: OSError | None = None
 
     def write(self, event: Event) -> None:
         """Append one line.
 
         Raises:
-            OSError: the disk is full or gone.
+            OSError: the disk has been full or gone for 64 MiB of lines.
         """
-        self._file.write(event.to_json().encode() + b"\n")
-        now = time.monotonic()
-        if now - self._pushed > _EAGER_SECONDS:
-            self._file.flush()
-            self._pushed = now
+        self._waiting += event.to_json().encode() + b"\n"
+        if len(self._waiting) > _EAGER_BYTES or time.monotonic() - self._pushed > _EAGER_SECONDS:
+            self._push()
+            if self._error is not None and len(self._waiting) > _PATIENT_BYTES:
+                raise self._error
 
     def flush(self) -> None:
-        """Make every line durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make every line durable, if the disk can take them."""
+        self._push()
+        if self._error is None:
+            os.fsync(self._file.fileno())
 
     def position(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
+        """Bytes written so far.
+
+        Raises:
+            OSError: why some of them are not on the disk.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._file.tell() + len(self._waiting)
+
+    def _push(self) -> None:
+        self._pushed, self._error = time.monotonic(), None
+        try:
+            while self._waiting:  # a disk that is nearly full takes a part
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            self._error = error
 
     def rewind(self, position: int) -> None:
         """Cut the file to its first `position` bytes, so that a resumed run goes on from there.
@@ -56,7 +77,7 @@ class JsonLines:
         Raises:
             BadFile: the file is shorter, or `position` is not the end of a line.
         """
-        self._file.flush()
+        self._push()
         size = self.path.stat().st_size
         if position > size:
             raise BadFile(
@@ -71,9 +92,14 @@ class JsonLines:
         self._file.seek(position)
 
     def close(self) -> None:
-        """Make every line durable and close."""
+        """Make every line durable and close.
+
+        Raises:
+            OSError: the disk is still full; the last lines are lost.
+        """
         if not self._file.closed:
             try:
                 self.flush()
+                self.position()
             finally:
                 self._file.close()

@@ -219,9 +219,9 @@ class _Source:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         given = f"torchvision:{self.name} is not in {self.root.resolve()} ({reason})"
         if self.known.package and not self.download:
-            hint = f"apt-get install {self.known.package}, or --set torchvision.download=true"
+            hint = f"apt-get install {self.known.package}, or --download"
         elif can_download and not self.download:
-            hint = f"--task torchvision:{self.name} --set torchvision.download=true"
+            hint = f"--task torchvision:{self.name} --download"
         else:
             hint = (
                 f"put its files there as torchvision.datasets.{self.name} documents, or --set torchvision.root=FOLDER"
