@@ -1,6 +1,6 @@
 """How much 200 installed plugin packages slow `esper plugins list --json` and `esper --help`.
 
-    python benchmarks/many_plugins.py [--plugins 200] [--runs 15] [--json]
+    python -m benchmarks.many_plugins [--plugins 200] [--runs 15] [--json]
 
 Each package is a folder of its own with a `.dist-info`, as pip leaves it, and a module that registers one blueprint and
 imports nothing heavy. The commands run in turn without and with them. Listing may take 2.5 times as long with them;
@@ -17,10 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.startup import measure
+from benchmarks.startup import machine, measure
 
 BARS = {"esper plugins list --json": 2.5, "esper --help": 1.25}
 COMMANDS: Mapping[str, Sequence[str]] = {
@@ -77,8 +74,8 @@ def main() -> int:
     ratios = {name: with_them / without for name, (without, with_them) in medians.items()}
     met = all(ratios[name] <= bar for name, bar in BARS.items())
     if arguments.json:
-        answer = {"plugins": arguments.plugins, "runs": arguments.runs, "bars": BARS, "seconds": medians}
-        print(json.dumps({**answer, "ratios": ratios, "met": met}))
+        answer = {"machine": machine(), "plugins": arguments.plugins, "runs": arguments.runs, "bars": BARS}
+        print(json.dumps({**answer, "seconds": medians, "ratios": ratios, "met": met}, indent=2))
     else:
         for name, (without, with_them) in medians.items():
             print(

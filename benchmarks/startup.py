@@ -1,6 +1,6 @@
 """How long `esper` takes to answer, beside importing the three libraries that it stands on.
 
-    python benchmarks/startup.py [--runs 15] [--json]
+    python -m benchmarks.startup [--runs 15] [--json]
 
 Every command runs once in turn, over and over, so that a busy moment of the machine slows all of them alike; compiled
 bytecode is cached, as it is for whoever uses `esper` twice. The ratio of medians must be at most 1.6.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def measure(
     return seconds
 
 
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
 def main() -> int:
     """Measure, print, and return 1 if the bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,7 +67,8 @@ def main() -> int:
     ratios = {name: median / medians[BASE] for name, median in medians.items()}
     met = all(ratio <= BAR for ratio in ratios.values())
     if arguments.json:
-        print(json.dumps({"runs": arguments.runs, "bar": BAR, "seconds": medians, "ratios": ratios, "met": met}))
+        answer = {"machine": machine(), "runs": arguments.runs, "bar": BAR, "seconds": medians, "ratios": ratios}
+        print(json.dumps({**answer, "met": met}, indent=2))
     else:
         for name, median in medians.items():
             print(f"{name:<30} {1000 * median:7.1f} ms   × {ratios[name]:.2f}")

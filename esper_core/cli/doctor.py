@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from esper_core.cli.context import current_registry
-from esper_core.cli.output import print_json
+from esper_core.cli.output import print_json, waiting
 
 
 @click.command()
@@ -20,7 +20,8 @@ def doctor(fast: bool, as_json: bool) -> None:
 
     from esper_core.cli.health import examine
 
-    findings = list(examine(current_registry(), fast=fast))
+    with waiting("looking around"):
+        findings = list(examine(current_registry(), fast=fast))
     bad = [finding for finding in findings if finding.state == "bad"]
     if as_json:
         print_json({"ok": not bad, "findings": [attrs.asdict(finding) for finding in findings]})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +20,18 @@ def print_json(data: Any) -> None:
     indent = 2 if sys.stdout.isatty() else None
     escape = "utf" not in (sys.stdout.encoding or "").lower()
     click.echo(json.dumps(data, indent=indent, ensure_ascii=escape, allow_nan=False))
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show `text` on stderr while the block runs, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
 
 
 def make_console() -> Console:

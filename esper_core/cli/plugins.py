@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from esper_core.cli.context import current_registry
-from esper_core.cli.output import print_json
+from esper_core.cli.output import print_json, waiting
+from esper_core.leyline.specs import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
     from esper_core.registry import Broken, Plugin, Registered, Registry
 
 
-@click.group()
+class InOrder(click.Group):
+    """A group that lists its commands as they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands."""
+        return list(self.commands)
+
+
+@click.group(cls=InOrder)
 def plugins() -> None:
     """List, explain and check what can be used."""
 
 
 def _complete_kinds(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from esper_core.registry.registry import KINDS
-
     return [kind for kind in KINDS if kind.startswith(incomplete)]
 
 
@@ -40,18 +47,30 @@ def _complete_parts(ctx: click.Context, parameter: click.Parameter, incomplete: 
     return [CompletionItem(part.name, help=part.spec.summary) for part in parts if part.name.startswith(incomplete)]
 
 
-_kind = click.option("--kind", metavar="KIND", shell_complete=_complete_kinds, help="Only parts of this kind.")
+def _complete_capabilities(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from esper_core.leyline.tags import TAGS
+
+    return [CompletionItem(tag, help=promise) for tag, promise in TAGS.items() if tag.startswith(incomplete)]
+
+
+_kind = click.option(
+    "--kind", metavar="KIND", shell_complete=_complete_kinds, help=f"Only parts of this kind: {', '.join(KINDS)}."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
 @plugins.command("list", short_help="list what can be used, and what cannot with its cause")
 @_kind
-@click.option("--capability", metavar="TAG", help="Only parts that have this capability.")
+@click.option(
+    "--capability", metavar="TAG", shell_complete=_complete_capabilities, help="Only parts that have this capability."
+)
 @_json
 def list_parts(kind: str | None, capability: str | None, as_json: bool) -> None:
     """List every part that can be used, and every plugin that cannot, with its cause."""
     registry = current_registry()
-    kind = check_kind(kind)
+    kind = None if kind is None else check_kind(kind)
     parts = registry.specs(kind, capability=check_capability(registry, capability))
     broken = [b for b in registry.broken if not kind or b.kind in ("", kind)]
     if as_json:
@@ -76,7 +95,7 @@ def list_parts(kind: str | None, capability: str | None, as_json: bool) -> None:
 def info(name: str, kind: str | None, as_json: bool) -> None:
     """Explain the part NAME: options, needs, sensors, where it is, how to use it."""
     registry = current_registry()
-    parts = registry.named(name, check_kind(kind))
+    parts = registry.named(name, None if kind is None else check_kind(kind))
     if as_json:
         print_json([part_data(registry, part, full=True) for part in parts])
         return
@@ -97,7 +116,8 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
 
     registry = current_registry()
     parts, broken, owners = select(registry, names)
-    findings, notes = check_parts(registry, parts)
+    with waiting(f"importing {len(parts)} parts"):
+        findings, notes = check_parts(registry, parts)
     faults = [f for f in findings if f.error and not f.optional]
     odd = {plugin: remarks for plugin, remarks in notes.items() if plugin in owners}
     if as_json:
@@ -122,7 +142,14 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
 
 @plugins.command("new", short_help="write a plugin package that installs and passes its own tests")
 @click.argument("name")
-@click.option("--kind", default="blueprint", show_default=True, shell_complete=_complete_kinds, help="Of the part.")
+@click.option(
+    "--kind",
+    metavar="KIND",
+    default="blueprint",
+    show_default=True,
+    shell_complete=_complete_kinds,
+    help=f"What the part is: {', '.join(KINDS)}.",
+)
 @click.option("--into", default=".", show_default=True, metavar="FOLDER", help="Where the package's folder goes.")
 @_json
 def new(name: str, kind: str, into: str, as_json: bool) -> None:
@@ -130,8 +157,12 @@ def new(name: str, kind: str, into: str, as_json: bool) -> None:
     from pathlib import Path
 
     from esper_core.cli.scaffold import Scaffold
+    from esper_core.leyline.errors import BadOption
 
+    kind = check_kind(kind)
     scaffold = Scaffold.named(name, kind)
+    if rivals := [p for p in current_registry().specs(kind) if p.name == scaffold.part]:
+        raise BadOption(f"{rivals[0].described} has that name already", "another name", "esper plugins new NAME")
     written = [str(path) for path in scaffold.write(Path(into))]
     if as_json:
         print_json({"distribution": scaffold.distribution, "part": scaffold.part, "kind": kind, "files": written})
@@ -139,7 +170,7 @@ def new(name: str, kind: str, into: str, as_json: bool) -> None:
     for path in written:
         click.echo(path)
     folder = Path(into) / scaffold.distribution
-    click.echo(f"\nnext: pip install -e '{folder}[dev]' && pytest {folder} && esper plugins info {scaffold.part}")
+    click.echo(f"\nnext: pip install -e '{folder}[dev]' && pytest {folder} && esper plugins check {scaffold.part}")
 
 
 def select(registry: Registry, names: Sequence[str]) -> tuple[list[Registered], list[Broken], set[str]]:
@@ -165,17 +196,14 @@ def select(registry: Registry, names: Sequence[str]) -> tuple[list[Registered], 
     return parts, broken, owners
 
 
-def check_kind(kind: str | None) -> str | None:
+def check_kind(kind: str) -> str:
     """A kind as typed, singular or plural.
 
     Raises:
         UnknownName: there is no such kind.
     """
     from esper_core.leyline.errors import UnknownName, did_you_mean
-    from esper_core.registry.registry import KINDS
 
-    if kind is None:
-        return None
     singular = kind.lower().removesuffix("s")
     if singular not in KINDS:
         raise UnknownName(f"there is no kind {kind!r}", f"one of {', '.join(KINDS)}", did_you_mean(singular, KINDS))

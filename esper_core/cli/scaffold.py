@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import textwrap
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Final
@@ -38,16 +40,16 @@ class Scaffold:
         """The names that follow from NAME, with or without `esper-` before it.
 
         Raises:
-            BadOption: no name of a package, or no kind of part.
+            BadOption: no name of a package, or one that would hide a module that is there.
         """
-        if kind not in _SPECS:
-            raise BadOption(f"--kind {kind!r} is not a kind of part", f"one of {', '.join(_SPECS)}")
         if not _NAME.fullmatch(name):
             raise BadOption(
                 f"{name!r} cannot name a package", "lower-case letters, digits and '-'", "esper plugins new glow"
             )
         bare = name.removeprefix("esper-").replace("-", "_")
         dashed = bare.replace("_", "-")
+        if find_spec(f"esper_{bare}") or keyword.iskeyword(bare) or bare == "plugin":
+            raise BadOption(f"{name!r} cannot name a package: it is taken", "another name", "esper plugins new glow")
         return cls(f"esper-{dashed}", f"esper_{bare}", bare, kind)
 
     def write(self, parent: Path) -> list[Path]:
@@ -85,6 +87,12 @@ class Scaffold:
             f"tests/test_{self.part}.py": self._fill("common/test.py"),
         }
 
+    def _class(self) -> str:
+        """A name for what the part's module defines, unless the module needs that name for something else."""
+        name = "".join(word.capitalize() for word in self.part.split("_"))
+        taken = re.search(rf"\b{name}\b", _read(f"{self.kind}/part.py"))
+        return name + self.kind.capitalize() if taken else name
+
     def _fill(self, template: str) -> str:
         spec = _SPECS[self.kind]
         words = {
@@ -94,7 +102,7 @@ class Scaffold:
             "kind": self.kind,
             "plugin": self.distribution.removeprefix("esper-"),
             "core": ".".join(__version__.split(".")[:2]),
-            "Class": "".join(word.capitalize() for word in self.part.split("_")),
+            "Class": self._class(),
             "Spec": spec.__name__,
             "Conformance": _CONFORMANCE.get(self.kind, f"{self.kind.capitalize()}Conformance"),
             "example": _example(self.kind, self.part),

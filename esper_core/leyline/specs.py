@@ -278,3 +278,6 @@ SPEC_KINDS: Final[tuple[type[PluginSpec], ...]] = (
     HostSpec, BlueprintSpec, BlendSpec, RewardSpec, ControllerSpec, AdapterSpec, TaskSpec, SinkSpec,
 )  # fmt: skip
 """Every kind of spec; the hook `esper_<kind>s` returns specs of that kind."""
+
+KINDS: Final = tuple(spec.kind for spec in SPEC_KINDS)
+"""Every kind of part, as typed after `--kind`."""

@@ -18,7 +18,7 @@ from esper_core.leyline.errors import (
     did_you_mean,
 )
 from esper_core.leyline.options import resolve_options
-from esper_core.leyline.specs import SPEC_KINDS
+from esper_core.leyline.specs import KINDS
 from esper_core.registry.discovery import find_plugins, normalised, without
 from esper_core.registry.importing import import_object, install_line, missing_modules
 from esper_core.registry.loading import Manager, load_plugin
@@ -27,9 +27,6 @@ from esper_core.registry.record import Broken, Plugin, Registered
 
 DISABLE_VARIABLE: Final = "ESPER_DISABLE_PLUGINS"
 """Environment variable with the names of plugins to leave out, separated by commas."""
-
-KINDS: Final = tuple(spec.kind for spec in SPEC_KINDS)
-"""Every kind of part."""
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -89,6 +91,7 @@ def test_version() -> None:
         (["plugins", "info"], "error: missing argument 'NAME'; try: esper plugins info --help"),
         (["plugins", "list", "--kind", "blueprnt"], "error: there is no kind 'blueprnt'; expected one of host, "),
         (["plugins", "list", "--capability", "learnd"], "error: there is no capability 'learnd'; expected one of "),
+        (["plugins", "new", "x", "--kind", "blueprnt"], "error: there is no kind 'blueprnt'; expected one of host, "),
         (["plugins", "info", "depthwse"], "error: there is no part 'depthwse'; did you mean depthwise?"),
         (["plugins", "check", "depthwse"], "error: there is no part 'depthwse'; did you mean depthwise?"),
         (
@@ -144,17 +147,30 @@ def test_completion_scripts_name_their_shell(shell: str) -> None:
     assert f"{shell}_complete" in result.stdout
 
 
-def test_bash_takes_the_completion_script() -> None:
-    script = run_esper("completion", "bash").stdout
-    result = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+def test_bash_completes_once_it_has_taken_the_script(tmp_path: Path) -> None:
+    """As in a shell: the script is sourced, and its function asked about the line that is being typed."""
+    command = tmp_path / "esper"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m esper_core "$@"\n')
+    command.chmod(0o755)
+    line = (
+        "source <(esper completion bash); COMP_WORDS=(esper plugins info depth); COMP_CWORD=3; "
+        '_esper_completion esper; echo "${COMPREPLY[@]}"'
+    )
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False
+    )
+    assert (result.stdout, result.stderr) == ("depthwise\n", "")
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("esper plu", {"plugins"}),
-        ("esper plugins ", {"list", "info", "check"}),
+        ("esper plugins ", {"list", "info", "check", "new"}),
+        ("esper plugins list --capability lear", {"learned"}),
+        ("esper plugins new x --kind ho", {"host"}),
+        ("esper run --host ti", {"timm"}),
         ("esper plugins list --kind blu", {"blueprint"}),
         ("esper plugins info depth", {"depthwise"}),
         ("esper plugins list --js", {"--json"}),

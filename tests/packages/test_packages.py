@@ -8,14 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from esper_core.cli.main import cli
 from esper_core.cli.scaffold import Scaffold
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.specs import SPEC_KINDS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "third_party_blueprint"
-KINDS = [spec.kind for spec in SPEC_KINDS]
+NAMES = {spec.kind: f"fresh-{spec.kind}" for spec in SPEC_KINDS} | {
+    "adapter": "adapter", "controller": "command", "sink": "counter", "task": "ring-split",
+}  # fmt: skip
+"""Kind of part to name of the package; some names are those of what the templates themselves import or define."""
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
@@ -31,10 +36,9 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages")
     uv = [sys.executable, "-m", "uv"]
     sources = [ROOT, EXAMPLE]
-    for kind in KINDS:
-        scaffold = Scaffold.named(f"fresh-{kind}", kind)
-        scaffold.write(folder / "new")
-        sources.append(folder / "new" / scaffold.distribution)
+    for kind, name in NAMES.items():
+        run(sys.executable, "-m", "esper_core", "plugins", "new", name, "--kind", kind, "--into", folder / "new")
+        sources.append(folder / "new" / f"esper-{name}")
     for source in sources:
         run(*uv, "build", "--quiet", "--wheel", "--out-dir", folder / "wheels", source)
     run(*uv, "venv", "--quiet", "--python", sys.executable, folder / "env")
@@ -61,7 +65,7 @@ def test_the_example_is_used_from_its_wheel(fresh: Path, tmp_path: Path) -> None
 
 def test_packages_pass_their_own_tests_as_they_are(fresh: Path, tmp_path: Path) -> None:
     """The example and a new package of every kind, each with the conformance class of its kind."""
-    folders = [fresh.parents[1] / "new" / f"esper-fresh-{kind}" / "tests" for kind in KINDS]
+    folders = [fresh.parents[1] / "new" / f"esper-{name}" / "tests" for name in NAMES.values()]
     options = ("-q", "-rs", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", tmp_path)
     out = run(fresh / "python", "-m", "pytest", *options, EXAMPLE / "tests", *folders, cwd=tmp_path)
     skipped = [line for line in out.splitlines() if line.startswith("SKIPPED")]
@@ -69,7 +73,7 @@ def test_packages_pass_their_own_tests_as_they_are(fresh: Path, tmp_path: Path) 
 
 
 def test_packages_pass_the_check(fresh: Path, tmp_path: Path) -> None:
-    names = [f"esper-fresh-{kind}" for kind in KINDS]
+    names = [f"esper-{name}" for name in NAMES.values()]
     found = json.loads(run(fresh / "esper", "plugins", "check", "--json", "esper-large-kernel", *names, cwd=tmp_path))
     assert found["ok"] and len(found["checked"]) == len(names) + 1
 
@@ -78,6 +82,18 @@ def test_packages_pass_the_check(fresh: Path, tmp_path: Path) -> None:
 def test_a_name_that_no_package_can_have_is_refused(name: str) -> None:
     with pytest.raises(BadOption, match="cannot name a package"):
         Scaffold.named(name, "blueprint")
+
+
+@pytest.mark.parametrize("name", ["core", "esper-core", "hosts", "plugin", "class"])
+def test_a_package_that_would_hide_a_module_is_refused(name: str) -> None:
+    with pytest.raises(BadOption, match="it is taken"):
+        Scaffold.named(name, "blueprint")
+
+
+def test_a_name_that_a_part_has_already_is_refused(tmp_path: Path) -> None:
+    arguments = ["plugins", "new", "conv", "--kind", "blueprints", "--into", str(tmp_path)]
+    result = CliRunner().invoke(cli, arguments, prog_name="esper")
+    assert result.exit_code == 2 and "has that name already" in result.stderr and not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
