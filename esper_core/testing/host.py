@@ -12,7 +12,7 @@ examples that it takes) instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esper_core.kasmina.compose import Composable, compose
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import IllegalCommand, UnknownName
 from esper_core.leyline.host import HostProtocol
@@ -147,12 +148,8 @@ class HostConformance(Conformance):
         Plane(host, installed())
         assert list(host.module.state_dict()) == keys, "the host's keys changed"
         assert torch.equal(before, evaluate(host, inputs)), "in eval mode"
-        one, two = train_step(bare, inputs), train_step(host, inputs)
-        assert torch.equal(one, two), "in train mode"
-        for (name, p), (_, q) in zip(bare.module.named_parameters(), host.module.named_parameters(), strict=True):
-            assert p.grad is q.grad or (p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad)), name
-        for (name, b), (_, c) in zip(bare.module.named_buffers(), host.module.named_buffers(), strict=True):
-            assert torch.equal(b, c), f"buffer {name}"
+        assert torch.equal(train_step(bare, inputs), train_step(host, inputs)), "in train mode"
+        assert_same_state(bare, host)
 
     def test_every_point_reaches_the_logits(self, host: HostProtocol, inputs: Inputs) -> None:
         features: dict[str, Tensor] = {}
@@ -227,21 +224,103 @@ class HostConformance(Conformance):
             host.register_slot(name, nn.Identity())
         assert torch.equal(before, evaluate(host, inputs))
 
-    def test_a_seed_grows_and_trains(self, host: HostProtocol, inputs: Inputs) -> None:
-        before = evaluate(host, inputs)
-        plane = Plane(host, installed())
-        for name, spec in list(host.injection_specs.items())[:: max(1, len(host.injection_specs) // 3)]:
-            plane.germinate(name, fitting(spec))
+    def test_isolated_seeds_change_no_bit_of_twenty_steps(self, host: HostProtocol, inputs: Inputs) -> None:
+        """A seed at every point, every second one broken: the host trains as if there were none; the others learn."""
+        bare, plane = copy.deepcopy(host), Plane(host, installed())
+        sound = plant_everywhere(plane)[::2]
+        break_seeds(plane, sound)
+        before = {path: [p.detach().clone() for p in plane.seed_groups()[path]] for path in sound}
         plane.step()
-        assert torch.equal(before, evaluate(host, inputs)), "isolated seeds change the output"
-        train_step(host, inputs)
+        seeds = torch.optim.SGD([p for group in plane.seed_groups().values() for p in group], lr=0.01)
+        hosts = [torch.optim.SGD(h.module.parameters(), lr=1e-3) for h in (bare, host)]
+        for step in range(20):
+            assert torch.equal(train_step(bare, inputs), train_step(host, inputs)), f"the logits of step {step}"
+            assert_same_state(bare, host)
+            for optimizer in (*hosts, seeds):
+                optimizer.step()
+            seeds.zero_grad()
+        assert torch.equal(evaluate(bare, inputs), evaluate(host, inputs))
+        for path, old in before.items():
+            moved = [not torch.equal(a, b) for a, b in zip(old, plane.seed_groups()[path], strict=True)]
+            assert any(moved), f"the seed at {path} learns nothing"
+
+    def test_alpha_nought_and_culling_leave_the_host(self, host: HostProtocol, inputs: Inputs) -> None:
+        bare, plane = copy.deepcopy(host), Plane(host, installed())
+        paths = plant_everywhere(plane)
+        break_seeds(plane, paths[::2])
+        for _ in range(2):
+            for path in paths:
+                plane.advance(path, gated=False)
+        assert all(growth.alpha == 0 and growth.stage == "blending" for growth in plane.growths.values())
+        assert torch.equal(evaluate(bare, inputs), evaluate(host, inputs)), "at alpha 0"
+        assert torch.equal(train_step(bare, inputs), train_step(host, inputs)), "at alpha 0, in train mode"
+        assert_same_state(bare, host)
+        for path in paths:
+            plane.wither(path)
+        for path in paths:
+            plane.cull(path, gated=False)
+        assert torch.equal(evaluate(bare, inputs), evaluate(host, inputs)), "after culling"
+        assert not list(plane.module.parameters())
+
+    def test_fossils_pass_on_the_gradient_of_the_plain_module(self, host: HostProtocol, inputs: Inputs) -> None:
+        if not isinstance(host, Composable):
+            pytest.skip("the host cannot be rewritten as a plain module")
+        plane = Plane(host, installed(), ramp_steps=1)
+        plant_everywhere(plane)
+        generator = torch.Generator().manual_seed(1)
         for path, parameters in plane.seed_groups().items():
-            assert any(p.grad is not None and p.grad.any() for p in parameters), f"the seed at {path} learns nothing"
+            with torch.no_grad():
+                for p in parameters:
+                    p.add_(0.02 * torch.randn(p.shape, generator=generator).to(p))
+            while plane.growths[path].stage != "fossilized":
+                if not plane.step():
+                    plane.advance(path, gated=False)
+        assert all(growth.alpha == 1 for growth in plane.growths.values())
+        plain = compose(plane)
+        host.module.eval()
+        logits, expected = host.forward_with_slots(inputs), plain.eval()(inputs)
+        assert torch.equal(logits, expected)
+        ours = torch.autograd.grad(logits.float().square().sum(), list(host.module.parameters()), allow_unused=True)
+        names = [name for name, _ in host.module.named_parameters()]
+        own = dict(plain.named_parameters())
+        theirs = torch.autograd.grad(
+            expected.float().square().sum(), [own[f"model.{name}"] for name in names], allow_unused=True
+        )
+        for name, one, two in zip(names, ours, theirs, strict=True):
+            assert same_gradient(one, two), f"the gradient of {name}"
+            assert one is None or one.isfinite().all(), name
+        first = next(one for one in ours if one is not None)
+        assert first.any(), "the host is frozen behind its seeds"
 
 
 def same_gradient(one: Tensor | None, two: Tensor | None) -> bool:
     """Whether both are missing, or equal bit for bit."""
     return one is two if one is None or two is None else torch.equal(one, two)
+
+
+def assert_same_state(one: HostProtocol, two: HostProtocol) -> None:
+    """Parameters, their gradients and buffers of both are the same, bit for bit."""
+    for (name, p), (_, q) in zip(one.module.named_parameters(), two.module.named_parameters(), strict=True):
+        assert torch.equal(p, q), f"parameter {name}"
+        assert same_gradient(p.grad, q.grad), f"the gradient of {name}"
+    for (name, b), (_, c) in zip(one.module.named_buffers(), two.module.named_buffers(), strict=True):
+        assert torch.equal(b, c), f"buffer {name}"
+
+
+def plant_everywhere(plane: Plane) -> list[str]:
+    """Germinate a seed that fits in every slot; returns their paths."""
+    paths = list(plane.slots)
+    for path in paths:
+        plane.germinate(path, fitting(plane.slots[path].spec))
+    return paths
+
+
+def break_seeds(plane: Plane, sound: Sequence[str]) -> None:
+    """Make the output of every seed infinite or no number, except at the paths of `sound`."""
+    with torch.no_grad():
+        for number, (path, parameters) in enumerate(plane.seed_groups().items()):
+            for p in parameters if path not in sound else ():
+                p.fill_(float("nan") if number % 4 == 1 else float("inf"))
 
 
 def watch(host: HostProtocol) -> list[tuple[str, Tensor]]:
