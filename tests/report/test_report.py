@@ -45,6 +45,8 @@ def test_report_holds_the_run(run: Path) -> None:
     assert fossils and all(stages[f][0] == "germinated" for f in fossils)
     assert len(data["epochs"]["step"]) == 20 and data["ended"]["status"] == "finished"
     assert len(data["compare"]["arms"]) == 6
+    audits = [s["audits"] for s in data["slots"] if s["audits"]["step"]]
+    assert audits and audits[0]["churn"] == [-0.003] and audits[0]["churn_low"] == [-0.006]
     assert data["config"]["config"]["budget_params"] == "20%"
     for slot in data["slots"]:  # a life has no holes and no overlaps
         for one, two in zip(slot["segments"], slot["segments"][1:], strict=False):
@@ -201,3 +203,6 @@ def test_chromium_draws_it_without_a_word_on_the_console(run: Path, tmp_path: Pa
     assert 'data-ready="yes"' in dump
     if which in ("grown", "lattice"):
         assert dump.count("<svg") >= 4 and "fossilized" in dump
+        ledger = dump[dump.index('id="ledger"') : dump.index('id="log"')]
+        born = sum(mark[1] == "germinated" for mark in RunDigest(folder).marks)
+        assert ledger.count("<tr") == 1 + born and ledger.count("[") > born / 2

@@ -53,13 +53,21 @@ def render_report(data: dict[str, Any]) -> str:
     that holds them; the script only ever sets text and attributes; and a content security policy allows this page's
     own script by its hash and nothing else.
     """
-    template = resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+    template, style = (
+        resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+        for name in ("template.html", "style.css")
+    )
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None, "template.html holds one plain <script>"
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    parts = {"POLICY": policy, "TITLE": html.escape(f"{data['name']} · Esper report"), "DATA": _embed(data)}
-    return re.sub("__(POLICY|TITLE|DATA)__", lambda match: parts[match[1]], template)
+    parts = {
+        "POLICY": policy,
+        "TITLE": html.escape(f"{data['name']} · Esper report"),
+        "STYLE": style,
+        "DATA": _embed(data),
+    }
+    return re.sub("__(POLICY|TITLE|STYLE|DATA)__", lambda match: parts[match[1]], template)
 
 
 def _embed(data: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ _COUNTERFACTUAL_FIELDS: Final = (
     "loss_mean", "loss_low", "loss_high", "accuracy_mean", "accuracy_low", "accuracy_high", "rent",
 )  # fmt: skip
 _READING_FIELDS: Final = ("alpha", "gradient_norm")
+_AUDIT_FIELDS: Final = ("churn", "churn_low", "churn_high")
 
 Columns = dict[str, list[float | None]]
 
@@ -76,6 +77,7 @@ class SlotHistory:
     segments: list[list[Any]] = attrs.field(factory=list)
     counterfactual: list[list[float | None]] = attrs.field(factory=list)
     readings: list[list[float | None]] = attrs.field(factory=list)
+    audits: list[list[float | None]] = attrs.field(factory=list)
 
     def enter(self, step: int, stage: str, blueprint: str = "", params: float | None = 0, reason: str = "") -> None:
         """Close the open segment at `step` and open the next."""
@@ -178,6 +180,9 @@ class RunDigest:
         row = [step, *(number(event.get(name)) for name in _COUNTERFACTUAL_FIELDS)]
         self._slot(event.get("slot")).counterfactual.append(row)
 
+    def _on_audited(self, step: int, event: dict[str, Any]) -> None:
+        self._slot(event.get("slot")).audits.append([step, *(number(event.get(name)) for name in _AUDIT_FIELDS)])
+
     def _on_slot_read(self, step: int, event: dict[str, Any]) -> None:
         readings = event.get("readings") if isinstance(event.get("readings"), Mapping) else {}
         values = {**(readings or {}), "alpha": event.get("alpha")}
@@ -219,6 +224,7 @@ class RunDigest:
             "segments": slot.segments[-MAX_LOG:],
             "counterfactual": _columns(("step", *_COUNTERFACTUAL_FIELDS), measured),
             "readings": _columns(("step", *_READING_FIELDS), _thin(slot.readings, MAX_SLOT_POINTS)),
+            "audits": _columns(("step", *_AUDIT_FIELDS), slot.audits[-MAX_SLOT_POINTS:]),
         }
 
 
