@@ -31,9 +31,6 @@ VERBS: dict[str, tuple[str, str, str]] = {
 
 INTERRUPTED = 130
 
-_NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
-"""How click since 8.2 says that a group was called without a command; before, it printed the help itself."""
-
 
 class Verbs(click.Group):
     """A group whose commands stand in `VERBS`, and whose errors are one line on stderr."""
@@ -82,7 +79,7 @@ class Verbs(click.Group):
         except click.Abort:
             fail("interrupted", INTERRUPTED)
         except click.UsageError as error:
-            if error.ctx and isinstance(error, _NO_ARGUMENTS):
+            if error.ctx and isinstance(error, click.exceptions.NoArgsIsHelpError):
                 click.echo(error.ctx.get_help())
                 sys.exit(0)
             fail(_usage(error), 2)
