@@ -9,6 +9,7 @@ import click
 
 from esper_core.cli.arguments import GroupedCommand, check_names, config_options, resolve_config
 from esper_core.cli.context import current_registry
+from esper_core.leyline.errors import BadOption
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--set", "settings", metavar="PART.OPTION=VALUE", multiple=True,
               help="an option of a plugin, or of the governor, optimizer, plane or sensors; repeatable")  # fmt: skip
 @click.option("--config", "file", metavar="FILE.toml", help="read options from a file; those typed here win")
+@click.option("--adapter", metavar="FILE", help="adapter of `--controller agent:FILE` for this domain")
 @click.option("--compare", is_flag=True, help="then train the arms that growing must beat")
 @click.option(
     "--seeds", type=click.IntRange(1), default=5, metavar="N", show_default=True, help="seeds of each arm of --compare"
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 @click.option("--quiet", "-q", is_flag=True, help="print only where the report is")
 @click.option("--json-lines", is_flag=True, help="print every event as a line of JSON on stdout")
 def run(
-    given: dict[str, Any], settings: tuple[str, ...], file: str | None, compare: bool, seeds: int, dry_run: bool,
-    quiet: bool, json_lines: bool,
+    given: dict[str, Any], settings: tuple[str, ...], file: str | None, adapter: str | None, compare: bool, seeds: int,
+    dry_run: bool, quiet: bool, json_lines: bool,
 ) -> int:  # fmt: skip
     """Grow a host on a task: train it, let seeds germinate in its slots, keep those that earn their rent.
 
@@ -38,7 +40,10 @@ def run(
     esper run --host timm:resnet18 --blueprints depthwise,attention
     esper run --host transformers:gpt2 --task text:FILE --budget-params 10%
     """
-    config = resolve_config(given, settings, file)
+    config = resolve_config(given, (*settings, *([f"agent.adapter={adapter}"] if adapter else [])), file)
+    if adapter and config.controller.partition(":")[0] != "agent":
+        raise BadOption(f"--adapter {adapter} with --controller {config.controller}", "a learned controller",
+                        "--controller agent, or agent:FILE")  # fmt: skip
     check_names(config)
     if dry_run:
         from esper_core.cli.plan import show_plan

@@ -128,9 +128,9 @@ def _interval(difference: Any) -> Text:
     if difference is None:
         return Text("")
     mean, low, high = difference
-    style = "green" if low > 0 else "red" if high < 0 else ""
-    ends = "" if math.isnan(low) else f" [{low:+.4f}, {high:+.4f}]"
-    return Text(f"{mean:+.4f}{ends}", style=style)
+    if low is None:
+        return Text(f"{mean:+.4f}")
+    return Text(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", style="green" if low > 0 else "red" if high < 0 else "")
 
 
 def describe_product(path: Path) -> dict[str, Any]:

@@ -155,6 +155,42 @@ class WorkerPool:
         self.close()
 
 
+class Inline:
+    """A pool of one worker that is this process: the same answers as `WorkerPool.run`, without starting another."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return 1
+
+    def run(self, jobs: Sequence[tuple[Task, tuple[Any, ...]]]) -> list[Any]:
+        """Answers in the order of `jobs`."""
+        return [task(self._state, *arguments) for task, arguments in jobs]
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._state = {}
+
+
+def make_pool(workers: int = 0) -> Inline | WorkerPool:
+    """Somewhere to run jobs: this process for one worker, else that many processes; 0 for one a core."""
+    return Inline() if workers == 1 else WorkerPool(workers)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One intra-op thread, as workers have it: another number sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class ProcessPopulation:
     """A population over worker processes; see `simic.population`.
 

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from esper_core.leyline.errors import BadOption, RunFailed
-from esper_core.simic.cpu_engine import WorkerPool
+from esper_core.simic.cpu_engine import make_pool, one_thread
 from esper_core.simic.curriculum import Curriculum
 from esper_core.simic.rollout import Packed, Played, contest
 from esper_core.simic.statistics import paired_interval
@@ -60,9 +60,9 @@ def evaluate(
     draws = [curriculum.draw(plan.seed, 0, g, held_out=plan.held_out, domain=plan.domain) for g in range(plan.groups)]
     packed = {name: Packed.pack(core) for name, core in cores.items()}
     contests: list[dict[str, Any]] = []
-    with WorkerPool(workers) as pool:
-        for start in range(0, len(draws), max(len(pool), 1) * 2):
-            some = draws[start : start + len(pool) * 2]
+    with one_thread(), make_pool(workers) as pool:
+        for start in range(0, len(draws), 2 * len(pool)):
+            some = draws[start : start + 2 * len(pool)]
             answers = pool.run([(contest, (world, run, list(plan.controllers), packed)) for world, run in some])
             contests += [
                 {"world": world.name, "domain": world.domain, "seed": run.seed, "host": run.host, "task": run.task,
@@ -86,7 +86,7 @@ def evaluate(
 def summarise(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """For each contender: mean return, gain, weight, what it grew and did, and its paired difference from every other.
 
-    A difference is `(mean, low, high)` of a 95% interval by Student's t over contests.
+    A difference is `(mean, low, high)` of a 95% interval by Student's t over contests; of one contest it has no ends.
     """
     played = {name: [Played(**c["played"][name]) for c in contests] for name in contests[0]["played"]}
     totals = {name: [one.total for one in many] for name, many in played.items()}
@@ -100,7 +100,12 @@ def summarise(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "deaths": sum(one.deaths for one in many),
             "grown": dict(sum((Counter(one.grown) for one in many), Counter[str]())),
             "commands": dict(sum((Counter(one.commands) for one in many), Counter[str]())),
-            "minus": {other: paired_interval(totals[name], totals[other]) for other in totals if other != name},
+            "minus": {other: _minus(totals[name], totals[other]) for other in totals if other != name},
         }
         for name, many in played.items()
     }
+
+
+def _minus(first: Sequence[float], second: Sequence[float]) -> tuple[float, float | None, float | None]:
+    mean, low, high = paired_interval(first, second)
+    return (mean, None, None) if len(first) < 2 else (mean, low, high)

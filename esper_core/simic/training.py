@@ -27,7 +27,7 @@ from torch import Tensor
 
 from esper_core.kasmina.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.leyline.errors import BadFile, BadOption, RunFailed
-from esper_core.simic.cpu_engine import Task, WorkerPool
+from esper_core.simic.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
 from esper_core.simic.curriculum import Curriculum, curriculum_text, parse_curriculum
 from esper_core.simic.imitation import imitate
 from esper_core.simic.ppo import CorePolicy, Episode, update, update_normalisers
@@ -156,7 +156,7 @@ class Training:
         """Go on to the end; returns the product.
 
         Args:
-            workers: processes; 0 for one a core. The answer is the same for any number.
+            workers: processes; 0 for one a core, 1 for this one alone. The answer is the same for any number.
             notify: told of every iteration.
 
         Raises:
@@ -164,11 +164,9 @@ class Training:
             RunFailed: not one episode of an iteration could be played.
         """
         self.folder.hold()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # another number sums in another order, and the workers have the other cores
         try:
             self._rewrite_curves()
-            with WorkerPool(workers) as pool:
+            with one_thread(), make_pool(workers) as pool:
                 while self.done < self.iterations:
                     record = self._iterate(pool)
                     self.records.append(record)
@@ -178,11 +176,10 @@ class Training:
                         self._save()
                     notify(record)
         finally:
-            torch.set_num_threads(threads)
             self.folder.release()
         return self.product
 
-    def _iterate(self, pool: WorkerPool) -> Record:
+    def _iterate(self, pool: Inline | WorkerPool) -> Record:
         began, plan, i = time.monotonic(), self.curriculum, self.done
         teaching = i < plan.imitation.iterations and self.adapter is None
         draws = [plan.draw(self.manifest.seed, i, g, domain=self.manifest.domain) for g in range(plan.groups)]
