@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
@@ -52,6 +52,7 @@ def check_host(host: ModuleHost, inputs: Any) -> dict[str, Any]:
         Number of points, their layouts and roles, where the seed grew, and the host's parameters.
     """
     specs = list(host.injection_specs.values())
+    wake(host.module)
     for parameter in host.module.parameters():
         parameter.requires_grad_(False)
     host.module.eval()
@@ -92,6 +93,17 @@ def check_host(host: ModuleHost, inputs: Any) -> dict[str, Any]:
         "seed_at": spec.name,
         "params": sum(p.numel() for p in host.module.parameters()),
     }
+
+
+@torch.no_grad()
+def wake(model: nn.Module) -> None:
+    """Give matrices that are nothing but zeros some noise, as the model's first own step would.
+
+    Some models start with such a classifier, and then no gradient reaches what lies before it.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and not parameter.any():
+            parameter.normal_(std=0.02)
 
 
 def _repeatable(host: ModuleHost, inputs: Any) -> Tensor:
