@@ -21,8 +21,10 @@ def interleaved(
         repeats: calls within one timing; the answer is seconds for one call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders.items())
     for number in range(warmup + rounds):
-        for name, run in contenders.items():
+        first = number % len(order)  # who comes after whom matters to the caches, so each round begins elsewhere
+        for name, run in (*order[first:], *order[:first]):
             start = time.perf_counter()
             for _ in range(repeats):
                 run()
