@@ -11,6 +11,8 @@ from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.specs import BlendSpec, BlueprintSpec, PluginSpec
 from esper_core.leyline.stages import STAGES, TRANSITIONS, diagram
+from esper_core.nissa.host_sensors import EXAMPLES, HOST_READINGS
+from esper_core.nissa.readings import READINGS
 from esper_core.registry import load_registry
 
 HERE = Path(__file__).parent
@@ -45,6 +47,41 @@ def lifecycle_page() -> str:
             "| measure | must be | that is |",
             "|---|---|---|",
             *conditions,
+            "",
+        ]
+    )
+
+
+def sensors_page() -> str:
+    """`sensors.md`: what is read at every slot, of the host, and in each stage."""
+    stages = [f"| {spec.stage.name} | {', '.join(f'`{name}`' for name in spec.sensors)} |" for spec in STAGES.values()]
+    return "\n".join(
+        [
+            NOTICE,
+            "# What Nissa reads\n",
+            "No capability without a sensor: a host, blueprint or stage that declares none is refused.",
+            "Readings are gathered on the device and leave it at a decision, as the mean over the batches sampled",
+            "since the last one (`--set sensors.every=N`: one batch in N). What was not measured has no key: unknown",
+            "is neither zero nor healthy. A slot that nobody reads has no probe, and computes as if sensors did not",
+            "exist.\n",
+            "## At a slot (`SlotRead` events)\n",
+            "h is the host's feature, s the seed's output, g the gradient of the batch's mean loss with respect to the",
+            "slot's output.\n",
+            "| reading | |",
+            "|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in READINGS.items()),
+            "\n## Of a host that works on sequences (`HostRead` events)\n",
+            f"Once an epoch, on {EXAMPLES} examples, in evaluation mode: one forward and one backward pass, which no",
+            "gradient, buffer or random state remembers.\n",
+            "| reading | |",
+            "|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in HOST_READINGS.items()),
+            "\n## What each stage needs\n",
+            "`stage`, `age` and `alpha` are the slot's own; `activation_statistics` are mean and deviation above;",
+            "`counterfactual` is the validation loss without the slot minus with it.\n",
+            "| stage | sensors |",
+            "|---|---|",
+            *stages,
             "",
         ]
     )
@@ -131,7 +168,12 @@ def _options(spec: PluginSpec) -> str:
     return ", ".join(f"`{option.name}={default}`" for option, default in zip(spec.options, defaults, strict=True))
 
 
-PAGES = {"lifecycle.md": lifecycle_page, "public-api.md": public_api_page, "blueprints.md": blueprints_page}
+PAGES = {
+    "lifecycle.md": lifecycle_page,
+    "public-api.md": public_api_page,
+    "blueprints.md": blueprints_page,
+    "sensors.md": sensors_page,
+}
 
 
 def _mark(flag: bool) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -25,6 +26,14 @@ from esper_core.leyline.host import Batch
 
 EXAMPLES: Final = 8
 """Examples on which the host is read."""
+
+HOST_READINGS: Final = MappingProxyType(
+    {
+        "attention_entropy": "mean entropy (nats) of the host's K-th attention, or of one in the seed at a path",
+        "layer_loss": "⟨dL/dh, change of h⟩: to first order, what the layers before a slot do to the loss (nats)",
+    }
+)
+"""Every reading with its meaning; the key goes on with `.K` or `.PATH`."""
 
 _ARGUMENTS: Final = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _BRANCH: Final = "after_"
