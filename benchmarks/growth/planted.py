@@ -9,6 +9,7 @@ seed must survive a real audit to be kept.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -141,6 +142,22 @@ class _Watch:
     def close(self) -> None: ...
 
 
+def share_interval(right: int, count: int) -> tuple[float, float]:
+    """Exact 95% interval of a share (Clopper & Pearson 1934), by bisection of the binomial's tails."""
+
+    def tail(share: float, least: int) -> float:
+        return math.fsum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(least, count + 1))
+
+    def share_at(least: int, probability: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if tail(middle, least) < probability else (low, middle)
+        return (low + high) / 2
+
+    return share_at(right, 0.025) if right else 0.0, share_at(right + 1, 0.975) if right < count else 1.0
+
+
 def run(folder: Path, seeds: int | None, workers: int) -> dict[str, Any]:
     """Every seed of both blueprints."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,6 +171,7 @@ def run(folder: Path, seeds: int | None, workers: int) -> dict[str, Any]:
         right = fates.count(good)
         tally[name] = SimpleNamespace(
             seeds=len(fates), right=right, share=right / max(1, len(fates)),
+            interval=share_interval(right, len(fates)),
             audits=sum(len(row["verdicts"]) for row in mine),
             fates={fate: fates.count(fate) for fate in sorted(set(fates))},
         ).__dict__  # fmt: skip
