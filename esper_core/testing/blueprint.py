@@ -30,9 +30,14 @@ Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def descend(
-    modules: list[nn.Module], seed: Callable[[Tensor], Tensor], combine: Combine, point: InjectionSpec, attach: bool
+    modules: list[nn.Module],
+    seed: Callable[[Tensor], Tensor],
+    combine: Combine,
+    point: InjectionSpec,
+    attach: bool,
+    autocast: bool = False,
 ) -> None:
-    """Twenty steps of SGD towards random targets while alpha rises to 1; gradients must stay finite.
+    """Twenty steps of SGD towards random targets while alpha rises to 1; outputs and gradients must stay finite.
 
     Args:
         modules: whose parameters are trained.
@@ -40,13 +45,16 @@ def descend(
         combine: (h, s, alpha) to the output.
         point: where features come from.
         attach: the seed sees the feature with its gradient.
+        autocast: seed and combination run under autocast to bfloat16.
     """
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1) if parameters else None
     for step in range(1, 21):
         h = feature(point, seed=step).requires_grad_()
-        s = seed(h if attach else h.detach())
-        loss = nn.functional.mse_loss(combine(h, s, torch.tensor(step / 20)), feature(point, seed=100 + step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = combine(h, seed(h if attach else h.detach()), torch.tensor(step / 20))
+        assert out.isfinite().all(), f"step {step}: the output is not finite"
+        loss = nn.functional.mse_loss(out, feature(point, seed=100 + step))
         loss.backward()  # type: ignore[no-untyped-call]
         assert h.grad is not None and h.grad.isfinite().all(), f"step {step}: the host's gradient is not finite"
         if optimizer is not None:
@@ -158,12 +166,13 @@ class BlueprintConformance(Conformance):
         descend([seed], seed, lambda h, s, _: straight_through(h, s), point, attach=False)
         assert unmoved([seed], before) == []
 
-    def test_every_parameter_moves_while_blending(self, point: InjectionSpec, blend: str) -> None:
+    @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+    def test_every_parameter_moves_while_blending(self, point: InjectionSpec, blend: str, autocast: bool) -> None:
         seed, combination = self.build(point), installed().build("blend", blend, point)
         # a seed without parameters may stay silent, and then there is nothing from which the blend could learn
         modules = [seed, combination] if any(True for _ in seed.parameters()) else []
         before = snapshot(modules)
-        descend(modules, seed, combination, point, attach=True)
+        descend(modules, seed, combination, point, attach=True, autocast=autocast)
         assert unmoved(modules, before) == []
 
     def test_autocast(self, point: InjectionSpec) -> None:
