@@ -15,6 +15,7 @@ def esper_controllers() -> list[ControllerSpec]:
         ControllerSpec(
             name="emrakul",
             summary="withers suspects and culls or revives them by measured churn; stands around another controller",
+            overseer=True,
             factory="esper_core.emrakul.audit:Auditor",
             options=options_of(AuditConfig),
         )

@@ -222,15 +222,18 @@ class ControllerSpec(PluginSpec):
 
     Attributes:
         argument: what stands after `:` in `--controller name:argument`, or empty.
+        overseer: it stands around another controller; its factory also takes that one as `inner`.
     """
 
     kind: ClassVar[str] = "controller"
     factory_signature: ClassVar[str] = "factory(argument, *, seed, **options) -> Controller"
     argument: str = ""
+    overseer: bool = False
 
     @property
     def example(self) -> str:
-        return f"esper run --host cnn --controller {self.name}{':' + self.argument if self.argument else ''}"
+        option = "overseers" if self.overseer else "controller"
+        return f"esper run --host cnn --{option} {self.name}{':' + self.argument if self.argument else ''}"
 
 
 class AdapterSpec(PluginSpec):
@@ -259,7 +262,14 @@ class TaskSpec(PluginSpec):
 
     @property
     def example(self) -> str:
-        return f"esper run --host cnn --task {self.name}{':' + self.argument if self.argument else ''}"
+        hosts = {
+            "language-modelling": "transformers:gpt2",
+            "language": "transformers:bert",
+            "vision": "cnn",
+            "signal": "cnn",
+        }
+        host = next((host for tag, host in hosts.items() if tag in self.capabilities), "mlp")
+        return f"esper run --host {host} --task {self.name}{':' + self.argument if self.argument else ''}"
 
 
 class SinkSpec(PluginSpec):

@@ -15,6 +15,7 @@ def esper_controllers() -> list[ControllerSpec]:
         ControllerSpec(
             name="narset",
             summary="shares the budget over regions of slots by what they earn; stands around another controller",
+            overseer=True,
             factory="esper_core.narset.organs:OrganManager",
             options=options_of(OrganConfig),
         )

@@ -32,6 +32,8 @@ def import_object(reference: str, owner: str, distribution: str, install: str = 
         PluginBroken: anything else.
     """
     module_name, _, attribute = reference.partition(":")
+    if not module_name:
+        raise PluginBroken(f"{owner} names no module", 'text like "package.module"')
     try:
         target: Any = importlib.import_module(module_name)
         for part in filter(None, attribute.split(".")):

@@ -96,6 +96,24 @@ def test_info_of_every_part_can_be_shown() -> None:
         assert result.exit_code == 0 and part.spec.factory.partition(":")[2], result.output
 
 
+def examples_of(*kinds: str) -> list[str]:
+    """Example commands that name no file or data set of the user's."""
+    specs = [part.spec for kind in kinds for part in load_registry().specs(kind)]
+    return [s.example for s in specs if not getattr(s, "argument", "").isupper() and s.example.startswith("esper run ")]
+
+
+@pytest.mark.parametrize("example", examples_of("task", "controller", "sink"))
+def test_the_example_of_a_part_can_be_typed(example: str) -> None:
+    result = esper(*example.split()[1:], "--dry-run")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", examples_of("host", "blueprint", "blend", "reward"))
+def test_the_example_of_every_other_part_can_be_typed(example: str) -> None:
+    test_the_example_of_a_part_can_be_typed(example)
+
+
 def test_conflicts_are_shown_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_package(tmp_path, "impostor", offers('blueprint("conv")'), version="9.1")
     monkeypatch.syspath_prepend(tmp_path)

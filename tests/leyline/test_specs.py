@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 from typing import Any
 
 import attrs
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_core.leyline import events
+from esper_core.leyline import events, hookspecs
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import Option
@@ -42,6 +44,13 @@ def test_every_kind_can_be_made_compared_and_shown(kind: type[PluginSpec]) -> No
         spec.name = "changed"  # type: ignore[misc]
     with pytest.raises(TypeError):
         make(kind, unknown_field=1)
+
+
+def test_every_hook_says_on_one_line_what_it_is_and_since_when() -> None:
+    hooks = {n: f for n, f in inspect.getmembers(hookspecs, inspect.isfunction) if f.__module__ == hookspecs.__name__}
+    assert hooks.keys() >= {f"esper_{kind.kind}s" for kind in SPEC_KINDS} | {"esper_event", "esper_veto"}
+    for name, hook in hooks.items():
+        assert re.fullmatch(r"[A-Z`].*[.] [(]API \d+[)]", hook.__doc__ or ""), name
 
 
 def test_specs_of_two_kinds_are_never_equal() -> None:

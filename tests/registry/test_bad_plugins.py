@@ -87,7 +87,7 @@ BROKEN = [
     ),
     bad("bad-module", "", "there is no module 'module_to_nothing'", module="module_to_nothing.plugin"),
     bad("bad-attribute", "thing = 1\n", "has no 'thingy'; did you mean thing?", module="bad_attribute_plugin:thingy"),
-    bad("bad-empty", "", "Empty module name", module=" "),
+    bad("bad-empty", "", "names no module", module=" "),
 ]
 """Plugins that are broken as a whole, or whose only part is refused."""
 
