@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,18 +35,23 @@ def run(*command: object, cwd: Path | None = None) -> str:
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin folder of a new environment with the core, the example and one new package a kind, all from wheels."""
     folder = tmp_path_factory.mktemp("packages")
-    uv = [sys.executable, "-m", "uv"]
-    sources = [ROOT, EXAMPLE]
-    for kind, name in NAMES.items():
-        run(sys.executable, "-m", "esper_core", "plugins", "new", name, "--kind", kind, "--into", folder / "new")
-        sources.append(folder / "new" / f"esper-{name}")
-    for source in sources:
-        run(*uv, "build", "--quiet", "--wheel", "--out-dir", folder / "wheels", source)
+    uv, bin_folder = [sys.executable, "-m", "uv"], folder / "env" / "bin"
+
+    def install(*sources: Path) -> None:
+        wheels = tempfile.mkdtemp(dir=folder)
+        for source in sources:
+            run(*uv, "build", "--quiet", "--wheel", "--out-dir", wheels, source)
+        found = sorted(Path(wheels).glob("*.whl"))
+        assert len(found) == len(sources)
+        run(*uv, "pip", "install", "--quiet", "--python", bin_folder / "python", *found, "pytest", "hypothesis")
+
     run(*uv, "venv", "--quiet", "--python", sys.executable, folder / "env")
-    bin_folder = folder / "env" / "bin"
-    wheels = sorted((folder / "wheels").glob("*.whl"))
-    assert len(wheels) == len(sources)
-    run(*uv, "pip", "install", "--quiet", "--python", bin_folder / "python", *wheels, "pytest", "hypothesis")
+    install(ROOT, EXAMPLE)
+    for kind, name in NAMES.items():
+        options = ("--kind", kind, "--into", folder / "new", "--json")
+        written = json.loads(run(bin_folder / "esper", "plugins", "new", name, *options, cwd=folder))
+        assert written["kind"] == kind and all(Path(path).is_file() for path in written["files"])
+    install(*(folder / "new" / f"esper-{name}" for name in NAMES.values()))
     return bin_folder
 
 
@@ -61,6 +67,15 @@ def test_the_example_is_used_from_its_wheel(fresh: Path, tmp_path: Path) -> None
         "print(plane.germinate('1', 'large_kernel').after, len(list(plane.module.parameters())))"
     )
     assert run(fresh / "python", "-c", program, cwd=tmp_path).split() == ["germinated", "8"]
+
+
+def test_type_checkers_may_read_every_package(fresh: Path, tmp_path: Path) -> None:
+    packages = ["esper_core", "esper_hosts", "esper_blueprints", "esper_plugins", "esper_large_kernel", "esper_counter"]
+    program = (
+        "import sys; from importlib.resources import files;"
+        "print([(files(package) / 'py.typed').is_file() for package in sys.argv[1:]])"
+    )
+    assert run(fresh / "python", "-c", program, *packages, cwd=tmp_path).strip() == str([True] * len(packages))
 
 
 def test_packages_pass_their_own_tests_as_they_are(fresh: Path, tmp_path: Path) -> None:
