@@ -251,13 +251,15 @@ class Plane:
         """After every optimizer step: alphas move, and what is due by itself happens."""
         changes: list[StageChange] = []
         due: list[str] = []
+        growths, slots = self._territory.growths, self._territory.slots
         for path in self._moving:
-            growth = self.growths[path]
+            growth = growths[path]
             growth.stage_steps += 1
             if growth.ramp_done < growth.ramp_steps:
                 growth.ramp_done += 1
                 share = self._curve(path)(growth.ramp_done / growth.ramp_steps)
-                self._set_alpha(path, growth.ramp_start + (growth.ramp_target - growth.ramp_start) * share)
+                growth.alpha = growth.ramp_start + (growth.ramp_target - growth.ramp_start) * share
+                slots[path].set_alpha(growth.alpha)
             if growth.ramp_done >= growth.ramp_steps:
                 due.append(path)
         for path in sorted(due):
@@ -457,14 +459,15 @@ class Plane:
             changes.append(self._take(transition, command))
 
     def _curve(self, path: str) -> Callable[[float], float]:
-        if path not in self._curves:
+        curve = self._curves.get(path)
+        if curve is None:
             blend = parse_blend(self.growths[path].blend, self.registry)
-            self._curves[path] = blend.build_curve(self.registry)
-        return self._curves[path]
+            curve = self._curves[path] = blend.build_curve(self.registry)
+        return curve
 
     def _set_alpha(self, path: str, value: float) -> None:
         self.growths[path].alpha = value
-        self._slots[path].alpha.fill_(value)
+        self._slots[path].set_alpha(value)
 
     def _remove_seed(self, path: str) -> tuple[nn.Parameter, ...]:
         """Empty the slot and everything nested in its seed; returns the parameters that are gone."""

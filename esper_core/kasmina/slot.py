@@ -79,6 +79,12 @@ class SeedSlot(nn.Module):
         self.stage = stage
         self.mode = mode_of(stage)
 
+    def set_alpha(self, value: float) -> None:
+        """Fill `alpha` with `value`, in place."""
+        alpha = self._buffers["alpha"]  # looked up past nn.Module, since a plane may move a thousand in a step
+        assert alpha is not None
+        alpha.fill_(value)
+
     def forward(self, h: Tensor) -> Tensor:
         """The feature that the host goes on with: same shape, dtype and device as `h`."""
         if self.tracer is not None:
