@@ -106,7 +106,7 @@ class Plane:
         self.candidates = plane_view.find_candidates(registry, blueprints)
         self.host_params, self.host_flops = count_parameters(host.module), host_flops
         self._territory = Territory(host)
-        self._moving: set[str] = set()
+        self._moving: dict[str, None] = {}  # a set that keeps its order
         self._curves: dict[str, Callable[[float], float]] = {}
         self._costs: dict[tuple[str, str], tuple[int, int]] = {}
         self._listeners: list[Callable[[StageChange], None]] = []
@@ -263,7 +263,7 @@ class Plane:
             if growth.ramp_done >= growth.ramp_steps:
                 due.append(path)
         for path in sorted(due):
-            self._moving.discard(path)
+            self._moving.pop(path, None)
             changes += self._advance_automatically(path)
         return changes
 
@@ -333,7 +333,7 @@ class Plane:
                 slot.set_stage(growth.stage)
                 self._set_alpha(path, growth.alpha)
                 if growth.ramping or growth.stage is Stage.GERMINATED:
-                    self._moving.add(path)
+                    self._moving[path] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plane:
         """An independent plane over an independent host; the registry is shared, listeners stay behind."""
@@ -416,7 +416,7 @@ class Plane:
         growth.enter(after)
         slot.set_stage(after)
         if after is Stage.GERMINATED:
-            self._moving.add(command.slot)
+            self._moving[command.slot] = None
         if after is Stage.FOSSILIZED:
             self._territory.offer_stack(command.slot, self.max_stack)
         change = StageChange(command.slot, before, after, command, blueprint, blend, added, removed)
@@ -443,7 +443,7 @@ class Plane:
         tempo = command.tempo if command.tempo is not Tempo.STANDARD else growth.tempo
         growth.start_ramp(target, round(self.ramp_steps * tempo.factor))
         self._curves.pop(command.slot, None)
-        self._moving.add(command.slot)
+        self._moving[command.slot] = None
 
     def _advance_automatically(self, path: str) -> list[StageChange]:
         changes: list[StageChange] = []
@@ -475,13 +475,13 @@ class Plane:
         gone = list(_own_parameters(slot))
         for child in reversed(self._territory.children(path)):
             gone += list(_own_parameters(self._slots[child]))
-            self._moving.discard(child)
+            self._moving.pop(child, None)
             self._curves.pop(child, None)
             self._territory.unmount(child)
         slot.seed = slot.combination = None
         slot.set_stage(Stage.DORMANT)
         self._set_alpha(path, 0.0)
-        self._moving.discard(path)
+        self._moving.pop(path, None)
         self._curves.pop(path, None)
         return tuple({id(p): p for p in gone}.values())
 
