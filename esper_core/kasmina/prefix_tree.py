@@ -38,20 +38,24 @@ class _Node:
     calls: int = 0
     repeated: bool = False
     mutated: bool = False
+    needed: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tree = self.tree
         if self in tree.answers:
             answer = tree.answers[self]
-            output = _clone(answer) if self.mutated else answer
-        else:
-            self.calls += 1
-            tree.frames.append(_Frame())
-            try:
-                output = self.original(*args, **kwargs)
-            finally:
-                tree.frames.pop()
-        tree.frames[-1].finished.append((self, _clone(output) if self.mutated else output))
+            tree.frames[-1].finished.append((self, answer))
+            return _clone(answer) if self.mutated else answer
+        self.calls += 1
+        tree.frames.append(_Frame())
+        try:
+            output = self.original(*args, **kwargs)
+        finally:
+            tree.frames.pop()
+        if not self.mutated:
+            tree.frames[-1].finished.append((self, output))
+        elif self.needed:  # a copy is kept only of what a later pass would ask for
+            tree.frames[-1].finished.append((self, _clone(output)))
         return output
 
 
@@ -101,8 +105,9 @@ class PrefixTree:
         """
         self._order = []
         outputs: list[tuple[_Node, Tensor, int]] = []
+        everywhere = frozenset(self.slots)
         for _, node in self._nodes:
-            node.calls, node.mutated = 0, False
+            node.calls, node.mutated, node.needed = 0, False, False
 
         def note(node: _Node, output: Any) -> Any:
             outputs.extend((node, leaf, leaf._version) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
@@ -112,11 +117,13 @@ class PrefixTree:
         for node, original in originals:
             node.original = lambda *a, _n=node, _o=original, **k: note(_n, _o(*a, **k))
         try:
-            self._forward(_copy(inputs), frozenset(), {})
+            self._forward(_copy(inputs), frozenset(), {}, keep=everywhere)
             for _, node in self._nodes:
                 node.repeated = node.calls > 1
+            for node in (node for entries in self._finished_at.values() for node, _ in entries):
+                node.needed = True
             # a muted slot hands on the host's own feature, which what comes next may work on in place
-            self._forward(_copy(inputs), frozenset(self.slots), {})
+            self._forward(_copy(inputs), everywhere, {})
         finally:
             for node, original in originals:
                 node.original = original
