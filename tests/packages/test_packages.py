@@ -93,6 +93,14 @@ def test_packages_pass_the_check(fresh: Path, tmp_path: Path) -> None:
     assert found["ok"] and len(found["checked"]) == len(names) + 1
 
 
+def test_new_packages_are_clean(tmp_path: Path) -> None:
+    for kind, name in NAMES.items():
+        Scaffold.named(name, kind).write(tmp_path)
+    ruff, options = [sys.executable, "-m", "ruff"], ("--isolated", "--line-length", "120")
+    run(*ruff, "check", *options, "--select", "E,F,I,UP,B", tmp_path)
+    run(*ruff, "format", "--check", *options, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["", "Glow", "9lives", "a b", "../evil", "glow-", "glow.py"])
 def test_a_name_that_no_package_can_have_is_refused(name: str) -> None:
     with pytest.raises(BadOption, match="cannot name a package"):

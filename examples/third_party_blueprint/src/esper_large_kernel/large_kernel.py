@@ -27,12 +27,13 @@ class LargeKernel(nn.Module):
         self.far = nn.Conv2d(channels, channels, 7, padding=3 * dilation, dilation=dilation, groups=channels)
         self.mix = nn.Conv2d(channels, channels, 1)
         self.last = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, h: Tensor) -> Tensor:
         x = F.group_norm(h, 1) if h[0].numel() > 1 else h
-        return self.last(self.mix(self.far(self.near(x))) * x).to(h.dtype)
+        delta: Tensor = self.last(self.mix(self.far(self.near(x))) * x)
+        return delta.to(h.dtype)
 
 
 def estimate(point: InjectionSpec, *, dilation: int) -> tuple[int, int]:
