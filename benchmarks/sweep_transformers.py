@@ -65,6 +65,8 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
                 part.use_cache = False
         if getattr(config, "pad_token_id", None) is None and "Sequence" in family:
             config.pad_token_id = 0
+        if getattr(config, "default_language", "") is None and getattr(config, "languages", None):
+            config.default_language = config.languages[0]
         try:
             with torch.device("meta"):
                 size = sum(p.numel() for p in getattr(transformers, family).from_config(config).parameters())

@@ -24,6 +24,9 @@ import attrs
 
 Check = Callable[[str], dict[str, Any]]
 BIG = re.compile(r"giga|giant|enormous|huge|_7b|so400m|xlarge|xxlarge|_2b|_1b|large|g_14|h_14")
+FEW = 60
+"""Names that are written out where they have no result; of more, only the number is told."""
+
 STARVED = "the machine's memory ran out"
 
 
@@ -238,7 +241,8 @@ def markdown(
     lines += [f"**{len(good)} of {len(results)} work: {share:.1f} %.**", ""]
     missing = [name for name in names if name not in results]
     if missing:
-        lines += [f"Not checked yet, {len(missing)} of {len(names)}: {', '.join(missing)}.", ""]
+        which = f": {', '.join(missing)}" if len(missing) <= FEW else ""
+        lines += [f"Not checked yet: {len(missing)} of {len(names)}{which}.", ""]
     if good:
         counts = sorted(result["points"] for result in good.values())
         layouts = Counter(layout for result in good.values() for layout in result["layouts"])
