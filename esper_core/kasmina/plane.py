@@ -72,6 +72,7 @@ class Plane:
 
     Raises:
         UnknownName: a point, blueprint or blend of that name does not exist.
+        IllegalCommand: not one of `blueprints` can grow at any of the points.
         EsperError: the host offers no injection point.
     """
 
@@ -117,6 +118,8 @@ class Plane:
                 raise UnknownName(f"the host has no injection point {name!r}", ", ".join(host.injection_specs), hint)
         for name in sorted(set(wanted), key=lambda n: (host.injection_specs[n].order, n)):
             self._territory.mount(host, name, name)
+        if blueprints is not None:
+            plane_view.refuse_misfits(self.candidates, [slot.spec for slot in self._slots.values()])
 
     # --- What there is ---
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from esper_core.kasmina import nursery
 from esper_core.kasmina.growth import Growth, gate_value
-from esper_core.leyline.errors import EsperError
+from esper_core.leyline.errors import EsperError, IllegalCommand
+from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.specs import BlueprintSpec
 from esper_core.leyline.stages import STAGES, Op, Stage, find_transition, legal_ops
 from esper_core.leyline.view import BlueprintView, SlotView
@@ -49,6 +50,21 @@ def _is_usable(registry: Registry, name: str) -> bool:
     except EsperError:
         return False
     return True
+
+
+def refuse_misfits(candidates: Mapping[str, BlueprintSpec], points: Sequence[InjectionSpec]) -> None:
+    """Refuse a choice of blueprints of which not one can grow at any of `points`.
+
+    Raises:
+        IllegalCommand: so it is; the reason is that of the first blueprint at the first point.
+    """
+    reasons = [nursery.misfit(spec, point) for spec in candidates.values() for point in points]
+    if reasons and all(reasons):
+        raise IllegalCommand(
+            f"none of {', '.join(candidates)} can grow in this host: {reasons[0]}",
+            "a blueprint that fits",
+            f"esper plugins list --kind blueprint --capability {sorted(points[0].tags)[-1]}",
+        )
 
 
 def slot_views(plane: Plane) -> tuple[SlotView, ...]:

@@ -163,6 +163,13 @@ def test_a_host_without_points_is_refused() -> None:
         Plane(empty, small_registry())
 
 
+def test_blueprints_of_which_none_fits_are_refused() -> None:
+    with pytest.raises(IllegalCommand, match="none of tokens-only can grow in this host: it serves NLD, and block0"):
+        small_plane(blueprints=["tokens-only"])
+    plane = small_plane(blueprints=["tokens-only", "poly"])
+    assert all([b.name for b in view.blueprints] == ["poly"] for view in plane.views())
+
+
 def test_stacking_is_explicit_in_the_path() -> None:
     plane = small_plane(ramp_steps=1, max_stack=2)
     fossilise(plane, "block1")
