@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+TRUST: Final = 0.2
+"""How large an isolated seed's output may become beside the feature, ‖s‖/‖h‖, before its own size holds it back."""
+
+_TINY: Final = 1e-12
 
 
 class StraightThrough(torch.autograd.Function):
@@ -13,6 +18,12 @@ class StraightThrough(torch.autograd.Function):
 
     The estimator is Bengio, Léonard & Courville 2013 (arXiv:1308.3432), here used to isolate: `h + (s - s.detach())`
     would put NaN into the host as soon as an exploding seed reaches infinity, because inf - inf is NaN.
+
+    What `s` is taught is the task's gradient g and a pull towards zero, so that it descends ⟨g, s⟩ + c‖s‖²/2. The
+    first term alone has no minimum: what an isolated seed does never shows in the loss, so that its output would grow
+    for as long as it is isolated (docs/decisions/0006). With c from `pull` the minimum over s is -TRUST·‖h‖·g/‖g‖: the
+    seed learns the direction of steepest descent at a size at which that direction still means something, which is a
+    step of gradient boosting (Friedman, "Greedy Function Approximation", 2001) inside a trust region.
     """
 
     generate_vmap_rule = True
@@ -23,12 +34,31 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
+        h, s = inputs
+        ctx.save_for_backward(s, size_of(h))  # not h: whoever made it may go on to work on it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,) = grads
-        return grad, grad
+        (grad,), (s, size) = grads, ctx.saved_tensors
+        return grad, torch.addcmul(grad, s, pull(grad, size))
+
+
+def size_of(feature: Tensor, *, lanes: int = 0) -> Tensor:
+    """Euclidean norm over everything but the leading `lanes` dimensions, at least float32.
+
+    0-dim; with `lanes` above 0 the dimensions that are summed over stay, with length 1.
+    """
+    dims, dtype = tuple(range(lanes, feature.dim())), torch.promote_types(feature.dtype, torch.float32)
+    return torch.linalg.vector_norm(feature, dim=dims, keepdim=lanes > 0, dtype=dtype)
+
+
+def pull(grad: Tensor, size: Tensor, *, lanes: int = 0) -> Tensor:
+    """The factor c on `s` in the gradient of an isolated seed: ‖grad‖ / (TRUST·‖h‖), over the whole batch.
+
+    Args:
+        grad: gradient at the slot. size: `size_of` the host's feature there. lanes: as for `size_of`.
+    """
+    return (size_of(grad, lanes=lanes) / (TRUST * size).clamp_min(_TINY)).to(grad.dtype)
 
 
 class SilentGradient(torch.autograd.Function):
@@ -61,7 +91,7 @@ def silent_at_zero(h: Tensor, alpha: Tensor) -> Tensor:
 
 
 def straight_through(h: Tensor, s: Tensor) -> Tensor:
-    """`h` in the forward pass; in the backward pass the gradient of both.
+    """`h` in the forward pass; in the backward pass the gradient of both, that of `s` bounded.
 
     Args:
         h: the host's feature, any shape.

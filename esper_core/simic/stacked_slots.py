@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from esper_core.kasmina.slot import SeedSlot
+from esper_core.kasmina.straight_through import pull, size_of
 from esper_core.leyline.errors import EsperError
 from esper_core.simic.stacks import Stack
 
@@ -68,24 +69,24 @@ class _Gate(torch.autograd.Function):
 class _Answer(torch.autograd.Function):
     """What each lane's slot answers: the blend where the seed shows, else the host's feature itself.
 
-    Backward, an isolated lane's gradient goes to the feature and to `s` alike (`kasmina.straight_through`), and
+    Backward, an isolated lane's gradient goes to the feature, and with its pull to `s` (`kasmina.straight_through`);
     ⟨gradient, s⟩ of each lane is noted in `met` (C,).
     """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, mixed: Tensor, shows: Tensor, isolated: Tensor, met: Tensor) -> Tensor:
-        ctx.save_for_backward(s, shows, isolated)
+        ctx.save_for_backward(h, s, shows, isolated)
         ctx.met = met
         return torch.where(shows, mixed, h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (s, shows, isolated) = grads, ctx.saved_tensors
+        (g,), (h, s, shows, isolated) = grads, ctx.saved_tensors
         ctx.met.copy_((g * s).flatten(1).sum(1, dtype=torch.float32))
         zero = g.new_zeros(())
         return (
             torch.where(shows, zero, g),
-            torch.where(isolated, g, zero),
+            torch.where(isolated, torch.addcmul(g, s, pull(g, size_of(h, lanes=1), lanes=1)), zero),
             torch.where(shows, g, zero),
             None,
             None,

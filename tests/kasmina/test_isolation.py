@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.straight_through import TRUST
 from esper_core.leyline.stages import Stage
 from tests.kasmina.small import batch, small_host, small_plane
 
@@ -90,6 +91,26 @@ def test_isolated_seed_gets_the_gradient_of_its_feature() -> None:
     F.cross_entropy(plane.host.forward_with_slots(x), y).backward()
     assert torch.equal(seen["out"], seen["s"]) and torch.equal(seen["out"], seen["h"])
     assert seen["s"].abs().sum() > 0
+
+
+def test_isolated_seed_stays_small_beside_its_feature_and_learns() -> None:
+    """What it does never shows in the loss: without a bound its output grows for as long as it is isolated."""
+    plane, sizes, gains = small_plane(), [], []
+    plane.germinate("block1", "poly")
+
+    def probe(slot, h, s, out) -> None:
+        sizes.append(float(s.detach().norm() / h.detach().norm()))
+        out.register_hook(lambda g: gains.append(float((g * s.detach()).sum())))
+
+    plane.slots["block1"].probe = probe
+    optimizer = torch.optim.AdamW([p for group in plane.seed_groups().values() for p in group], 0.02)
+    for i in range(300):
+        x, y = batch(i % 4)
+        optimizer.zero_grad()
+        F.cross_entropy(plane.host.forward_with_slots(x), y).backward()
+        optimizer.step()
+    assert max(sizes) < 2 * TRUST
+    assert max(gains[-8:]) < 0.0, "to first order, the loss would fall"
 
 
 @pytest.mark.parametrize("training", [True, False])
