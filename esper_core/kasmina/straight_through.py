@@ -49,7 +49,7 @@ def size_of(feature: Tensor, *, lanes: int = 0) -> Tensor:
     0-dim; with `lanes` above 0 the dimensions that are summed over stay, with length 1.
     """
     dims, dtype = tuple(range(lanes, feature.dim())), torch.promote_types(feature.dtype, torch.float32)
-    return torch.linalg.vector_norm(feature, dim=dims, keepdim=lanes > 0, dtype=dtype)
+    return torch.linalg.vector_norm(feature, dim=dims, keepdim=lanes > 0, dtype=dtype)  # type: ignore[no-any-return]
 
 
 def pull(grad: Tensor, size: Tensor, *, lanes: int = 0) -> Tensor:
