@@ -65,9 +65,13 @@ def _serve(pipe: Connection) -> None:
             return
         task, arguments = message
         try:
-            pipe.send((True, task(state, *arguments)))
+            answer = (True, task(state, *arguments))
         except Exception as error:  # noqa: BLE001 - whatever a task raises belongs to the caller, in its own process
-            pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+            answer = (False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        try:
+            pipe.send(answer)
+        except BrokenPipeError:  # whoever asked was killed
+            return
 
 
 class WorkerPool:

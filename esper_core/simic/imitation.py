@@ -31,6 +31,8 @@ class ImitationConfig:
         epochs: passes over one iteration's demonstrations. learning_rate: peak rate of these passes.
         sharpness: how much more the better of a group count: weight exp(sharpness * standardised return).
         value_weight: of the value's squared error. minibatch: episodes in a step.
+        entropy_weights: a head each, in the order of FIELDS. A teacher that never errs would leave a core that never
+            tries: with weight 0.5 about a tenth of a head's choices stay open for PPO to learn from.
     """
 
     iterations: int = 0
@@ -41,6 +43,7 @@ class ImitationConfig:
     sharpness: float = 1.0
     value_weight: float = 0.5
     minibatch: int = 8
+    entropy_weights: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Scribe:
@@ -119,7 +122,11 @@ def imitate(
                 decision = policy.score(episodes[i])
                 to_go = np.cumsum(episodes[i].rewards[::-1])[::-1].copy() * reward_scale
                 error = (decision.value - torch.from_numpy(to_go)).square().mean()
-                loss = (config.value_weight * error - weights[i] * decision.log_prob.mean()) / len(chosen)
+                bonus = sum(
+                    weight * decision.entropy[head].mean()
+                    for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
+                )
+                loss = (config.value_weight * error - weights[i] * decision.log_prob.mean() - bonus) / len(chosen)
                 loss.backward()
                 likelihood += float(decision.log_prob.detach().mean())
                 value_error += float(error.detach())
