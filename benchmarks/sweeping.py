@@ -80,6 +80,8 @@ def sweep(names: Sequence[str], check: Check, options: argparse.Namespace) -> di
     starved: list[str] = []
     running: dict[int, Child] = {}
     with out.open("a") as file:
+        if out.stat().st_size and not out.read_text().endswith("\n"):
+            file.write("\n")  # a torn line stays alone
         try:
             while waiting or running:
                 late = options.deadline and time.monotonic() - begun > options.deadline
