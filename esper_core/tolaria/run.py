@@ -53,6 +53,8 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
     if not config.task:
         notify(f"no --task given: {config.host} trains on {name}, its default")
     host = assembly.build_host(config, registry, task.outputs, task.input_shape)
+    for note in (*getattr(task, "notes", ()), *getattr(host, "notes", ())):
+        notify(note)
     host.module.to(device).train()
     steps = steps_per_epoch(config, task) * config.epochs
     flops = assembly.host_flops(host, task, device)

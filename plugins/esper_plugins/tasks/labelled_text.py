@@ -71,7 +71,10 @@ def labelled_text(
         inputs = _encode(codec, [rows[origin][0][i] for i in places], length)
         return ResidentSplit(inputs, torch.from_numpy(labels[origin][places]), whole_batches=part == "train")
 
-    return Task(name, "classification", len(names), (length,), split("train"), split("validation"), split("test"))
+    own = "a pretrained model wants its own tokenizer: --set text-labels.tokens=FOLDER"
+    notes = (f"{name} is read byte by byte; {own}",) if tokens == "byte" else ()
+    splits = split("train"), split("validation"), split("test")
+    return Task(name, "classification", len(names), (length,), *splits, notes)
 
 
 def _encode(codec: Codec, texts: list[str], length: int) -> dict[str, Tensor]:

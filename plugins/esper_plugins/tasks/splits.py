@@ -20,7 +20,7 @@ Inputs = Tensor | Mapping[str, Tensor]
 
 @attrs.frozen
 class Task:
-    """A finished task (see `leyline.host.TaskProtocol`)."""
+    """A finished task (see `leyline.host.TaskProtocol`). `notes` are said aloud when a run begins."""
 
     name: str
     kind: str
@@ -29,6 +29,7 @@ class Task:
     train: Split
     validation: Split
     test: Split
+    notes: tuple[str, ...] = ()
 
 
 @attrs.frozen
