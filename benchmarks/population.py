@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,8 +92,12 @@ def peak_gflops() -> float:
     return 2 * 1024**3 / statistics.median(seconds[1:]) / 1e9
 
 
-def throughput(size: int, workers: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Loop and engine on the same environments: environment steps a second, and how much of the peak that is."""
+def throughput(size: int, workers: int, rounds: int, steps: int, threads: Sequence[int]) -> dict[str, Any]:
+    """Loop and engine on the same environments: environment steps a second, and how much of the peak that is.
+
+    Args:
+        threads: intra-op threads of the loop; the best of them is what the engine is compared with.
+    """
     ground = Ground.lay(CONFIG, load_registry())
     batch = next(iter(ground.batches()))[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -120,8 +124,8 @@ def throughput(size: int, workers: int, rounds: int, steps: int) -> dict[str, An
         return run
 
     cores = len(os.sched_getaffinity(0))
-    contenders = {"loop, 1 thread": (run_loop(1), 1), f"loop, {cores} threads": (run_loop(cores), 1),
-                  "engine": (run_engine(alone), steps), "engine, shared": (run_engine(shared), steps)}  # fmt: skip
+    contenders = {f"loop, {n} thread{'s' * (n > 1)}": (run_loop(n), 1) for n in threads}
+    contenders |= {"engine": (run_engine(alone), steps), "engine, shared": (run_engine(shared), steps)}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     try:
         for number in range(rounds + 1):
@@ -193,9 +197,10 @@ def main() -> int:
     parser.add_argument("--environments", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     told = parser.parse_args()
     result: dict[str, Any] = {"machine": machine()}
-    result["throughput"] = throughput(told.environments, told.workers, told.rounds, told.steps)
+    result["throughput"] = throughput(told.environments, told.workers, told.rounds, told.steps, told.threads)
     result["episode"] = episode(8, 3)
     for name, row in result["throughput"]["rows"].items():
         print(f"{name:>16}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items()))
