@@ -23,6 +23,8 @@ _ATTENTION: Final = (functional.scaled_dot_product_attention, functional.multi_h
 _SOFTMAX: Final = (functional.softmax, torch.softmax, Tensor.softmax)
 _FAKE_FROM: Final = 50_000_000
 """Parameters from which on a pass over fake tensors is cheaper than a real one."""
+_NEVER_ENDS: Final = 2**62
+"""Later than any sequence number."""
 
 
 @attrs.define(eq=False)
@@ -41,8 +43,9 @@ class Traced:
         input_shape, single_input_shape: of its first tensor argument; `input_floating` whether that is floating.
         output_key: identity of the feature tensor, content included: (id, version).
         input_keys: identities of every tensor argument.
-        node: the autograd node of the feature.
-        flows: whether the output's gradient reaches the feature.
+        node: the autograd node of the feature, and which of its outputs that is.
+        ended: sequence number of autograd when the module was done.
+        flows: whether the logits depend on the feature through what ran after the module.
         attends: whether softmax or dot-product attention ran inside it.
         matrices: names and shapes of its subtree's parameters of rank two or more.
         weights: shapes of its own direct parameters. running: whether it holds running statistics.
@@ -64,7 +67,8 @@ class Traced:
     input_floating: bool = True
     output_key: tuple[int, int] = (0, 0)
     input_keys: frozenset[tuple[int, int]] = frozenset()
-    node: Any = None
+    node: tuple[Any, int] | None = None
+    ended: int = 0
     flows: bool = False
     attends: bool = False
     matrices: tuple[tuple[int, ...], ...] = ()
@@ -108,14 +112,14 @@ def feature_of(output: Any) -> Tensor | None:
 
 
 def pick_logits(output: Any) -> Tensor:
-    """The logits in a model's output: `logits` where there is such a field, else the first tensor."""
+    """The logits in a model's output: `logits` where there is such a field, else the first floating tensor."""
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     if not leaves:
         raise TypeError(f"the model answers with a {type(output).__name__} without a tensor")
-    return leaves[0]
+    return next((leaf for leaf in leaves if leaf.is_floating_point()), leaves[0])
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -199,12 +203,12 @@ def _trace(model: nn.Module, single: Inputs, double: Inputs, to_logits: Any) -> 
     both = _Recorder(model)
     with torch.enable_grad(), both:
         logits = to_logits(call(model, double))
-    reached = _reached_nodes(logits)
+    used = _last_uses(logits)
     for path, traced in both.seen.items():
         other = alone.seen.get(path)
         if other is not None:
             traced.single_shape, traced.single_input_shape = other.shape, other.input_shape
-        traced.flows = traced.node is not None and traced.node in reached
+        traced.flows = traced.node is not None and used.get(traced.node, -1) >= traced.ended
         traced.node = None
     ran = tuple(sorted(both.seen.values(), key=lambda t: t.end))
     for traced in ran:
@@ -213,15 +217,22 @@ def _trace(model: nn.Module, single: Inputs, double: Inputs, to_logits: Any) -> 
     return Trace(both.seen[""], ran, tuple(logits.shape), both.fuses)
 
 
-def _reached_nodes(logits: Tensor) -> set[Any]:
-    reached: set[Any] = set()
-    waiting = [logits.grad_fn]
+def _last_uses(logits: Tensor) -> dict[tuple[Any, int], int]:
+    """For each output of an autograd node that the logits depend on: the sequence number of what used it last."""
+    if logits.grad_fn is None:
+        return {}
+    used: dict[tuple[Any, int], int] = {(logits.grad_fn, logits.output_nr): _NEVER_ENDS}
+    seen, waiting = {logits.grad_fn}, [logits.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in reached:
-            reached.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-    return reached
+        number = node._sequence_nr()
+        for following, output in node.next_functions:
+            if following is not None:
+                used[following, output] = max(used.get((following, output), 0), number)
+                if following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+    return used
 
 
 class _Recorder(TorchFunctionMode):
@@ -236,6 +247,12 @@ class _Recorder(TorchFunctionMode):
         self.fuses = False
         self.alive: list[Any] = []  # keeps tensors, so that an id names one tensor only
         self.handles: list[Any] = []
+        self.one = torch.ones((), requires_grad=True)
+
+    def clock(self) -> int:
+        """The sequence number that autograd has reached."""
+        node: Any = (self.one * 1).grad_fn
+        return int(node._sequence_nr())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ATTENTION or (func in _SOFTMAX and args and _mixes_positions(args[0])):
@@ -311,4 +328,5 @@ class _After:
             recorder.alive.append(feature)
             traced.floating = feature.is_floating_point()
             traced.output_key = (id(feature), feature._version)
-            traced.node = feature.grad_fn
+            if feature.grad_fn is not None:
+                traced.node, traced.ended = (feature.grad_fn, feature.output_nr), recorder.clock()

@@ -170,6 +170,30 @@ class TestDiscovery:
         host = host_from_module(Detached(), example=torch.randn(1, 3, 8, 8))
         assert list(host.injection_specs) == ["used"]
 
+    def test_an_output_that_nobody_takes_is_no_place(self) -> None:
+        class Tower(nn.Module):
+            """Its first output is used inside only, as in vision towers that pool by themselves."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.blocks = nn.ModuleList([Block(16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))])
+
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                x = self.blocks[1](self.blocks[0](x)[0])
+                x = x + 1
+                return x, x.mean(1)
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.tower, self.head = Tower(), nn.Linear(16, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.tower(x)[1])
+
+        points = host_from_module(Model(), example=torch.randn(2, 5, 16)).injection_specs
+        assert "tower.blocks.0" in points and "tower" not in points
+
     def test_large_models_are_measured_without_data(self) -> None:
         with torch.device("meta"):
             wide = nn.Sequential(
