@@ -31,6 +31,8 @@ def sample_inputs(model: Any) -> Iterator[dict[str, Tensor]]:
             extras.append([more])
     if "past_values" in known:
         extras.insert(0, ["past_time_features", "past_observed_mask", "future_values", "future_time_features"])
+    if "spatial_shapes" in known:
+        extras.insert(0, ["pixel_values", "pixel_attention_mask", "spatial_shapes"])
     for extra in extras:
         wanted = [name for name in [*names, *extra] if name in known]
         choices = [list(_values(name, model.config)) for name in wanted]
@@ -55,6 +57,8 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
             yield torch.randint(0, 50, (BATCH, LENGTH, codebooks), generator=generator)
             yield torch.randint(0, 50, (BATCH, codebooks, LENGTH), generator=generator)
             yield torch.randint(0, 50, (BATCH * codebooks, LENGTH), generator=generator)
+    elif name == "pixel_values" and _find(config, "num_patches", 0) and not _find(config, "image_size", 0):
+        yield noise(16, _find(config, "num_channels", 3) * _side(_find(config, "patch_size", 0)) ** 2)
     elif name in ("pixel_values", "images", "image"):
         channels = _find(config, "num_channels", 0) or _find(config, "in_channels", 3)
         sizes = [_side(_find(config, "image_size", 0)), 64, 224, 32, 256, 384]
@@ -104,7 +108,10 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         yield noise(LENGTH, _find(config, "d_model", 64))
     elif name in ("hidden_states", "encoder_hidden_states", "inputs_embeds", "image_embeds"):
         yield noise(LENGTH, _find(config, "hidden_size", 0) or _find(config, "d_model", 64))
-    elif name in ("attention_mask", "pixel_mask"):
+        yield noise(1, 4000)
+    elif name == "spatial_shapes":
+        yield torch.full((BATCH, 2), 4)
+    elif name in ("attention_mask", "pixel_mask", "pixel_attention_mask"):
         yield torch.ones(BATCH, LENGTH, dtype=torch.long)
     elif name in ("timestep", "timesteps"):
         yield torch.zeros(BATCH, dtype=torch.long)
@@ -114,11 +121,12 @@ def _series(name: str, config: Any, noise: Any) -> Iterator[Tensor]:
     context = _find(config, "context_length", 32)
     past = context + max(getattr(config, "lags_sequence", None) or [0])
     future = _find(config, "prediction_length", 8) or 8
-    features = max(1, _find(config, "num_time_features", 1))
+    features = _find(config, "num_time_features", 1)
     channels = _find(config, "num_input_channels", 1)
     length = future if name.startswith("future") else past
     if name.endswith("time_features"):
         yield noise(length, features)
+        yield noise(length, 1)
     else:
         if channels > 1:
             yield noise(length, channels)

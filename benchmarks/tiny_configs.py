@@ -67,6 +67,8 @@ def _changes(config: Any, layers: bool, width: bool, vocabulary: bool, factor: i
             continue
         if new != value:
             changes[name] = new
+    if fields.get("prediction_length", 0) is None:
+        changes["prediction_length"] = 8
     known = fields.get("vocab_size")
     if vocabulary and isinstance(known, int) and known > VOCABULARY:
         spare = VOCABULARY - 1
