@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median, stdev
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import attrs
 
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import STAGES, Op, Stage
-from esper_core.leyline.view import BlueprintView, RunView, SlotView
+from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
 from esper_core.tamiyo.heuristic_config import HeuristicConfig
 
 FAMILY_PRIORS: Final = MappingProxyType(
@@ -43,6 +43,9 @@ _GROWING: Final = (
     Stage.PROBATIONARY,
     Stage.WITHERING,
 )
+_SETTLED: Final = (Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED)
+_CERTAIN: Final = 3
+"""Measurements from which on a seed's harm can be certain."""
 _SETTLING: Final = 3
 """Decisions from the end of blending to fossilisation: one in shadow, two in probation."""
 
@@ -134,7 +137,8 @@ class HeuristicController:
 
     def __init__(self, argument: str = "", *, seed: int = 0, **options: Any) -> None:
         self.config = HeuristicConfig(**options)
-        self._gains: dict[str, dict[str, float]] = {}  # blueprint → "slot@birth" → last measured gain, nats
+        self._gains: dict[str, dict[str, float]] = {}  # blueprint → "slot@birth" → mean measured gain, nats
+        self._measured: dict[str, list[float]] = {}  # slot → its seed's gains at full alpha, one a decision, nats
         self._failures: dict[str, int] = {}  # "slot blueprint" → how often such a seed was lost
         self._alive: dict[str, str] = {}  # slot → blueprint, at the last decision
         self._withering: set[str] = set()  # what it withered itself; an auditor's seeds are the auditor's
@@ -152,6 +156,7 @@ class HeuristicController:
         """Measured gains, failures, what lived at the last decision and the number of seeds planted."""
         return {
             "gains": self._gains,
+            "measured": self._measured,
             "failures": self._failures,
             "alive": self._alive,
             "withering": sorted(self._withering),
@@ -161,6 +166,7 @@ class HeuristicController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self._gains = {name: dict(gains) for name, gains in state["gains"].items()}
+        self._measured = {path: list(gains) for path, gains in state["measured"].items()}
         self._failures, self._alive = dict(state["failures"]), dict(state["alive"])
         self._withering, self._planted = set(state["withering"]), int(state["planted"])
 
@@ -172,10 +178,13 @@ class HeuristicController:
                 self._failures[key] = self._failures.get(key, 0) + 1
         self._alive = alive
         self._withering &= {slot.path for slot in view.slots if slot.stage is Stage.WITHERING}
+        self._measured = {path: gains for path, gains in self._measured.items() if path in alive}
         for slot in view.slots:
-            if slot.blueprint and slot.counterfactual is not None and slot.stage is not Stage.WITHERING:
+            if slot.counterfactual is not None and slot.stage in _SETTLED:
+                gains = self._measured.setdefault(slot.path, [])
+                gains.append(slot.counterfactual.mean)
                 born = f"{slot.path}@{view.decision - slot.age}"
-                self._gains.setdefault(slot.blueprint, {})[born] = slot.counterfactual.mean
+                self._gains.setdefault(slot.blueprint, {})[born] = fmean(gains)
 
     # Seeds that live already
 
@@ -204,16 +213,31 @@ class HeuristicController:
         rent = view.rent * slot.params / max(view.host_params, 1)
         # A young seed is still learning, and what was spent on it is lost if it is withered now.
         on_trial = slot.stage_age < self.config.trial * view.decisions and view.decision + 1 < view.decisions
-        reason = f"gain {gain.mean:.4g} [{gain.low:.4g}, {gain.high:.4g}] against rent {rent:.3g}"
-        harms = gain.high < -rent - self.config.harm
-        if harms or (not on_trial and gain.mean <= rent):
+        pooled = self._pool(slot.path, gain)
+        reason = f"gain {pooled.mean:.4g} [{pooled.low:.4g}, {pooled.high:.4g}] against rent {rent:.3g}"
+        certain = len(self._measured.get(slot.path, ())) >= _CERTAIN
+        harms = certain and pooled.high < -rent - self.config.harm
+        if harms or (not on_trial and pooled.mean <= rent):
             if Op.WITHER not in slot.legal:
                 return None
             self._withering.add(slot.path)
             return self._command(Op.WITHER, slot, reason)
-        if Op.ADVANCE in slot.legal and (gain.low > 0 or not on_trial):
+        if Op.ADVANCE in slot.legal and pooled.mean > rent and (pooled.low > 0 or not on_trial):
             return self._command(Op.ADVANCE, slot, reason)
         return None
+
+    def _pool(self, path: str, latest: Interval) -> Interval:
+        """A seed's gain (nats) over all its measurements at full alpha.
+
+        One measurement's interval knows the examples that were drawn, not the weights that were met: while the
+        learning rate is high, the gain of the very same seed swings by many such intervals from one decision to the
+        next. So the pooled interval is no narrower than the measurements' own spread.
+        """
+        gains = self._measured.get(path, [latest.mean])
+        mean, half, root = fmean(gains), (latest.high - latest.low) / 2, math.sqrt(len(gains))
+        spread = 2.0 * stdev(gains) / root if len(gains) > 1 else half
+        half = max(half / root, spread)
+        return Interval(mean, mean - half, mean + half, latest.count)
 
     # New seeds
 
@@ -262,7 +286,7 @@ class HeuristicController:
     # Words and pace
 
     def _tempo(self, view: RunView) -> Tempo:
-        if view.governor != "calm" or view.rollbacks > 0:
+        if view.governor == "recovering" or view.rollbacks > 0:
             return Tempo.SLOW
         return Tempo.FAST  # seeds are born silent: a slow blend protects nobody and wastes the seed's time
 

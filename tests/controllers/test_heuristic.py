@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lab import CONV, NORM, USELESS, Lab
 
+from esper_core.leyline.actions import Tempo
 from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView
 from esper_core.tamiyo.heuristic import HeuristicController, Offer, choose, measured_need
@@ -38,6 +41,20 @@ def test_a_harmful_seed_never_fossilises_even_if_it_is_all_there_is() -> None:
     lab = Lab(lambda s, b: -0.1, NEEDS, 60).run(HeuristicController())
     assert Stage.FOSSILIZED not in lab.stages().values()
     assert Op.WITHER in lab.ops() and Op.CULL in lab.ops()
+
+
+def test_one_bad_measurement_among_good_ones_does_not_cost_a_seed_its_life() -> None:
+    """While the learning rate is high, a seed's measured gain swings far beyond the interval of its examples."""
+    swings = itertools.cycle([0.25, -0.09, 0.15, 0.18])
+    lab = Lab(lambda s, b: next(swings), {"a": 1.0}, 60, blueprints=(CONV,), noise=0.04).run(HeuristicController())
+    assert Op.WITHER not in lab.ops()
+    assert lab.stages() == {"a": Stage.FOSSILIZED}
+
+
+def test_seeds_on_trial_do_not_slow_the_next_ones_blend() -> None:
+    lab = Lab(lambda s, b: 0.2, NEEDS, 60, governor="watching").run(HeuristicController())
+    blended = [c for _, c in lab.log if c.op is Op.ADVANCE and "isolation" in c.reason]
+    assert len(blended) == len(NEEDS) and all(c.tempo is Tempo.FAST for c in blended)
 
 
 def test_failures_teach_it_to_stop_growing() -> None:
