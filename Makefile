@@ -31,6 +31,8 @@ demo: $(INSTALLED) ## grow a ResNet-18 on handwritten digits beside the same hos
 	$(BIN)/esper run --config examples/demo.toml --controller wait --out runs/demo-host-alone --quiet
 	$(BIN)/esper run --config examples/demo.toml --out runs/demo
 	$(BIN)/esper runs compare runs/demo-host-alone runs/demo
+	@echo
+	@echo "one seed each; the report: runs/demo/report.html"
 
 test: $(INSTALLED) system lint types arrows ## everything that must hold, within fifteen minutes on two cores
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
