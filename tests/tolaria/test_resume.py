@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from esper_core.kasmina import tensor_file
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.tolaria import checkpoint, trainer
 from esper_core.tolaria.run import resume_run, start_run
+from esper_core.tolaria.run_folder import RunFolder
+from esper_core.tolaria.snapshot import Snapshot
+from esper_plugins.sinks.jsonl import JsonLines
 from tests.tolaria import ground
 
 STEPS = (
@@ -133,6 +139,54 @@ def test_killed_at_a_hundred_random_moments(configured):
     _kill_many(configured, 100, seed=2)
 
 
+def _dying(owner: object, name: str, number: int, after: bool):
+    """Have this process kill itself around the `number`-th call of `owner.name`."""
+    original, calls = getattr(owner, name), 0
+
+    def call(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = original(*args, **kwargs)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(owner, name, call)
+
+
+MOMENTS = {
+    "tensors on disk, not yet renamed": (tensor_file, "_sync_and_hash", 3),
+    "tensors renamed, manifest not written": (checkpoint, "write_json_file", 3),
+    "old checkpoints deleted": (checkpoint.Checkpoints, "_rotate", 4),
+    "event log made durable": (JsonLines, "flush", 4),
+    "a seed is born": (Plane, "apply", 1),
+    "a seed blends in": (Plane, "_ramp", 1),
+    "the snapshot is taken": (Snapshot, "take", 3),
+    "the snapshot is put back": (Snapshot, "restore", 1),
+    "the grown model is written": (trainer, "save_model", 1),
+    "the end is recorded": (RunFolder, "write_result", 1),
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_where_it_hurts(configured, moment, after):
+    make, expected, folder = configured
+    name, (owner, method, number) = f"hurt-{list(MOMENTS).index(moment)}-{after}", MOMENTS[moment]
+
+    def work():
+        _dying(owner, method, number, after)
+        start_run(make(name), registry=ground.registry())
+
+    _, status = os.waitpid(_in_child(work), 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"never reached: {moment}"
+    if not (folder / name / "result.json").exists():
+        assert resume_run(folder / name, registry=ground.registry()).status == "finished"
+    assert ground.fingerprint(folder / name) == expected
+
+
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "manifest", "manifest-flip"])
 def test_damaged_newest_checkpoint(configured, damage):
     make, expected, folder = configured
@@ -172,8 +226,6 @@ def test_no_run_is_not_resumed(tmp_path):
 def test_a_run_is_trained_by_one_process(configured):
     make, _, folder = configured
     start_run(make("held"), {"stop": Interrupter(signal.SIGTERM, 15)}, registry=ground.registry())
-    from esper_core.tolaria.run_folder import RunFolder
-
     other, _, _ = RunFolder.open(folder / "held")
     other.hold()
     with pytest.raises(BadFile, match="in use by another process"):
