@@ -1,0 +1,72 @@
+"""The core and the adapters that come with the package: whole, of known descent, and at home on any host."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import attrs
+import pytest
+from click.testing import CliRunner
+
+from esper_core.cli.main import cli
+from esper_core.leyline.stages import Stage
+from esper_core.leyline.view import BlueprintView
+from esper_core.tamiyo.adapter import load_adapter
+from esper_core.tamiyo.learned import SHIPPED, LearnedController, load_agent
+
+from .views import make_view
+
+FOLDER = Path(str(files("esper_core.tamiyo")))
+ADAPTERS = sorted(path for path in FOLDER.glob("*.safetensors") if path.name != SHIPPED)
+
+
+def test_the_shipped_core_says_where_it_comes_from_and_is_small() -> None:
+    core = load_agent("")
+    assert {"command", "seed", "curriculum_sha256", "episodes", "worlds", "imitation"} <= core.lineage.keys()
+    assert core.lineage["command"].startswith("esper tamiyo train --curriculum university --seed")
+    assert sum(p.numel() for p in core.parameters()) <= 400_000
+    assert (FOLDER / SHIPPED).stat().st_size < 2_000_000
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
+def test_shipped_adapters_belong_to_it_and_leave_no_trace(path: Path) -> None:
+    core, file = load_agent(""), load_adapter(path)
+    before = core.fingerprint
+    adapter = core.attach(file)
+    assert adapter.domain == path.stem and sum(p.numel() for p in adapter.parameters()) <= 0.02 * sum(
+        p.numel() for p in core.parameters()
+    )
+    core.detach()
+    assert core.fingerprint == before and file.base == before
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16, 64])
+def test_it_acts_on_any_number_of_slots_and_only_as_is_legal(slots: int) -> None:
+    controller, acted = LearnedController(), 0
+    for decision in range(8):
+        view = make_view(decision, slots, decision)
+        taken = set()
+        for command in controller.decide(view):
+            slot = next(s for s in view.slots if s.path == command.slot)
+            assert command.op in slot.legal and command.slot not in taken
+            assert not command.blueprint or command.blueprint in {b.name for b in slot.blueprints}
+            taken.add(command.slot)
+            acted += 1
+    assert acted
+
+
+def test_it_may_choose_a_blueprint_of_a_family_that_nobody_knew() -> None:
+    """Where there is nothing else, what is strange is grown; it is not barred for being strange."""
+    chosen = 0
+    for key in range(12):
+        view = make_view(key, 3, 0, (Stage.DORMANT,) * 3)
+        strange = [BlueprintView("stranger", "crystals", frozenset({"spatial", "learned"}), 90, 9_000)]
+        slots = tuple(attrs.evolve(s, blueprints=tuple(strange)) for s in view.slots)
+        chosen += any(c.blueprint == "stranger" for c in LearnedController().decide(attrs.evolve(view, slots=slots)))
+    assert chosen
+
+
+def test_show_without_a_file_shows_the_shipped_core() -> None:
+    answer = CliRunner().invoke(cli, ["tamiyo", "show"], prog_name="esper")
+    assert answer.exit_code == 0 and load_agent("").fingerprint[:20] in answer.stdout
