@@ -37,7 +37,7 @@ def check(name: str) -> dict[str, Any]:
 
 def main() -> int:
     """Sweep and write the table."""
-    options = arguments(__doc__.splitlines()[0], "runs/sweep-timm.jsonl", "docs/sweep-timm.md").parse_args()
+    options = arguments(__doc__.splitlines()[0], "benchmarks/results/sweep-timm.jsonl", "docs/sweep-timm.md").parse_args()
     quiet_forever()
     ready_registry()
     fast_initialisation()

@@ -97,7 +97,7 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
 
 def main() -> int:
     """Sweep and write the table."""
-    parser = arguments(__doc__.splitlines()[0], "runs/sweep-transformers.jsonl", "docs/sweep-transformers.md")
+    parser = arguments(__doc__.splitlines()[0], "benchmarks/results/sweep-transformers.jsonl", "docs/sweep-transformers.md")
     parser.set_defaults(memory=6)
     options = parser.parse_args()
     quiet_forever()
