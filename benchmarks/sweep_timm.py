@@ -20,6 +20,8 @@ from esper_hosts.timm import build_empty, choose_size
 HUGE = 3_000_000_000
 """Parameters from which on a model is built in bfloat16, so that it fits into 24 GB."""
 
+ROWS, PAGE = "benchmarks/results/sweep-timm.jsonl", "docs/sweep-timm.md"
+
 
 def check(name: str) -> dict[str, Any]:
     """Build one model with random weights and run the whole check on it."""
@@ -37,7 +39,7 @@ def check(name: str) -> dict[str, Any]:
 
 def main() -> int:
     """Sweep and write the table."""
-    options = arguments(__doc__.splitlines()[0], "benchmarks/results/sweep-timm.jsonl", "docs/sweep-timm.md").parse_args()
+    options = arguments(__doc__.splitlines()[0], ROWS, PAGE).parse_args()
     quiet_forever()
     ready_registry()
     fast_initialisation()

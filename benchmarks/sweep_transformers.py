@@ -38,6 +38,9 @@ def names() -> list[str]:
     return sorted(found)
 
 
+ROWS, PAGE = "benchmarks/results/sweep-transformers.jsonl", "docs/sweep-transformers.md"
+
+
 def check(name: str) -> dict[str, Any]:
     """Build one small model with random weights and run the whole check on it."""
     kind, family = name.split("/")
@@ -97,7 +100,7 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
 
 def main() -> int:
     """Sweep and write the table."""
-    parser = arguments(__doc__.splitlines()[0], "benchmarks/results/sweep-transformers.jsonl", "docs/sweep-transformers.md")
+    parser = arguments(__doc__.splitlines()[0], ROWS, PAGE)
     parser.set_defaults(memory=6)
     options = parser.parse_args()
     quiet_forever()
