@@ -23,7 +23,8 @@ class StraightThrough(torch.autograd.Function):
     first term alone has no minimum: what an isolated seed does never shows in the loss, so that its output would grow
     for as long as it is isolated (docs/decisions/0006). With c from `pull` the minimum over s is -TRUST·‖h‖·g/‖g‖: the
     seed learns the direction of steepest descent at a size at which that direction still means something, which is a
-    step of gradient boosting (Friedman, "Greedy Function Approximation", 2001) inside a trust region.
+    step of gradient boosting (Friedman, "Greedy Function Approximation", 2001) inside a trust region. Beyond twice that
+    size the pull grows no further (Huber, 1964): a stiffer one would make plain SGD diverge.
     """
 
     generate_vmap_rule = True
@@ -40,7 +41,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,), (s, size) = grads, ctx.saved_tensors
-        return grad, torch.addcmul(grad, s, pull(grad, size))
+        return grad, torch.addcmul(grad, s, pull(grad, s, size))
 
 
 def size_of(feature: Tensor, *, lanes: int = 0) -> Tensor:
@@ -52,13 +53,16 @@ def size_of(feature: Tensor, *, lanes: int = 0) -> Tensor:
     return torch.linalg.vector_norm(feature, dim=dims, keepdim=lanes > 0, dtype=dtype)  # type: ignore[no-any-return]
 
 
-def pull(grad: Tensor, size: Tensor, *, lanes: int = 0) -> Tensor:
-    """The factor c on `s` in the gradient of an isolated seed: ‖grad‖ / (TRUST·‖h‖), over the whole batch.
+def pull(grad: Tensor, s: Tensor, size: Tensor, *, lanes: int = 0) -> Tensor:
+    """The factor c on `s` in the gradient of an isolated seed, over the whole batch.
+
+    ‖grad‖ / (TRUST·‖h‖), but never more than makes c·s twice as long as `grad`.
 
     Args:
-        grad: gradient at the slot. size: `size_of` the host's feature there. lanes: as for `size_of`.
+        grad: gradient at the slot. s: the seed's output. size: `size_of` the host's feature. lanes: as for `size_of`.
     """
-    return (size_of(grad, lanes=lanes) / (TRUST * size).clamp_min(_TINY)).to(grad.dtype)
+    reach = torch.maximum(TRUST * size, 0.5 * size_of(s, lanes=lanes)).clamp_min(_TINY)
+    return (size_of(grad, lanes=lanes) / reach).to(grad.dtype)
 
 
 class SilentGradient(torch.autograd.Function):

@@ -126,8 +126,8 @@ def read_tensor_file(
             else torch.empty(0, dtype=dtype)
         )
         tensors[name] = flat.view(shape)
-    if covered > size:
-        raise BadFile(f"{path} is damaged: its tensors overlap")
+    if covered != size:
+        raise BadFile(f"{path} is damaged: its tensors take {covered} of {size} bytes")
     return tensors, header
 
 

@@ -86,7 +86,7 @@ class _Answer(torch.autograd.Function):
         zero = g.new_zeros(())
         return (
             torch.where(shows, zero, g),
-            torch.where(isolated, torch.addcmul(g, s, pull(g, size_of(h, lanes=1), lanes=1)), zero),
+            torch.where(isolated, torch.addcmul(g, s, pull(g, s, size_of(h, lanes=1), lanes=1)), zero),
             torch.where(shows, g, zero),
             None,
             None,

@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -77,6 +77,7 @@ def test_a_file_that_was_touched_is_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 1), noise=st.binary(min_size=1, max_size=40))
+@example(cut=1.0, noise=b"\x00")  # bytes behind the last tensor
 def test_damage_gives_one_clear_error(tmp_path: Path, cut: float, noise: bytes) -> None:
     path = tmp_path / "core.safetensors"
     if not (tmp_path / "whole").exists():
