@@ -231,9 +231,11 @@ class HeuristicController:
 
         One measurement's interval knows the examples that were drawn, not the weights that were met: while the
         learning rate is high, the gain of the very same seed swings by many such intervals from one decision to the
-        next. So the pooled interval is no narrower than the measurements' own spread.
+        next. So the pooled interval is no narrower than the measurements' own spread. A young seed still learns, so
+        the later half of its measurements counts, and never fewer than three.
         """
         gains = self._measured.get(path, [latest.mean])
+        gains = gains[-max(_CERTAIN, len(gains) // 2) :]
         mean, half, root = fmean(gains), (latest.high - latest.low) / 2, math.sqrt(len(gains))
         spread = 2.0 * stdev(gains) / root if len(gains) > 1 else half
         half = max(half / root, spread)

@@ -51,6 +51,13 @@ def test_one_bad_measurement_among_good_ones_does_not_cost_a_seed_its_life() -> 
     assert lab.stages() == {"a": Stage.FOSSILIZED}
 
 
+def test_a_seed_that_still_learns_is_judged_by_what_it_gains_by_now() -> None:
+    gains = itertools.chain([-0.015] * 5, itertools.repeat(0.01))  # the rent is 0.003
+    lab = Lab(lambda s, b: next(gains), {"a": 1.0}, 60, blueprints=(CONV,)).run(HeuristicController())
+    assert Op.WITHER not in lab.ops()
+    assert lab.stages() == {"a": Stage.FOSSILIZED}
+
+
 def test_seeds_on_trial_do_not_slow_the_next_ones_blend() -> None:
     lab = Lab(lambda s, b: 0.2, NEEDS, 60, governor="watching").run(HeuristicController())
     blended = [c for _, c in lab.log if c.op is Op.ADVANCE and "isolation" in c.reason]
