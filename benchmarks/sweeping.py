@@ -24,6 +24,9 @@ import attrs
 
 Check = Callable[[str], dict[str, Any]]
 BIG = re.compile(r"giga|giant|enormous|huge|_7b|so400m|xlarge|xxlarge|_2b|_1b|large|g_14|h_14")
+PLACE = re.compile(r"/[^ '\"]*/site-packages/")
+"""Where a machine keeps its packages; a result says nothing of it."""
+
 FEW = 60
 """Names that are written out where they have no result; of more, only the number is told."""
 
@@ -157,7 +160,8 @@ def start(name: str, check: Check) -> Child:
         where = traceback.extract_tb(error.__traceback__)
         own = [f"{Path(f.filename).name}:{f.lineno}" for f in where[-3:]]
         stage = getattr(error, "stage", "")
-        result = {"ok": False, "stage": stage, "error": f"{type(error).__name__}: {error}"[:600], "where": own}
+        told = PLACE.sub("…/", f"{type(error).__name__}: {error}")[:600]
+        result = {"ok": False, "stage": stage, "error": told, "where": own}
     with os.fdopen(write, "w") as pipe:
         json.dump(result, pipe)
     os._exit(0)

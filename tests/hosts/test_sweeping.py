@@ -17,7 +17,7 @@ GOOD = {"points": 2, "layouts": ["NLD"], "roles": ["block"]}
 def check(name: str) -> dict[str, Any]:
     """What each name does in its process."""
     if name == "raises":
-        error = ValueError("no | such\nlayer")
+        error = ValueError("no | such\nlayer in '/home/me/lib/site-packages/torch/nn.py'")
         error.stage = "build"  # type: ignore[attr-defined]
         raise error
     while name == "spins":
@@ -38,7 +38,7 @@ def test_results_reasons_and_the_page(tmp_path: Path) -> None:
     assert results["spins"]["stage"] == "limits" and "0 s" in results["spins"]["error"]
     page = sweeping.markdown("a sweep", "make it", results, ["Notes."], [*NAMES[:4], "later"])
     assert "**2 of 4 work: 50.0 %.**" in page and "Not checked yet: 1 of 5: later." in page
-    assert "| raises | build | ValueError: no \\| such layer |" in page
+    assert "| raises | build | ValueError: no \\| such layer in '…/torch/nn.py' |" in page
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
