@@ -227,7 +227,7 @@ class HeuristicController:
         return None
 
     def _pool(self, path: str, latest: Interval) -> Interval:
-        """A seed's gain (nats) over all its measurements at full alpha.
+        """A seed's gain (nats) over its later measurements at full alpha.
 
         One measurement's interval knows the examples that were drawn, not the weights that were met: while the
         learning rate is high, the gain of the very same seed swings by many such intervals from one decision to the
