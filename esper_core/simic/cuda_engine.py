@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,8 +30,9 @@ from esper_core.kasmina.slot import Mode
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch, HostProtocol
+from esper_core.simic.stacked_norm import StackedBatchNorm
 from esper_core.simic.stacked_slots import Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
-from esper_core.simic.stacks import BLEND, Arena, Stack, StackedAdamW
+from esper_core.simic.stacks import BLEND, Arena, Stack, StackedAdamW, StackedOptimizer
 
 Inputs = Tensor | Mapping[str, Tensor]
 _Place = tuple[int, str]
@@ -50,7 +52,7 @@ class _HostCall(nn.Module):
 
 @attrs.frozen
 class _Carried:
-    """What a lane takes along when it moves: AdamW's moments by parameter name, its ages and its proxy sums."""
+    """What a lane takes along when it moves: the optimizer's moments by parameter name, its ages and its proxy sums."""
 
     moments: dict[str, tuple[Tensor, Tensor]]
     age: Tensor
@@ -81,10 +83,10 @@ class StackedPopulation:
     Args:
         planes: one an environment, each on a host of its own on the CPU; seeds are built and checked there.
         device: where the stacks live.
-        optimizer: see `StackedAdamW`.
+        optimizer: `StackedAdamW` or `StackedSGD`.
         bucket: lanes by which a bucket grows.
         convolution: `grouped` leaves convolutions to vmap; `patches`: see `StackedConvolution`.
-        precision: float32, or bfloat16 for autocast.
+        precision: float32, or bfloat16 for autocast. Weights stay float32, or float64 where the hosts' are.
         capture: whether to capture graphs; None: on CUDA.
         history: steps of losses kept on the device.
 
@@ -97,7 +99,7 @@ class StackedPopulation:
         planes: Sequence[Plane],
         *,
         device: str | torch.device = "cuda",
-        optimizer: StackedAdamW = _ADAMW,
+        optimizer: StackedOptimizer = _ADAMW,
         bucket: int = 8,
         convolution: str = "grouped",
         precision: torch.dtype = torch.float32,
@@ -128,7 +130,8 @@ class StackedPopulation:
             self.points[path] = Point(len(planes), self.device)
             skeleton.register_slot(path, self.points[path])
         self.hosts = Stack(_HostCall(skeleton), len(planes), self.device, seed=False)
-        self.arena, self.flags = Arena(optimizer, self.device), Flags.make(0, 1, self.device)
+        wide = functools.reduce(torch.promote_types, (p.dtype for p in skeleton.module.parameters()), torch.float32)
+        self.arena, self.flags = Arena(optimizer, self.device, wide), Flags.make(0, 1, self.device)
         self.arena.layout([self.hosts])
         for k, plane in enumerate(planes):
             self.hosts.write(k, _HostCall(plane.host))
@@ -165,6 +168,7 @@ class StackedPopulation:
     def logits(self, inputs: Inputs) -> Tensor:
         """(N, B, …, classes) of all environments."""
         with contextlib.ExitStack() as modes:
+            modes.enter_context(StackedBatchNorm())
             if self.convolution == "patches":
                 modes.enter_context(StackedConvolution())
             if self.precision is not torch.float32:

@@ -1,6 +1,6 @@
 """Modules of one structure, stacked along a lane dimension in one flat memory, and the optimizer that moves them.
 
-Every trainable element of every stack lies in one flat tensor, so that AdamW is a fixed handful of kernels however
+Every trainable element of every stack lies in one flat tensor, so that a step is a fixed handful of kernels however
 many modules there are. Lanes: L over all stacks; one stack holds a run of them.
 """
 
@@ -29,6 +29,39 @@ class StackedAdamW:
     epsilon: float = 1e-8
     seed_factor: float = 1.0
     seed_warmup: int = 10
+
+    def update(self, arena: Arena, gradient: Tensor, rate: Tensor) -> None:
+        """Move `arena`'s weights by `gradient` (T,); `rate` (L, 2) holds the learning rates."""
+        size = rate / (1 - torch.pow(self.beta1, arena.age))
+        root = (1 - torch.pow(self.beta2, arena.age)).sqrt()
+        factors = torch.stack([1 - rate * self.weight_decay, size, root], -1).to(gradient.dtype).flatten(0, 1)
+        decay, size, root = factors[arena.row_of].unbind(1)
+        arena.momentum.lerp_(gradient, 1 - self.beta1)
+        arena.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        update = arena.momentum / (arena.square.sqrt().div_(root)).add_(self.epsilon)
+        arena.theta.mul_(decay).addcmul_(update, size, value=-1.0)
+
+
+@attrs.frozen
+class StackedSGD:
+    """Gradient descent with momentum and L2 weight decay, as `torch.optim.SGD` computes it; each lane on its own.
+
+    seed_factor, seed_warmup: see `StackedAdamW`.
+    """
+
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    seed_factor: float = 1.0
+    seed_warmup: int = 10
+
+    def update(self, arena: Arena, gradient: Tensor, rate: Tensor) -> None:
+        """Move `arena`'s weights by `gradient` (T,); `rate` (L, 2) holds the learning rates."""
+        gradient = gradient.add(arena.theta, alpha=self.weight_decay)
+        arena.momentum.mul_(self.momentum).add_(gradient)
+        arena.theta.addcmul_(arena.momentum, rate.to(gradient.dtype).flatten()[arena.row_of], value=-1.0)
+
+
+StackedOptimizer = StackedAdamW | StackedSGD
 
 
 class Stack:
@@ -83,16 +116,17 @@ class Arena:
     """The flat memory of all stacks with its moments, and per-lane ages. `layout` may be called again as stacks come.
 
     Attributes:
-        theta, momentum, square: (T,) weights and AdamW's moments. row_of: (T,) row of each element in `age`, flattened.
+        theta, momentum, square: (T,) weights and the gradient's moments, of which SGD has no second.
+        row_of: (T,) row of each element in `age`, flattened.
         age: (L, 2) optimizer steps of a lane's module, and of its blend, which may be younger than the seed.
         rate: (L,) learning rate factor. warmup: (L,) steps of its warm-up.
     """
 
-    def __init__(self, optimizer: StackedAdamW, device: torch.device) -> None:
-        self.optimizer, self.device = optimizer, device
+    def __init__(self, optimizer: StackedOptimizer, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.optimizer, self.device, self.dtype = optimizer, device, dtype
         self.stacks: list[Stack] = []
         self._spans: dict[int, tuple[int, int]] = {}
-        self.theta = self.momentum = self.square = torch.zeros(0, device=device)
+        self.theta = self.momentum = self.square = torch.zeros(0, dtype=dtype, device=device)
         self.row_of = torch.zeros(0, dtype=torch.int64, device=device)
         self.rate = self.warmup = torch.zeros(0, dtype=torch.float64, device=device)
         self.age = torch.zeros(0, 2, dtype=torch.float64, device=device)
@@ -101,10 +135,12 @@ class Arena:
     def layout(self, stacks: Iterable[Stack]) -> None:
         """Give every stack its place; those that had one keep weights, moments and ages."""
         old, spans = self, self._spans
-        fresh = Arena(self.optimizer, self.device)
+        fresh = Arena(self.optimizer, self.device, self.dtype)
         fresh.stacks = list(stacks)
         total, lanes = sum(s.lanes * s.width for s in fresh.stacks), sum(s.lanes for s in fresh.stacks)
-        fresh.theta, fresh.momentum, fresh.square = torch.zeros(3, total, device=self.device).unbind(0)
+        fresh.theta, fresh.momentum, fresh.square = torch.zeros(3, total, dtype=self.dtype, device=self.device).unbind(
+            0
+        )
         fresh.age = torch.zeros(lanes, 2, dtype=torch.float64, device=self.device)
         rates = [self.optimizer.seed_factor if s.seed else 1.0 for s in fresh.stacks for _ in range(s.lanes)]
         warmups = [
@@ -145,16 +181,8 @@ class Arena:
 
     @torch.no_grad()
     def step(self, gradients: Iterable[Tensor], learning_rate: Tensor) -> None:
-        """One AdamW step of every lane; `learning_rate` is 0-dim on the device. Waits for nothing."""
-        o = self.optimizer
+        """One optimizer step of every lane; `learning_rate` is 0-dim on the device. Waits for nothing."""
         gradient = torch.cat([g.reshape(-1) for g in gradients])
         self.age += 1
-        rate = (learning_rate * self.rate * (self.age[:, 0] / self.warmup).clamp(max=1.0))[:, None].expand_as(self.age)
-        size = rate / (1 - torch.pow(o.beta1, self.age))
-        root = (1 - torch.pow(o.beta2, self.age)).sqrt()
-        factors = torch.stack([1 - rate * o.weight_decay, size, root], -1).float().flatten(0, 1)
-        decay, size, root = factors[self.row_of].unbind(1)
-        self.momentum.lerp_(gradient, 1 - o.beta1)
-        self.square.mul_(o.beta2).addcmul_(gradient, gradient, value=1 - o.beta2)
-        update = self.momentum / (self.square.sqrt().div_(root)).add_(o.epsilon)
-        self.theta.mul_(decay).addcmul_(update, size, value=-1.0)
+        rate = learning_rate * self.rate * (self.age[:, 0] / self.warmup).clamp(max=1.0)
+        self.optimizer.update(self, gradient, rate[:, None].expand_as(self.age))

@@ -25,10 +25,12 @@ def make_plane(registry: Registry | None = None, seed: int = 0, widths: str = "4
     return Plane(host, registry or load_registry(), seed=seed, ramp_steps=ramp_steps, blends=BLENDS, host_flops=10_000)
 
 
-def batches(count: int, size: int = 8, seed: int = 0) -> list[Batch]:
+def batches(count: int, size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        Batch(torch.randn(size, 3, 8, 8, generator=generator), torch.randint(0, 5, (size,), generator=generator))
+        Batch(
+            torch.randn(size, 3, 8, 8, generator=generator).to(dtype), torch.randint(0, 5, (size,), generator=generator)
+        )
         for _ in range(count)
     ]
 
@@ -40,11 +42,10 @@ def grow(path: str, blueprint: str, blend: str = "") -> Command:
 class Alone:
     """One environment in a plain loop: what every engine must agree with."""
 
-    def __init__(self, plane: Plane, clip: float = 0.0) -> None:
+    def __init__(self, plane: Plane, clip: float = 0.0, optimizer: str = "adamw") -> None:
         self.plane = plane
-        self.optimizer = GrowthOptimizer(
-            plane.host.module.parameters(), RunConfig(learning_rate=RATE, clip=clip), OptimizerConfig()
-        )
+        config = RunConfig(learning_rate=RATE, clip=clip, optimizer=optimizer)
+        self.optimizer = GrowthOptimizer(plane.host.module.parameters(), config, OptimizerConfig())
         self.optimizer.follow(plane)
         self.losses: list[float] = []
         plane.host.module.train()
