@@ -193,14 +193,11 @@ class GrowthOptimizer:
     def _build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         config, options = self.config, self.options
         fused = options.fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-        shared: dict[str, Any] = {
-            "lr": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "fused": fused or None,
-        }
-        if config.optimizer == "sgd":
+        shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        if config.optimizer == "sgd":  # torch's fused one fails on a group in which only some have momentum yet
             return torch.optim.SGD(list(parameters), momentum=options.momentum, **shared)
-        return torch.optim.AdamW(list(parameters), betas=(options.momentum, options.beta2), **shared)
+        betas = (options.momentum, options.beta2)
+        return torch.optim.AdamW(list(parameters), betas=betas, fused=fused or None, **shared)
 
     def _remove(self, path: str) -> None:
         group = self.seeds.pop(path).group

@@ -70,8 +70,9 @@ def test_an_untracked_parameter_raises():
     optimizer.check(plane)
 
 
-def test_a_changed_blend_is_tracked():
-    plane, optimizer = grown()
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_changed_blend_is_tracked(kind):
+    plane, optimizer = grown(kind)
     plane.germinate("block1", "poly")
     train(plane, optimizer, 2)
     plane.advance("block1", gated=False, blend="gated")
