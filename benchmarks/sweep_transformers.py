@@ -16,11 +16,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import transformers
+from transformers import CONFIG_MAPPING
 
 from benchmarks.host_check import check_host, fast_initialisation, quiet_forever, ready_registry, stage
 from benchmarks.sample_inputs import sample_inputs
 from benchmarks.sweeping import arguments, markdown, sweep
-from benchmarks.tiny_configs import tiny_configs
+from benchmarks.tiny_configs import tiny_settings
 from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.module_host import host_from_module
 
@@ -62,7 +63,12 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
         RuntimeError: there is none; every reason is told, the first of each sort.
     """
     reasons: dict[str, str] = {}
-    for config in tiny_configs(kind):
+    for settings in tiny_settings(kind):
+        try:
+            config = CONFIG_MAPPING[kind](**settings)
+        except Exception as error:  # noqa: BLE001 - each class checks its settings in a way of its own; the next ones are tried
+            reasons.setdefault("config", f"{type(error).__name__}: {error}"[:200])
+            continue
         for part in (config, *(getattr(config, n, None) for n in config.sub_configs)):
             if hasattr(part, "use_cache"):
                 part.use_cache = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import json
 import os
 import re
@@ -82,6 +83,8 @@ def sweep(names: Sequence[str], check: Check, options: argparse.Namespace) -> di
     done, total, begun = len(chosen) - len(waiting), len(chosen), time.monotonic()
     starved: list[str] = []
     running: dict[int, Child] = {}
+    gc.collect()
+    gc.freeze()  # what is there now stays out of every child's collections, which would copy the pages it lies on
     with out.open("a") as file:
         if out.stat().st_size and not out.read_text().endswith("\n"):
             file.write("\n")  # a torn line stays alone

@@ -1,7 +1,7 @@
 """Small configurations of every kind of transformers model, made from the default ones by rules about names and sizes.
 
 Widths are divided by one power of two, so that whatever must divide or add up still does; stacks are cut to two layers;
-vocabularies and numbers of experts are cut. Where a kind does not allow one of these, it is left out.
+vocabularies, numbers of experts and inputs are cut. Where a kind does not allow one of these, it is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import attrs
 from transformers import CONFIG_MAPPING
 
 VOCABULARY = 256
@@ -28,83 +29,121 @@ STACKS = ("depths", "num_layers", "layers", "num_blocks", "decoder_depths", "enc
 EXPERTS = re.compile(r"(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts|n_experts)$")
 PER_TOKEN = re.compile(r"(num_experts_per_tok|moe_k|moe_topk|top_k|num_experts_per_token|moe_top_k)$")
 IDS = re.compile(r"(_token_id|_token_index|_id|token_ids?)$")
+LAYER_INDEX = re.compile(r"(feature_layers?|select_layer|layer_index(es)?|visual_indexes|layer_ids)$")
+WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
+HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_head", "n_heads")
+DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+UNTOLD = ("transformers_version", "dtype", "_name_or_path", "architectures", "layer_types", "per_layer_config")
+SPARE = 24
+"""Token numbers that an outer configuration keeps for itself."""
 
 
-def tiny_configs(kind: str) -> Iterator[Any]:
-    """Configurations of one kind, the smallest first; the default one last."""
+@attrs.frozen
+class Cuts:
+    """What a configuration is cut in."""
+
+    layers: bool = False
+    width: bool = False
+    vocabulary: bool = False
+    inputs: bool = False
+
+
+CUTS = (
+    Cuts(True, True, True, True), Cuts(True, True, True), Cuts(True, True), Cuts(True, False, True),
+    Cuts(False, True, True), Cuts(True), Cuts(False, True), Cuts(False, False, True), Cuts(),
+)  # fmt: skip
+"""The smallest first."""
+
+
+def tiny_settings(kind: str) -> Iterator[dict[str, Any]]:
+    """Settings with which to make a configuration of one kind, those that cut most first; the default ones last."""
     default = CONFIG_MAPPING[kind]()
     seen: list[dict[str, Any]] = []
-    for layers, width, vocabulary in (
-        (True, True, True), (True, True, False), (True, False, True), (False, True, True), (True, False, False),
-        (False, True, False), (False, False, True), (False, False, False),
-    ):  # fmt: skip
-        changes = _changes(default, layers, width, vocabulary)
-        if changes in seen:
-            continue
-        seen.append(changes)
-        try:
-            yield CONFIG_MAPPING[kind](**changes)
-        except Exception:  # noqa: BLE001 - each configuration class checks in its own way; the next one is tried
-            continue
+    for cuts in CUTS:
+        changes = _changes(default, cuts, _divisor(default) if cuts.width else 1)
+        if changes not in seen:
+            seen.append(changes)
+            yield changes
 
 
-def _changes(config: Any, layers: bool, width: bool, vocabulary: bool, factor: int = 0) -> dict[str, Any]:
+def _changes(config: Any, cuts: Cuts, divisor: int, spare: int = VOCABULARY - 1) -> dict[str, Any]:
     fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     changes: dict[str, Any] = {}
-    divisor = (factor or _divisor(fields)) if width else 1
+    staged = isinstance(fields.get("depths"), list)
+    depth = 0 if staged else next((fields[n] for n in DEPTH if type(fields.get(n)) is int), 0)
     subs = {name: getattr(config, name, None) for name in config.sub_configs}
     for name, sub in subs.items():
         if hasattr(sub, "to_dict"):
-            changes[name] = {"model_type": sub.model_type, **_changes(sub, layers, width, vocabulary)}
+            told = {key: value for key, value in sub.to_diff_dict().items() if key not in UNTOLD}
+            changes[name] = {**told, "model_type": sub.model_type, **_changes(sub, cuts, divisor, spare - SPARE)}
     for name, value in fields.items():
         if name in subs or isinstance(value, bool):
             continue
+        if staged and name in DEPTH:
+            continue
         if isinstance(value, int):
-            new = _number(name, value, layers, divisor, vocabulary)
-        elif isinstance(value, list) and value and all(type(item) is int for item in value):
-            new = _list(name, value, layers, divisor)
+            equal = name == "codebook_dim" and value == fields.get("hidden_size")
+            new: Any = value // divisor if equal else _number(name, value, cuts, divisor)
+            if cuts.inputs:
+                new = _input(name, new, fields)
+        elif isinstance(value, list) and value:
+            new = _list(name, value, cuts, divisor, depth)
+            if cuts.inputs and all(type(item) is int for item in value):
+                new = [_input(name, item, fields) for item in new]
         else:
             continue
         if new != value:
             changes[name] = new
+    rope = fields.get("rope_parameters")
+    if divisor > 1 and isinstance(rope, dict) and rope.get("mrope_section"):
+        changes["rope_parameters"] = {**rope, "mrope_section": _sections(rope["mrope_section"], divisor)}
     if fields.get("prediction_length", 0) is None:
         changes["prediction_length"] = 8
-    known = fields.get("vocab_size")
-    if vocabulary and isinstance(known, int) and known > VOCABULARY:
-        spare = VOCABULARY - 1
+    sizes = [getattr(part, "vocab_size", None) for part in (config, *subs.values())]
+    if cuts.vocabulary and any(isinstance(size, int) and size > VOCABULARY for size in sizes):
         for name, value in fields.items():
             if type(value) is int and value >= VOCABULARY and IDS.search(name):
                 changes[name], spare = spare, spare - 1
     return changes
 
 
-def _divisor(fields: Mapping[str, Any]) -> int:
-    """The power of two that brings the width near 64 and leaves each head at least 8."""
-    width = next(
-        (fields[n] for n in ("hidden_size", "d_model", "n_embd", "embed_dim", "dim") if type(fields.get(n)) is int), 0
-    )
-    heads = next(
-        (fields[n] for n in ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_head", "n_heads")
-         if type(fields.get(n)) is int), 1,
-    )  # fmt: skip
+def _sections(sections: list[int], divisor: int) -> list[int]:
+    """The shares of a head's rotation that belong to time, height and width, for a smaller head."""
+    smaller = [max(1, section // divisor) for section in sections]
+    smaller[0] += max(0, sum(sections) // divisor - sum(smaller))
+    return smaller
+
+
+def _divisor(config: Any) -> int:
+    """The power of two that brings the narrowest part's width near 64 and leaves each of its heads at least 16.
+
+    It is the same for all parts, so that widths that must agree with each other still do.
+    """
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    divisors = [_divisor(part) for part in parts if hasattr(part, "to_dict")]
+    fields = config.to_dict()
+    width = next((fields[n] for n in WIDTHS if type(fields.get(n)) is int), 0)
     if not width:
-        return 4
+        return min(divisors, default=4)
+    heads = next((fields[n] for n in HEADS if type(fields.get(n)) is int), 1)
     head = next((fields[n] for n in ("head_dim", "d_kv") if type(fields.get(n)) is int), width // max(1, heads))
     divisor = 1
     while (
         width // (2 * divisor) >= 32
-        and head // (2 * divisor) >= 8
+        and head // (2 * divisor) >= 16
         and width % (2 * divisor) == head % (2 * divisor) == 0
     ):
         divisor *= 2
-    return divisor
+    return min([divisor, *divisors])
 
 
-def _number(name: str, value: int, layers: bool, divisor: int, vocabulary: bool) -> int:
-    if vocabulary and name in ("vocab_size", "n_vocab") and value > VOCABULARY:
+def _number(name: str, value: int, cuts: Cuts, divisor: int) -> int:
+    if cuts.vocabulary and name in ("vocab_size", "n_vocab") and value > VOCABULARY:
         return VOCABULARY
     if LAYERS.search(name) and not NOT_LAYERS.search(name):
-        return min(value, 2) if layers else value
+        return min(value, 2) if cuts.layers else value
+    if cuts.layers and LAYER_INDEX.search(name):
+        return max(-2, min(value, 1))
     if EXPERTS.search(name):
         return min(value, 8)
     if PER_TOKEN.search(name):
@@ -116,11 +155,31 @@ def _number(name: str, value: int, layers: bool, divisor: int, vocabulary: bool)
     return value
 
 
-def _list(name: str, value: list[int], layers: bool, divisor: int) -> list[int]:
+def _list(name: str, value: list[Any], cuts: Cuts, divisor: int, depth: int) -> list[Any]:
+    if cuts.layers and len(value) == depth > 2:  # something for each layer: two that differ, if any do
+        return [value[0], next((item for item in value if item != value[0]), value[1])]
+    if cuts.layers and depth > 2 and len(value) == 1 and name in ("out_features", "out_indices"):
+        return ["stage2"] if name == "out_features" else [2]
+    if not all(type(item) is int for item in value):
+        return value
+    if cuts.layers and LAYER_INDEX.search(name):
+        return [max(-2, min(item, 1)) for item in value]
     if name in STACKS:
-        return [min(item, 1) for item in value] if layers else value
+        return [min(item, 1) for item in value] if cuts.layers else value
     if _is_width(name) and all(item >= 8 * divisor and item % divisor == 0 for item in value):
         return [item // divisor for item in value]
+    return value
+
+
+def _input(name: str, value: int, fields: Mapping[str, Any]) -> int:
+    """Images of a few patches, clips of a few frames, little sound."""
+    patch = fields.get("patch_size")
+    if name in ("image_size", "crop_size") and isinstance(patch, int) and patch > 4 and value % patch == 0:
+        return min(value, 4 * patch)
+    if name in ("num_frames", "frames_per_clip"):
+        return min(value, 4)
+    if name == "max_source_positions":
+        return min(value, 64)
     return value
 
 
