@@ -1,157 +1,56 @@
-"""What one GPU makes of Esper: correctness, population throughput, overhead of the plane, waits, snapshots.
+"""What one GPU makes of Esper: correctness, population throughput, waits, overhead, compiling, snapshots, a grown run.
 
 Run: python benchmarks/gpu.py [--out FILE] [--section NAME …]   (under eight minutes; `--quick` is a dry run on the CPU)
-Every figure is a median of interleaved rounds of one run; the last thing printed is a short table.
+Every timing is a median of interleaved rounds of one run; the last thing printed is a short table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import importlib
 import json
+import os
 import statistics
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT / part) for part in ("", "hosts", "blueprints", "plugins")]  # runs without an installation
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products compute the same each time
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.gpu_grown import grown_run  # noqa: E402
+from benchmarks.gpu_populations import (  # noqa: E402
+    RATE,
+    RATES,
+    Loop,
+    Settings,
+    gap,
+    images,
+    planes_for,
+    smooth,
+    stacked,
+)
 from benchmarks.timing import machine, ratio  # noqa: E402
 from esper_core.kasmina.compose import compose  # noqa: E402
 from esper_core.kasmina.module_host import host_from_module  # noqa: E402
 from esper_core.kasmina.plane import Plane  # noqa: E402
 from esper_core.kasmina.scoring import training_loss  # noqa: E402
 from esper_core.leyline.host import Batch  # noqa: E402
-from esper_core.registry import Registry, load_registry  # noqa: E402
-from esper_core.simic.cuda_engine import StackedPopulation  # noqa: E402
 from esper_core.tolaria.config import RunConfig  # noqa: E402
 from esper_core.tolaria.governor import GovernorConfig  # noqa: E402
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig  # noqa: E402
 from esper_core.tolaria.snapshot import Snapshot  # noqa: E402
 from esper_hosts.cnn import cnn  # noqa: E402
-
-WIDTHS = "16,24,64"  # 0.28 GFLOP for one forward pass of 64 images of 3×32×32
-RATE = 1e-3
-SEEDS = ("depthwise", "conv", "bottleneck")
-
-
-class Settings:
-    """Sizes of a full run, or of a dry run on the CPU."""
-
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
-        self.device = "cpu" if quick else "cuda"
-        self.counts = (1, 3) if quick else (1, 8, 64)
-        self.batch, self.side = (4, 8) if quick else (64, 32)
-        self.rounds = 2 if quick else 7
-        self.registry = parts()
-
-    def synchronise(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def parts() -> Registry:
-    """The registry, with this repository's own plugins even where nothing is installed."""
-    registry = load_registry()
-    if not registry.specs("blueprint"):
-        for name in ("esper_hosts.plugin", "esper_blueprints.plugin", "esper_plugins.blends.plugin"):
-            registry.register(importlib.import_module(name), name=name)
-    return registry
-
-
-# --- Populations ---
-
-
-def planes_for(s: Settings, count: int, *, seeds: bool = True) -> list[Plane]:
-    """Environments with mixed seeds: a quarter has none, the others one of three blueprints, isolated or attached."""
-    planes = []
-    for k in range(count):
-        host = cnn(outputs=10, input_shape=(3, s.side, s.side), seed=k, widths="4,6,8" if s.quick else WIDTHS)
-        plane = Plane(host, s.registry, seed=k, ramp_steps=1)
-        if seeds and k % 4 != 3:
-            path = f"block{k % 3 + 1}"
-            plane.germinate(path, SEEDS[(k // 3) % 3])
-            plane.step()
-            if k % 2:
-                plane.advance(path, gated=False)
-                plane.step()
-        planes.append(plane)
-    return planes
-
-
-def images(s: Settings, count: int, seed: int = 0) -> list[Batch]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (s.batch, 3, s.side, s.side)
-    made = [(torch.randn(shape, generator=generator), torch.randint(0, 10, (s.batch,), generator=generator))
-            for _ in range(count)]  # fmt: skip
-    return [Batch(x.to(s.device), y.to(s.device)) for x, y in made]
-
-
-class Loop:
-    """The plain way: one environment after the other, perhaps each on a stream of its own."""
-
-    def __init__(
-        self,
-        planes: Sequence[Plane],
-        s: Settings,
-        *,
-        streams: bool = False,
-        bf16: bool = False,
-        epsilon: float = 1e-8,
-        device: str = "",
-    ) -> None:
-        self.planes, self.device, self.bf16 = [copy.deepcopy(p) for p in planes], device or s.device, bf16
-        self.optimizers, self.streams = [], []
-        for plane in self.planes:
-            plane.host.module.to(self.device).train()
-            plane.module.to(self.device).train()
-            optimizer = GrowthOptimizer(
-                plane.host.module.parameters(), RunConfig(learning_rate=RATE), OptimizerConfig(seed_warmup=1)
-            )
-            optimizer.follow(plane)
-            for group in optimizer.torch.param_groups:
-                group["eps"] = epsilon
-            self.optimizers.append(optimizer)
-            self.streams.append(torch.cuda.Stream() if streams and s.device == "cuda" else None)
-
-    def step(self, batch: Batch) -> None:
-        for plane, optimizer, stream in zip(self.planes, self.optimizers, self.streams, strict=True):
-            if stream is None:
-                self._one(plane, optimizer, batch)
-            else:
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self._one(plane, optimizer, batch)
-        for stream in self.streams:
-            if stream is not None:
-                torch.cuda.current_stream().wait_stream(stream)
-
-    def _one(self, plane: Plane, optimizer: GrowthOptimizer, batch: Batch) -> None:
-        optimizer.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            logits = plane.host.forward_with_slots(batch.inputs)
-        training_loss(logits, batch.targets).backward()
-        optimizer.step(RATE)
-
-
-def stacked(s: Settings, planes: Sequence[Plane], *, epsilon: float = 1e-8, **options: Any) -> StackedPopulation:
-    from esper_core.simic.stacks import StackedAdamW
-
-    optimizer = StackedAdamW(seed_warmup=1, epsilon=epsilon)
-    return StackedPopulation(
-        [copy.deepcopy(p) for p in planes], device=s.device, optimizer=optimizer, bucket=2, **options
-    )
-
 
 # --- 1. Correctness ---
 
@@ -161,43 +60,58 @@ def correctness(s: Settings) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        checks = {str(dtype).removeprefix("torch."): invariants(s, dtype) for dtype in (torch.float32, torch.bfloat16)}
-        count = 3 if s.quick else 8
-        agreement = {}
-        planes = planes_for(s, count)
-        # At Adam's usual epsilon a gradient that is nothing but rounding becomes a whole step, so two correct programs
-        # part; the last row says how far one and the same loop parts from itself between the GPU and the CPU.
-        for epsilon in (1e-3, 1e-8):
-            loop = Loop(planes, s, epsilon=epsilon)
-            rivals: dict[str, Any] = {
-                f"stacked {c}": stacked(s, planes, epsilon=epsilon, convolution=c) for c in ("grouped", "patches")
+    count = 3 if s.quick else 8
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            checks = {
+                str(dtype).removeprefix("torch."): invariants(s, dtype) for dtype in (torch.float32, torch.bfloat16)
             }
-            cpu = Loop(planes, s, epsilon=epsilon, device="cpu")
-            for batch in images(s, 20):
-                loop.step(batch)
-                for engine in rivals.values():
-                    engine.step(batch, RATE)
-                cpu.step(Batch(batch.inputs.cpu(), batch.targets.cpu()))
-            for name, engine in rivals.items():
-                found = max(gap(engine.pull(k), plane) for k, plane in enumerate(loop.planes))
-                agreement[f"{name}, epsilon {epsilon:g}"] = found
-            found = max(gap(a, b) for a, b in zip(cpu.planes, loop.planes, strict=True))
-            agreement[f"the loop on the CPU, epsilon {epsilon:g}"] = found
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-    return {"invariants": checks, f"largest weight difference, N={count}, 20 steps": agreement}
+            hosts = {"ReLU and max pooling": planes_for(s, count), "GELU and average pooling": planes_for(s, count)}
+            for plane in hosts["GELU and average pooling"]:
+                smooth(plane.host.module)
+            agreement = {
+                f"{rule}, hosts with {name}": agree(s, planes, rule) for rule in RATES for name, planes in hosts.items()
+            }
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.backends.cudnn.deterministic = False
+    wavering = {str(w.message).partition(" does not have")[0] for w in said if "deterministic impl" in str(w.message)}
+    return {"invariants": checks, f"largest weight difference, N={count}, 20 steps": agreement,
+            "without a deterministic implementation": sorted(wavering)}  # fmt: skip
 
 
-def gap(ours: Plane, theirs: Plane) -> float:
-    """Largest difference of any weight or buffer of host and seeds."""
-    pairs = zip(
-        [*ours.host.module.state_dict().values(), *ours.module.state_dict().values()],
-        [*theirs.host.module.state_dict().values(), *theirs.module.state_dict().values()],
-        strict=True,
-    )
-    return max((a.double().cpu() - b.double().cpu()).abs().max().item() for a, b in pairs if a.numel())
+def agree(s: Settings, planes: Sequence[Plane], rule: str) -> dict[str, float]:
+    """How far the programs are apart after 20 steps: engine and loop in float32 and float64."""
+    wide = [copy.deepcopy(plane) for plane in planes]
+    for plane in wide:
+        plane.host.module.double()
+        plane.module.double()
+    loops = {"float32": Loop(planes, s, rule=rule), "float64": Loop(wide, s, rule=rule)}
+    again = Loop(planes, s, rule=rule)
+    engines = {
+        ("grouped", "float32"): stacked(s, planes, rule=rule),
+        ("grouped again", "float32"): stacked(s, planes, rule=rule),
+        ("patches", "float32"): stacked(s, planes, rule=rule, convolution="patches"),
+        ("grouped", "float64"): stacked(s, wide, rule=rule),
+    }
+    for batch in images(s, 20):
+        double = Batch(batch.inputs.double(), batch.targets)
+        for dtype, loop in loops.items():
+            loop.step(batch if dtype == "float32" else double)
+        for (_, dtype), engine in engines.items():
+            engine.step(batch if dtype == "float32" else double, RATES[rule])
+        again.step(batch)
+    pulled = {name: [engine.pull(k) for k in range(len(planes))] for name, engine in engines.items()}
+    pairs = {
+        "engine and loop, float32": (pulled["grouped", "float32"], loops["float32"].planes),
+        "engine as patches and loop, float32": (pulled["patches", "float32"], loops["float32"].planes),
+        "engine and loop, float64": (pulled["grouped", "float64"], loops["float64"].planes),
+        "the loop in float32 and in float64": (loops["float32"].planes, loops["float64"].planes),
+        "the loop and itself": (again.planes, loops["float32"].planes),
+        "the engine and itself": (pulled["grouped again", "float32"], pulled["grouped", "float32"]),
+    }
+    return {name: max(map(gap, *pair)) for name, pair in pairs.items()}
 
 
 def invariants(s: Settings, dtype: torch.dtype) -> dict[str, Any]:
@@ -246,24 +160,23 @@ def throughput(s: Settings) -> dict[str, Any]:
     """Environment steps a second for N hosts with mixed seeds, engine against loop and streams."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    out: dict[str, Any] = {"ceiling (TFLOP/s)": ceilings(s)}
+    ceiling = ceilings(s)
+    out: dict[str, Any] = {"ceiling (TFLOP/s)": ceiling}
     batch = images(s, 1)[0]
     for count in s.counts:
         planes = planes_for(s, count)
         flops = forward_flops(planes[0]) * s.batch
         contenders: dict[str, tuple[Callable[[], object], int]] = {}
-        loop, streams = Loop(planes, s), Loop(planes, s, streams=True)
-        low = Loop(planes, s, bf16=True)
-        slow = max(1, 128 // count)
-        contenders["loop, tf32"] = (lambda loop=loop: loop.step(batch), slow)
-        contenders["streams, tf32"] = (lambda streams=streams: streams.step(batch), slow)
-        contenders["loop, bf16"] = (lambda low=low: low.step(batch), slow)
+        for streams, name in ((False, "loop"), (True, "streams")):
+            for bf16, precision in ((False, "tf32"), (True, "bf16")):
+                loop = Loop(planes, s, streams=streams, bf16=bf16)
+                contenders[f"{name}, {precision}"] = (lambda loop=loop: loop.step(batch), max(1, 128 // count))
         for convolution in ("grouped", "patches"):
             for precision, name in ((torch.float32, "tf32"), (torch.bfloat16, "bf16")):
                 engine = stacked(s, planes, convolution=convolution, precision=precision)
                 try:
                     engine.step(batch, RATE)
-                except RuntimeError as error:
+                except RuntimeError as error:  # on a CPU, autocast passes some vmapped convolutions by
                     out[f"N={count}, stacked {convolution}, {name}"] = {"error": str(error).splitlines()[0]}
                     continue
                 contenders[f"stacked {convolution}, {name}"] = (lambda e=engine: e.step(batch, RATE), 40)
@@ -273,17 +186,20 @@ def throughput(s: Settings) -> dict[str, Any]:
         for name, values in seconds.items():
             rate = count / statistics.median(values)
             kernels, calls = launches(s, contenders[name][0])
+            precision, reached = name.rpartition(" ")[2], 3 * flops * rate / 1e12
             rows[name] = {
                 "env-steps/s": rate,
                 "ms a population step": base[name] * 1e3,
                 "times the stream loop": 1 / ratio(seconds, name, "streams, tf32"),
-                "times the loop of its precision": 1 / ratio(seconds, name, f"loop, {name.rpartition(' ')[2]}"),
+                "times the stream loop of its precision": 1 / ratio(seconds, name, f"streams, {precision}"),
+                "times the loop of its precision": 1 / ratio(seconds, name, f"loop, {precision}"),
                 "kernels an env-step": kernels / count,
                 "launch calls an env-step": calls / count,
-                "TFLOP/s": 3 * flops * rate / 1e12,
+                "TFLOP/s": reached,
+                "share of the ceiling": reached / ceiling[precision],
             }
         out[f"N={count}"] = {"GFLOP of one forward pass of a batch": flops / 1e9, "rows": rows}
-        del contenders, loop, streams, low
+        del contenders, loop, engine
         free(s)
     return out
 
@@ -410,32 +326,43 @@ def overhead(s: Settings) -> dict[str, Any]:
         out[name] = figures
         del by_hand, plane, host, model
         free(s)
-    out["compile"] = recompiles(s)
     return out
 
 
-def recompiles(s: Settings) -> dict[str, Any]:
-    """Compiled graphs of a host while a seed's alpha rises: as many after the sweep as after its first step."""
+def compiling(s: Settings) -> dict[str, Any]:
+    """Compiled graphs of a model with three seeds whose alphas rise: no more after the sweep than before."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
-    counters.clear()
-    host = cnn(outputs=10, input_shape=(3, 16, 16), seed=0, widths="8,16,16")
-    host.module.to(s.device).train()
-    plane = Plane(host, s.registry, ramp_steps=30)
-    plane.germinate("block2", "conv")
-    plane.step()
-    plane.advance("block2", gated=False)
-    compiled = torch.compile(host.module, backend="eager" if s.quick else "inductor")
-    x = torch.randn(8, 3, 16, 16, device=s.device)
-    graphs = []
-    for _ in range(40):
-        compiled(x).square().mean().backward()
+    out: dict[str, Any] = {}
+    for name, build, blueprint in (("resnet50", resnet50, "depthwise"), ("gpt2-124M", gpt, "lora")):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model, x = build(s)
+        host = host_from_module(model.train(), example=x[:1])
+        plane = Plane(host, s.registry, ramp_steps=20)
+        paths = list(plane.slots)
+        paths = [paths[1], paths[len(paths) // 2], paths[-1]]
+        for path in paths:
+            plane.germinate(path, blueprint)
         plane.step()
-        graphs.append(counters["stats"]["unique_graphs"])
-    return {"graphs after the first step": graphs[0], "graphs after the sweep": graphs[29],
-            "graphs after the ramp's end": graphs[-1],
-            "graph breaks": sum(counters["graph_break"].values())}  # fmt: skip
+        for path in paths:
+            plane.advance(path, gated=False)
+        run = pass_through(torch.compile(host.module, backend="eager" if s.quick else "inductor"), x)
+        start, graphs, alphas = time.perf_counter(), [], []
+        for _ in range(18):
+            plane.step()
+            run()
+            graphs.append(counters["stats"]["unique_graphs"])
+            alphas.append(plane.growths[paths[0]].alpha)
+        s.synchronise()
+        out[name] = {"alphas": [alphas[0], alphas[-1]], "graphs after the first step": graphs[0],
+                     "graphs after the sweep": graphs[-1], "graph breaks": sum(counters["graph_break"].values()),
+                     "seconds, compilation included": time.perf_counter() - start}  # fmt: skip
+        del run, plane, host, model
+        torch._dynamo.reset()
+        free(s)
+    return out
 
 
 # --- 4. Waits ---
@@ -516,31 +443,41 @@ def free(s: Settings) -> None:
         torch.cuda.empty_cache()
 
 
+def grown(s: Settings) -> dict[str, Any]:
+    """A whole run on 60,000 images of CIFAR-10's shape, and what it leaves behind."""
+    return grown_run(s.registry, device=s.device, quick=s.quick)
+
+
 SECTIONS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "correctness": correctness, "throughput": throughput, "waits": waits, "overhead": overhead,
-    "snapshots": snapshots,
+    "snapshots": snapshots, "compiling": compiling, "grown": grown,  # the last leaves torch deterministic
 }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
     """The few lines that answer the questions."""
     lines = []
-    for name, value in result.items():
-        if name == "throughput" and "error" not in value:
-            for count, group in value.items():
-                if "rows" in group:
-                    for row, figures in group["rows"].items():
-                        lines.append(
-                            f"{count:5s} {row:22s} {figures['env-steps/s']:10.0f} env-steps/s"
-                            f" {figures['times the stream loop']:7.1f}x streams"
-                            f" {figures['kernels an env-step']:7.1f} kernels"
-                            f" {figures['launch calls an env-step']:7.2f} launches {figures['TFLOP/s']:7.2f} TFLOP/s"
-                        )
-                else:
-                    lines.append(f"{count} {json.dumps(group)}")
-        else:
-            lines.append(f"{name}: {json.dumps(value)}")
+    for name, section in result.items():
+        for title, value in section.items():
+            if "rows" not in (value if isinstance(value, dict) else {}):
+                lines.append(f"{name}, {title}: {short(value)}")
+                continue
+            for row, figures in value["rows"].items():
+                lines.append(
+                    f"{title:5s} {row:22s} {figures['env-steps/s']:8.0f} env-steps/s"
+                    f" {figures['times the stream loop']:6.1f}x streams"
+                    f" {figures['kernels an env-step']:6.1f} kernels"
+                    f" {figures['launch calls an env-step']:6.2f} launches {figures['TFLOP/s']:6.2f} TFLOP/s"
+                    f" {figures['share of the ceiling']:6.2%}"
+                )
     return "\n".join(lines)
+
+
+def short(value: Any) -> str:
+    """Numbers with four digits, and what holds them."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {short(held)}" for key, held in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
@@ -555,6 +492,9 @@ def main() -> None:
         parser.exit(2, "no GPU here; --quick is a dry run on the CPU\n")
     settings = Settings(arguments.quick)
     result: dict[str, Any] = {"machine": machine()}
+    for package in ("timm", "torchvision", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            result["machine"][package] = metadata.version(package)
     if settings.device == "cuda":
         result["machine"] |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     for name in arguments.section or SECTIONS:
@@ -564,7 +504,8 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 - one section must not cost the others on a lent machine
             result[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
         free(settings)
-        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        result.setdefault("seconds", {})[name] = time.perf_counter() - start
+        print(f"{name}: {result['seconds'][name]:.1f} s", flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
