@@ -14,6 +14,7 @@ from esper_core.kasmina import nursery, plane_view
 from esper_core.kasmina.blends import parse_blend, parse_blends
 from esper_core.kasmina.growth import Growth, gate_value
 from esper_core.kasmina.ledger import Ledger, count_parameters
+from esper_core.kasmina.ramps import AlphaWriter, Shares
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.kasmina.territory import Territory, base_of
 from esper_core.leyline.actions import Command, Tempo
@@ -108,7 +109,9 @@ class Plane:
         self.host_params, self.host_flops = count_parameters(host.module), host_flops
         self._territory = Territory(host)
         self._moving: dict[str, None] = {}  # a set that keeps its order
-        self._curves: dict[str, Callable[[float], float]] = {}
+        self._ramps: dict[str, Shares] = {}
+        self._shares: dict[tuple[str, int], Shares] = {}
+        self._writer = AlphaWriter()
         self._costs: dict[tuple[str, str], tuple[int, int]] = {}
         self._listeners: list[Callable[[StageChange], None]] = []
         wanted = list(host.injection_specs) if points is None else list(points)
@@ -254,17 +257,25 @@ class Plane:
         """After every optimizer step: alphas move, and what is due by itself happens."""
         changes: list[StageChange] = []
         due: list[str] = []
-        growths, slots = self._territory.growths, self._territory.slots
+        ramping: list[SeedSlot] = []
+        alphas: list[float] = []
+        growths, slots, ramps = self._territory.growths, self._territory.slots, self._ramps
         for path in self._moving:
             growth = growths[path]
             growth.stage_steps += 1
-            if growth.ramp_done < growth.ramp_steps:
-                growth.ramp_done += 1
-                share = self._curve(path)(growth.ramp_done / growth.ramp_steps)
-                growth.alpha = growth.ramp_start + (growth.ramp_target - growth.ramp_start) * share
-                slots[path].set_alpha(growth.alpha)
-            if growth.ramp_done >= growth.ramp_steps:
+            done = growth.ramp_done
+            if done < growth.ramp_steps:
+                growth.ramp_done = done = done + 1
+                start = growth.ramp_start
+                shares = ramps.get(path)
+                if shares is None or shares.steps != growth.ramp_steps:
+                    shares = self._begin_ramp(path)
+                growth.alpha = alpha = start + (growth.ramp_target - start) * shares[done]
+                ramping.append(slots[path])
+                alphas.append(alpha)
+            if done >= growth.ramp_steps:
                 due.append(path)
+        self._writer.write(ramping, alphas)
         for path in sorted(due):
             self._moving.pop(path, None)
             changes += self._advance_automatically(path)
@@ -445,7 +456,7 @@ class Plane:
     def _ramp(self, command: Command, growth: Growth, target: float) -> None:
         tempo = command.tempo if command.tempo is not Tempo.STANDARD else growth.tempo
         growth.start_ramp(target, round(self.ramp_steps * tempo.factor))
-        self._curves.pop(command.slot, None)
+        self._ramps.pop(command.slot, None)
         self._moving[command.slot] = None
 
     def _advance_automatically(self, path: str) -> list[StageChange]:
@@ -461,12 +472,14 @@ class Plane:
             command = Command(Op.ADVANCE, path, source="plane", reason=transition.gates[-1].summary)
             changes.append(self._take(transition, command))
 
-    def _curve(self, path: str) -> Callable[[float], float]:
-        curve = self._curves.get(path)
-        if curve is None:
-            blend = parse_blend(self.growths[path].blend, self.registry)
-            curve = self._curves[path] = blend.build_curve(self.registry)
-        return curve
+    def _begin_ramp(self, path: str) -> Shares:
+        growth = self.growths[path]
+        key = parse_blend(growth.blend, self.registry).curve, growth.ramp_steps
+        if key not in self._shares:
+            curve = parse_blend(growth.blend, self.registry).build_curve(self.registry)
+            self._shares[key] = Shares(curve, growth.ramp_steps)
+        shares = self._ramps[path] = self._shares[key]
+        return shares
 
     def _set_alpha(self, path: str, value: float) -> None:
         self.growths[path].alpha = value
@@ -479,13 +492,13 @@ class Plane:
         for child in reversed(self._territory.children(path)):
             gone += list(_own_parameters(self._slots[child]))
             self._moving.pop(child, None)
-            self._curves.pop(child, None)
+            self._ramps.pop(child, None)
             self._territory.unmount(child)
         slot.seed = slot.combination = None
         slot.set_stage(Stage.DORMANT)
         self._set_alpha(path, 0.0)
         self._moving.pop(path, None)
-        self._curves.pop(path, None)
+        self._ramps.pop(path, None)
         return tuple({id(p): p for p in gone}.values())
 
 

@@ -1,0 +1,61 @@
+"""How alphas move: shares of the way, computed once for all slots that ramp alike, and written together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper_core.kasmina.slot import SeedSlot
+
+FEW: Final = 8
+"""Slots up to which one write each is cheaper than writing together."""
+
+
+class Shares(dict[int, float]):
+    """Step of a ramp to the share of alpha's way that is behind it then; computed when first asked for.
+
+    Args:
+        curve: progress in [0, 1] to share in [0, 1].
+        steps: of the whole ramp.
+    """
+
+    def __init__(self, curve: Callable[[float], float], steps: int) -> None:
+        super().__init__()
+        self.curve, self.steps = curve, steps
+
+    def __missing__(self, done: int) -> float:
+        share = self[done] = self.curve(done / self.steps)
+        return share
+
+
+class AlphaWriter:
+    """Sets the alphas of many slots; to the bit what `SeedSlot.set_alpha` does for one.
+
+    Every slot keeps a buffer of its own. The values go into one tensor beside the first of them, and from there in a
+    single call into all buffers.
+    """
+
+    def __init__(self) -> None:
+        self._values = torch.zeros(0)
+        self._cells: tuple[Tensor, ...] = ()  # its elements
+
+    def __reduce__(self) -> tuple[type[AlphaWriter], tuple[()]]:
+        return AlphaWriter, ()  # a copy has elements of its own, or it would write into this one's
+
+    def write(self, slots: Sequence[SeedSlot], values: Sequence[float]) -> None:
+        """Fill the alpha of each of `slots` with its value."""
+        if len(slots) <= FEW:
+            for slot, value in zip(slots, values, strict=True):
+                slot.set_alpha(value)
+            return
+        alphas: list[Any] = [slot._buffers["alpha"] for slot in slots]  # past nn.Module: there may be a thousand
+        like, known = alphas[0], self._values
+        if len(known) != len(alphas) or known.device != like.device or known.dtype is not like.dtype:
+            self._values = torch.zeros(len(alphas), dtype=like.dtype, device=like.device)
+            self._cells = self._values.unbind()
+        self._values.copy_(torch.from_numpy(np.array(values)))
+        torch._foreach_copy_(alphas, self._cells)
