@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ def sample_inputs(model: Any) -> Iterator[dict[str, Tensor]]:
         extras.insert(0, ["past_time_features", "past_observed_mask", "future_values", "future_time_features"])
     if "spatial_shapes" in known:
         extras.insert(0, ["pixel_values", "pixel_attention_mask", "spatial_shapes"])
+    alone = [extra[0] for extra in extras if len(extra) == 1]
+    extras += [list(pair) for pair in combinations(alone, 2)]
+    if "bbox" in alone and "pixel_values" in alone and paired:
+        extras.insert(0, ["bbox", "pixel_values", "decoder_input_ids"])
     for extra in extras:
         wanted = [name for name in [*names, *extra] if name in known]
         choices = [list(_values(name, model.config)) for name in wanted]
@@ -49,9 +53,13 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
 
     if name in ("input_ids", "decoder_input_ids", "text_input_ids", "semantic_tokens"):
         vocabulary = _find(config, "vocab_size", 100)
-        yield torch.randint(
+        tokens = torch.randint(
             min(5, vocabulary - 1), max(6, min(vocabulary, 200) - 20), (BATCH, LENGTH), generator=generator
         )
+        end = _find(config, "eos_token_id", None)
+        if name == "input_ids" and type(end) is int and 0 <= end < vocabulary:
+            tokens[:, -1] = end  # some classifiers read there
+        yield tokens
         codebooks = _find(config, "num_codebooks", 0) or _find(config, "num_quantizers", 0)
         if codebooks:
             yield torch.randint(0, 50, (BATCH, LENGTH, codebooks), generator=generator)
@@ -80,6 +88,7 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         yield noise(_find(config, "num_mel_bins", 80), 100)
         yield noise(40, _find(config, "num_mel_bins", 80))
         yield noise(1, 1024, 64)
+        yield noise(LENGTH, _find(config, "hidden_size", 64))
     elif name in ("input_features", "audio_features", "spectrogram"):
         bins = (
             _find(config, "num_mel_bins", 0)

@@ -69,13 +69,7 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
         except Exception as error:  # noqa: BLE001 - each class checks its settings in a way of its own; the next ones are tried
             reasons.setdefault("config", f"{type(error).__name__}: {error}"[:200])
             continue
-        for part in (config, *(getattr(config, n, None) for n in config.sub_configs)):
-            if hasattr(part, "use_cache"):
-                part.use_cache = False
-        if getattr(config, "pad_token_id", None) is None and "Sequence" in family:
-            config.pad_token_id = 0
-        if getattr(config, "default_language", "") is None and getattr(config, "languages", None):
-            config.default_language = config.languages[0]
+        _complete(config, family)
         try:
             with torch.device("meta"):
                 size = sum(p.numel() for p in getattr(transformers, family).from_config(config).parameters())
@@ -102,6 +96,19 @@ def build(kind: str, family: str) -> tuple[Any, dict[str, torch.Tensor], int]:
             except Exception as error:  # noqa: BLE001 - the next inputs are tried
                 reasons.setdefault("forward", f"{sorted(inputs)}: {type(error).__name__}: {error}"[:300])
     raise RuntimeError("; ".join(f"{what}: {why}" for what, why in reasons.items()) or "no configuration can be made")
+
+
+def _complete(config: Any, family: str) -> None:
+    """Settle what the default settings leave open."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+    if getattr(config, "pad_token_id", None) is None and "Sequence" in family:
+        config.pad_token_id = 0
+    if getattr(config, "default_language", "") is None and getattr(config, "languages", None):
+        config.default_language = config.languages[0]
+    if getattr(config, "backbone", "") is None and getattr(config, "backbone_config", None) is None:
+        config.backbone = "resnet18"
 
 
 def main() -> int:
