@@ -30,7 +30,6 @@ from esper_core.kasmina.slot import Mode
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch, HostProtocol
-from esper_core.simic.stacked_norm import StackedBatchNorm
 from esper_core.simic.stacked_slots import Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
 from esper_core.simic.stacks import BLEND, Arena, Stack, StackedAdamW, StackedOptimizer
 
@@ -168,7 +167,6 @@ class StackedPopulation:
     def logits(self, inputs: Inputs) -> Tensor:
         """(N, B, …, classes) of all environments."""
         with contextlib.ExitStack() as modes:
-            modes.enter_context(StackedBatchNorm())
             if self.convolution == "patches":
                 modes.enter_context(StackedConvolution())
             if self.precision is not torch.float32:

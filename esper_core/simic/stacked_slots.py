@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.kasmina.straight_through import pull, size_of
 from esper_core.leyline.errors import EsperError
+from esper_core.simic.stacked_layers import StackedLayers
 from esper_core.simic.stacks import Stack
 
 _FIRST_BATCHES = 2
@@ -33,7 +34,7 @@ def vmapped(stack: Stack) -> Callable[..., Any]:
 
         # vmap falls back to a loop over lanes for fused attention on the CPU
         fused = contextlib.nullcontext() if stack.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
-        with fused:
+        with fused, StackedLayers():  # for hosts and seeds each: torch calls what leaves vmap without its modes
             return torch.vmap(one, randomness="different")(stack.params, stack.buffers, *(() if shared else args))
 
     return call

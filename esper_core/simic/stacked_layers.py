@@ -1,4 +1,4 @@
-"""Batch norm of many environments at once, as one batch norm of all their channels.
+"""Layers that vmap would not compute as each environment alone does: batch norm, and convolutions under autocast.
 
 Shapes: N lanes, B examples of a batch, C channels.
 """
@@ -11,18 +11,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
-class StackedBatchNorm(torch.overrides.TorchFunctionMode):
-    """Computes batch norms under vmap in one kernel over N·C channels, statistics and weights in their own float32.
 
-    torch's own rule for vmap leaves the weights out and gives the kernel ones of the features' type in their place.
-    Under autocast those are bfloat16 beside float32 statistics, which the CUDA kernel refuses in its backward pass.
+class StackedLayers(torch.overrides.TorchFunctionMode):
+    """Computes the layers under vmap in the types in which autocast computes them outside of it.
+
+    Batch norms become one kernel over N·C channels, with statistics and weights in their own float32. torch's own rule
+    for vmap leaves the weights out and gives the kernel ones of the features' type in their place: bfloat16 beside
+    float32 statistics, which the kernel refuses. The arguments of convolutions are cast here, because autocast, which
+    comes after vmap, misses some of them: grouped ones, biases, and on a CPU all.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _batch_norm(*args, **kwargs)
+        if func in _CONVOLUTIONS and torch.is_autocast_enabled(args[0].device.type):
+            dtype = torch.get_autocast_dtype(args[0].device.type)
+            args = [_cast(a, dtype) for a in args]
+            kwargs = {name: _cast(a, dtype) for name, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _cast(argument: Any, dtype: torch.dtype) -> Any:
+    return argument.to(dtype) if isinstance(argument, Tensor) else argument
 
 
 def _batch_norm(
