@@ -211,18 +211,21 @@ class HeuristicController:
         if gain is None:
             return None
         rent = view.rent * slot.params / max(view.host_params, 1)
-        # A young seed is still learning, and what was spent on it is lost if it is withered now.
-        on_trial = slot.stage_age < self.config.trial * view.decisions and view.decision + 1 < view.decisions
         pooled = self._pool(slot.path, gain)
+        # A young seed is still learning, and what was spent on it is lost if it is withered now. Older ones of which
+        # the measurements leave it open stay too until the verdict is due: while the learning rate is high they swing.
+        last = view.decision + 1 >= view.decisions
+        young = slot.stage_age < self.config.trial * view.decisions and not last
+        uncertain = pooled.high > rent and view.decision < self.config.verdict * view.decisions and not last
         reason = f"gain {pooled.mean:.4g} [{pooled.low:.4g}, {pooled.high:.4g}] against rent {rent:.3g}"
         certain = len(self._measured.get(slot.path, ())) >= _CERTAIN
-        harms = certain and pooled.high < -rent - self.config.harm
-        if harms or (not on_trial and pooled.mean <= rent):
+        harms = certain and max(pooled.high, gain.high) < -rent - self.config.harm  # the latest says so by itself
+        if harms or (pooled.mean <= rent and not young and not uncertain):
             if Op.WITHER not in slot.legal:
                 return None
             self._withering.add(slot.path)
             return self._command(Op.WITHER, slot, reason)
-        if Op.ADVANCE in slot.legal and pooled.mean > rent and (pooled.low > 0 or not on_trial):
+        if Op.ADVANCE in slot.legal and pooled.mean > rent and (pooled.low > 0 or not young):
             return self._command(Op.ADVANCE, slot, reason)
         return None
 

@@ -26,6 +26,9 @@ class HeuristicConfig:
     trial: float = _option(
         0.15, "share of the run in which a blended seed is only withered if it plainly harms", 0.0, 1.0
     )
+    verdict: float = _option(
+        0.7, "share of the run from which a seed is judged even where its gain is uncertain", 0.0, 1.0
+    )
     harm: float = _option(0.02, "loss (nats) over the rent that plain harm costs for certain", 0.0)
     ramp: float = _option(0.1, "share of the run that blending is expected to take", 0.0, 1.0)
     prior_gain: float = _option(0.1, "gain (nats) expected of a seed of a tenth of the host, at prior 1", 0.0)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.leyline.errors import EsperError
-from esper_hosts.sizes import no_argument, widths_of
+from esper_hosts.sizes import each_of, no_argument, widths_of
 
 INPUT_SHAPE = (3, 32, 32)
 OUTPUTS = 10
+POOLS = ("max", "average", "stride", "none")
 
 
 class PositionMean(nn.Module):
@@ -32,7 +33,13 @@ class PositionMean(nn.Module):
 
 
 def conv_net(
-    input_shape: tuple[int, ...], outputs: int, widths: list[int], convs: int, pool: str, norm: str, dropout: float
+    input_shape: tuple[int, ...],
+    outputs: int,
+    widths: list[int],
+    convs: int,
+    pools: list[str],
+    norm: str,
+    dropout: float,
 ) -> nn.Sequential:
     """Blocks of convolutions, global average pooling, one linear layer: (N, *input_shape) to (N, outputs).
 
@@ -41,8 +48,8 @@ def conv_net(
         outputs: classes.
         widths: channels of each block.
         convs: convolutions in a block.
-        pool: how a block halves its feature, unless one position is left: `max` or `average` at its end, `stride` in
-            its first convolution, or `none`.
+        pools: how each block halves its feature, unless one position is left: `max` or `average` at its end, `stride`
+            in its first convolution, or `none`.
         norm: behind each convolution: `batch`, `group` or `none`.
         dropout: share of the pooled feature that is dropped in training.
     """
@@ -52,7 +59,7 @@ def conv_net(
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(input_shape) == 1:
         layers["channel"] = nn.Unflatten(1, (1, -1))
-    for number, width in enumerate(widths, 1):
+    for number, (width, pool) in enumerate(zip(widths, pools, strict=True), 1):
         shrink = pool if size >= 2 else "none"
         layers[f"block{number}"] = _block(axes, channels, width, convs, shrink, norm)
         channels, size = width, size if shrink == "none" else (size + 1) // 2 if shrink == "stride" else size // 2
@@ -102,11 +109,12 @@ def cnn(
         outputs: classes; 10 if unknown.
         input_shape: (C, H, W), (C, L) or (L,); (3, 32, 32) if unknown.
         seed: of the initial weights.
-        widths, convs, pool, norm, dropout: see `conv_net`.
+        pool: one of `POOLS` for all blocks, or one for each with commas.
+        widths, convs, norm, dropout: see `conv_net`.
 
     Raises:
         EsperError: the input is no map and no signal.
-        BadOption: there is an argument, or `widths` cannot be read.
+        BadOption: there is an argument, or `widths` or `pool` cannot be read.
     """
     no_argument("cnn", argument)
     shape = tuple(input_shape or INPUT_SHAPE)
@@ -114,6 +122,8 @@ def cnn(
         raise EsperError(f"cnn cannot take inputs of shape {shape}", "(C, H, W), (C, L) or (L,)")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = conv_net(shape, outputs or OUTPUTS, widths_of("cnn.widths", widths), convs, pool, norm, dropout)
+        channels = widths_of("cnn.widths", widths)
+        pools = each_of("cnn.pool", pool, POOLS, len(channels))
+        model = conv_net(shape, outputs or OUTPUTS, channels, convs, pools, norm, dropout)
     points = [name for name, _ in model.named_children() if name.startswith("block")]
     return host_from_module(model, points, example=torch.zeros(1, *shape))

@@ -29,9 +29,7 @@ def esper_hosts() -> list[HostSpec]:
             options=(
                 Option("widths", "str", "32,64,128", "channels of each block"),
                 Option("convs", "int", 1, "convolutions in a block", minimum=1, maximum=16),
-                Option(
-                    "pool", "str", "max", "how a block halves its map", choices=("max", "average", "stride", "none")
-                ),
+                Option("pool", "str", "max", "max, average, stride or none: how blocks halve a map; or one for each"),
                 Option("norm", "str", "batch", "behind each convolution", choices=("batch", "group", "none")),
                 _DROPOUT,
             ),

@@ -53,6 +53,8 @@ def test_a_transformer_tells_its_roles_and_that_its_weights_are_random() -> None
         (("nope",), "there is no host 'nope'"),
         (("cnn:16,32",), "--set cnn.widths=16,32"),
         (("cnn", "--set", "cnn.widths=a"), "positive whole numbers"),
+        (("cnn", "--set", "cnn.pool=maximum"), "one of max, average, stride, none"),
+        (("cnn", "--set", "cnn.pool=none,max"), "or 3 of them with commas"),
         (("cnn", "--set", "timm.img_size=3"), "no option of the host cnn"),
         (("cnn", "--input-shape", "3,x"), "--input-shape 3,32,32"),
     ],
