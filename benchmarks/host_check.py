@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,18 +147,19 @@ def _loss(logits: Tensor) -> Tensor:
 def fast_initialisation() -> None:
     """Replace torch's random fills by cheap ones of the same scale, in this process; a sweep needs no quality."""
     block = torch.rand(1 << 20)
+    half = len(block) // 2
+    turn = itertools.count()
 
     def fill(tensor: Tensor, low: float, high: float) -> Tensor:
         if tensor.is_meta:
             return tensor
+        start = next(turn) * 7919 % half  # no two matrices alike: with a query that is its key, some models give NaN
         with torch.no_grad():
-            scaled = (block[: tensor.numel()] * (high - low) + low).to(tensor.dtype)
+            scaled = (block[start : start + min(half, tensor.numel())] * (high - low) + low).to(tensor.dtype)
             if not tensor.is_contiguous():
-                tensor.copy_(scaled.repeat(-(-tensor.numel() // len(block)))[: tensor.numel()].view(tensor.shape))
+                tensor.copy_(scaled.repeat(-(-tensor.numel() // half))[: tensor.numel()].view(tensor.shape))
                 return tensor
-            flat = tensor.view(-1)
-            for start in range(0, flat.numel(), len(block)):
-                part = flat[start : start + len(block)]
+            for part in tensor.view(-1).split(half):
                 part.copy_(scaled[: len(part)])
         return tensor
 

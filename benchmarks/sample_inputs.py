@@ -69,7 +69,7 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         yield noise(16, _find(config, "num_channels", 3) * _side(_find(config, "patch_size", 0)) ** 2)
     elif name in ("pixel_values", "images", "image"):
         channels = _find(config, "num_channels", 0) or _find(config, "in_channels", 3)
-        sizes = [_side(_find(config, "image_size", 0)), 64, 224, 32, 256, 384]
+        sizes = [_side(_find(config, "image_size", 0)), _side(_find(config, "max_img_size", 0)), 64, 224, 32, 256, 384]
         for size in dict.fromkeys(s for s in sizes if s):
             yield noise(channels, size, size)
         frames = _find(config, "num_frames", 0) or 4
@@ -101,12 +101,19 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         ):
             if frames:
                 yield noise(mels, frames)
-            yield noise(96, mels)
-            yield noise(mels, 96)
+            yield noise(8 * LENGTH, mels)
+            yield noise(mels, 8 * LENGTH)
             yield noise(1, 1001, mels)
     elif name == "bbox":
         yield torch.tensor([1, 2, 10, 12]).expand(BATCH, LENGTH, 4).contiguous()
-    elif name in ("past_values", "future_values", "past_observed_mask", "past_time_features", "future_time_features"):
+    elif name in (
+        "past_values",
+        "future_values",
+        "past_observed_mask",
+        "past_time_features",
+        "future_time_features",
+        "past_values_padding",
+    ):
         yield from _series(name, config, noise)
     elif name == "query_embeds":
         yield noise(8, _find(config, "hidden_size", 64))
@@ -122,6 +129,8 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         yield torch.full((BATCH, 2), 4)
     elif name in ("attention_mask", "pixel_mask", "pixel_attention_mask"):
         yield torch.ones(BATCH, LENGTH, dtype=torch.long)
+    elif name == "freq":
+        yield torch.zeros(BATCH, 1, dtype=torch.long)
     elif name in ("timestep", "timesteps"):
         yield torch.zeros(BATCH, dtype=torch.long)
 

@@ -247,7 +247,11 @@ def markdown(
     bad = {name: result for name, result in results.items() if not result["ok"]}
     share = 100 * len(good) / max(1, len(results))
     lines = [f"# {title}", "", *notes, "", f"Command: `{command}`", ""]
-    lines += [f"**{len(good)} of {len(results)} work: {share:.1f} %.**", ""]
+    summary = f"**{len(good)} of {len(results)} work: {share:.1f} %.**"
+    built = len(results) - sum(result["stage"] == "build" for result in bad.values())
+    if built < len(results):
+        summary += f" Of the {built} that could be built it is {100 * len(good) / max(1, built):.1f} %."
+    lines += [summary, ""]
     missing = [name for name in names if name not in results]
     if missing:
         which = f": {', '.join(missing)}" if len(missing) <= FEW else ""

@@ -89,7 +89,7 @@ def _changes(config: Any, cuts: Cuts, divisor: int, spare: int = VOCABULARY - 1)
         elif isinstance(value, list) and value:
             new = _list(name, value, cuts, divisor, depth)
             if cuts.inputs and all(type(item) is int for item in value):
-                new = [_input(name, item, fields) for item in new]
+                new = [4, 4] if name == "axial_pos_shape" else [_input(name, item, fields) for item in new]
         else:
             continue
         if new != value:
@@ -176,6 +176,8 @@ def _input(name: str, value: int, fields: Mapping[str, Any]) -> int:
     patch = fields.get("patch_size")
     if name in ("image_size", "crop_size") and isinstance(patch, int) and patch > 4 and value % patch == 0:
         return min(value, 4 * patch)
+    if name in ("image_size", "max_img_size") and not isinstance(patch, int) and value >= 448 and value % 64 == 0:
+        return value // 4 if name == "image_size" else value // 2
     if name in ("num_frames", "frames_per_clip"):
         return min(value, 4)
     if name == "max_source_positions":

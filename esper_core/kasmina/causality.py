@@ -16,7 +16,7 @@ def find_causal(model: nn.Module, example: Inputs, views: Mapping[str, FeatureVi
     """The paths of `views` whose features are causal in an input of token numbers.
 
     A point is causal when, for some such input, changing the last token changes the feature at the last position
-    and at no earlier one.
+    and at no earlier one. Where the model refuses that, the token before it is changed.
 
     Args:
         model: run in eval mode, once and once more for each input of integers with as many positions as the feature.
@@ -30,14 +30,20 @@ def find_causal(model: nn.Module, example: Inputs, views: Mapping[str, FeatureVi
     base = _features(model, example, views)
     causal: set[str] = set()
     for name, value in tokens.items():
-        changed = value.clone()
-        changed[:, -1] = torch.where(changed[:, -1] == 0, 1, changed[:, -1] - 1)
-        after = _features(model, changed if isinstance(example, Tensor) else {**example, name: changed}, views)
+        for at in (-1, -2):
+            changed = value.clone()
+            changed[:, at] = torch.where(changed[:, at] == 0, 1, changed[:, at] - 1)
+            try:
+                after = _features(model, changed if isinstance(example, Tensor) else {**example, name: changed}, views)
+                break
+            except Exception:
+                if at < -1:  # a model may want its end token, and says so in any way it likes
+                    raise
         for path, old in base.items():
             new = after.get(path)
             if new is not None and old.shape == new.shape and old.shape[1] == value.shape[1]:
                 moved = (old - new).abs().amax((0, 2)) > 1e-5 * old.abs().max()
-                if bool(moved[-1]) and not bool(moved[:-1].any()):
+                if bool(moved[at]) and not bool(moved[:at].any()):
                     causal.add(path)
     return frozenset(causal)
 

@@ -428,6 +428,26 @@ def test_causality_needs_a_token_that_matters() -> None:
     assert find_causal(Blind(), TOKENS, {"body": FeatureView.of(3, 0, 2)}) == frozenset()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_causality_of_a_model_that_insists_on_its_end_token(causal: bool) -> None:
+    class Insists(nn.Module):
+        """Reads its answer at the end token, as T5's classifier does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(8, 4), nn.Identity()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            if not bool((tokens[:, -1] == 1).all()):
+                raise ValueError("Each example must contain at least one <eos> token.")
+            features = self.embed(tokens)
+            return self.mix(features.cumsum(1) if causal else features + features.mean(1, keepdim=True))
+
+    tokens = torch.tensor([[5, 4, 3, 2, 1]])
+    found = find_causal(Insists(), tokens, {"mix": FeatureView.of(3, 0, 2)})
+    assert found == (frozenset({"mix"}) if causal else frozenset())
+
+
 def test_trace_sees_calls_in_order() -> None:
     trace = trace_features(small_cnn(), torch.randn(1, 3, 16, 16))
     assert [t.path for t in trace.ran] == [str(i) for i in range(9)] + [""]
