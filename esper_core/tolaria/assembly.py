@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import attrs
 import torch
+from torch import nn
 
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.plane import Limits, Plane
@@ -148,13 +149,19 @@ def build_task(config: RunConfig, registry: Registry) -> tuple[TaskProtocol, str
 
 
 def build_host(config: RunConfig, registry: Registry, outputs: int, input_shape: tuple[int, ...]) -> HostProtocol:
-    """The host of a run with its initial weights, on the CPU."""
+    """The host of a run with its initial weights, on the CPU; two-dimensional convolutions in channels-last layout.
+
+    That layout changes no weight, and on a CPU it is never slower and up to 1.8 times as fast (docs/speed.md). Seeds
+    take it over from their host.
+    """
     name, argument = split_reference(config.host)
     torch.manual_seed(config.seed)
     host: HostProtocol = registry.build(
         "host", name, argument, outputs=outputs, input_shape=input_shape, seed=config.seed,
         options=options_for(config, registry, "host", name),
     )  # fmt: skip
+    if any(isinstance(module, nn.Conv2d) for module in host.module.modules()):
+        host.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return host
 
 
