@@ -103,9 +103,11 @@ def _complete(config: Any, family: str) -> None:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if hasattr(part, "use_cache"):
             part.use_cache = False
+        if "Sequence" in family and getattr(part, "pad_token_id", 0) is None:
+            part.pad_token_id = 0
         for name in [name for name in getattr(part, "__dict__", ()) if name.endswith("layerdrop")]:
             setattr(part, name, 0.0)  # a layer left out by chance trains no seed
-    if getattr(config, "pad_token_id", None) is None and "Sequence" in family:
+    if not hasattr(config, "pad_token_id") and "Sequence" in family:
         config.pad_token_id = 0
     if "Causal" in family and getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True

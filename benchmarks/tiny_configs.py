@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING
 
 VOCABULARY = 256
 WIDTH = re.compile(
-    r"(size|dim|dims|sizes|rank|channels|width|widths|embd|d_model|d_ff|d_kv|d_inner|d_embed|filters|hidden|inner|planes)$"
+    r"(size|dim|dims|sizes|rank|channels|width|widths|embd|d_model|d_ff|d_kv|d_inner|d_embed|filters|hidden|inner|planes|dim_per_stage"
+    r"|channel_list)$"
 )
 NOT_WIDTH = re.compile(
     r"^(num_|n_|max_|image_size|patch_size|.*vocab|.*window|chunk|.*chunk_size|.*kernel|.*stride|block_size|.*codebook_size"
@@ -34,6 +35,9 @@ WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_head", "n_heads")
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 UNTOLD = ("transformers_version", "dtype", "_name_or_path", "architectures", "layer_types", "per_layer_config")
+THREE_AXES = re.compile(r"_vl\b|_vl_text|omni")
+"""Kinds that turn each head by time, height and width, also where their configuration does not say so."""
+
 SPARE = 24
 """Token numbers that an outer configuration keeps for itself."""
 
@@ -95,8 +99,9 @@ def _changes(config: Any, cuts: Cuts, divisor: int, spare: int = VOCABULARY - 1)
         if new != value:
             changes[name] = new
     rope = fields.get("rope_parameters")
-    if divisor > 1 and isinstance(rope, dict) and rope.get("mrope_section"):
-        changes["rope_parameters"] = {**rope, "mrope_section": _sections(rope["mrope_section"], divisor)}
+    if divisor > 1 and isinstance(rope, dict) and ("mrope_section" in rope or THREE_AXES.search(config.model_type)):
+        sections = _sections(rope.get("mrope_section") or [16, 24, 24], divisor)
+        changes["rope_parameters"] = {**rope, "mrope_section": sections}
     if fields.get("prediction_length", 0) is None:
         changes["prediction_length"] = 8
     sizes = [getattr(part, "vocab_size", None) for part in (config, *subs.values())]
