@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -287,14 +288,14 @@ def resnet50(s: Settings) -> tuple[nn.Module, Any]:
     return model, x.to(memory_format=torch.channels_last)
 
 
-def gpt(s: Settings) -> tuple[nn.Module, Any]:
+def gpt(s: Settings, batch: int = 8) -> tuple[nn.Module, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 128}
     config = GPT2Config(**(small if s.quick else {}), use_cache=False, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     model = GPT2LMHeadModel(config).to(s.device, torch.float32 if s.quick else torch.bfloat16)
     length = 64 if s.quick else 1024
-    return model, torch.randint(0, config.vocab_size, (2 if s.quick else 8, length), device=s.device)
+    return model, torch.randint(0, config.vocab_size, (2 if s.quick else batch, length), device=s.device)
 
 
 def pass_through(forward: Callable[[Any], Any], x: Any) -> Callable[[], None]:
@@ -311,7 +312,11 @@ def pass_through(forward: Callable[[Any], Any], x: Any) -> Callable[[], None]:
 def overhead(s: Settings) -> dict[str, Any]:
     """Dormant slots against the bare model; three live seeds against the same composed by hand; compile."""
     out: dict[str, Any] = {}
-    for name, build, blueprint in (("resnet50", resnet50, "depthwise"), ("gpt2-124M", gpt, "lora")):
+    for name, build, blueprint in (
+        ("resnet50", resnet50, "depthwise"),
+        ("gpt2-124M, batch 8", gpt, "lora"),  # a step so short that the processor which launches it is the limit
+        ("gpt2-124M, batch 32", partial(gpt, batch=32), "lora"),
+    ):
         torch.manual_seed(0)
         model, x = build(s)
         model.train()
