@@ -69,6 +69,9 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         yield noise(16, _find(config, "num_channels", 3) * _side(_find(config, "patch_size", 0)) ** 2)
     elif name in ("pixel_values", "images", "image"):
         channels = _find(config, "num_channels", 0) or _find(config, "in_channels", 3)
+        shape = _find(config, "image_size", 0)
+        if isinstance(shape, list | tuple) and len(shape) == 2 and shape[0] != shape[1]:
+            yield noise(channels, *shape)
         sizes = [_side(_find(config, "image_size", 0)), _side(_find(config, "max_img_size", 0)), 64, 224, 32, 256, 384]
         for size in dict.fromkeys(s for s in sizes if s):
             yield noise(channels, size, size)
@@ -79,11 +82,14 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
     elif name in ("pixel_values_videos", "pixel_values_video"):
         size = _side(_find(config, "image_size", 0)) or _side(_find(config, "crop_size", 0)) or 224
         frames = _find(config, "num_frames", 0) or _find(config, "frames_per_clip", 4)
-        yield noise(frames, _find(config, "num_channels", 0) or _find(config, "in_chans", 3), size, size)
+        for side in dict.fromkeys((size, 336)):
+            yield noise(frames, _find(config, "num_channels", 0) or _find(config, "in_chans", 3), side, side)
     elif name in ("input_values", "audio_values", "waveform", "raw_audio"):
         yield noise(4000)
         yield noise(1, 4000)
         yield noise(16000)
+        yield noise(3840)
+        yield noise(1, 3840)
         yield noise(1024, _find(config, "num_mel_bins", 128))
         yield noise(_find(config, "num_mel_bins", 80), 100)
         yield noise(40, _find(config, "num_mel_bins", 80))

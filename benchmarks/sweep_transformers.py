@@ -103,6 +103,12 @@ def _complete(config: Any, family: str) -> None:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if hasattr(part, "use_cache"):
             part.use_cache = False
+        if hasattr(part, "_experts_implementation"):
+            part._experts_implementation = "eager"  # grouped products want rows of 16 bytes, which small widths are not
+        if getattr(part, "num_key_value_heads", 0) is None and hasattr(part, "num_attention_heads"):
+            part.num_key_value_heads = part.num_attention_heads
+        if getattr(part, "head_dim", 0) is None and hasattr(part, "num_attention_heads"):
+            part.head_dim = part.hidden_size // part.num_attention_heads
         if "Sequence" in family and getattr(part, "pad_token_id", 0) is None:
             part.pad_token_id = 0
         for name in [name for name in getattr(part, "__dict__", ()) if name.endswith("layerdrop")]:

@@ -68,6 +68,8 @@ def tiny_settings(kind: str) -> Iterator[dict[str, Any]]:
         if changes not in seen:
             seen.append(changes)
             yield changes
+    if {} not in seen:
+        yield {}
 
 
 def _changes(config: Any, cuts: Cuts, divisor: int, spare: int = VOCABULARY - 1) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _changes(config: Any, cuts: Cuts, divisor: int, spare: int = VOCABULARY - 1)
         if staged and name in DEPTH:
             continue
         if isinstance(value, int):
-            equal = name == "codebook_dim" and value == fields.get("hidden_size")
+            equal = name in ("codebook_dim", "upsample_groups") and value == fields.get("hidden_size")
             new: Any = value // divisor if equal else _number(name, value, cuts, divisor)
             if cuts.inputs:
                 new = _input(name, new, fields)
