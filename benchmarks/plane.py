@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.timing import interleaved, machine, ratio
+from benchmarks.timing import interleaved, interval, machine, ratio
 from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.kasmina.plane import Plane
@@ -81,9 +81,14 @@ def dormant(
         chosen = list(stacks)[:: max(1, len(stacks) // max(1, count))][:count]
         assert len(chosen) == count
         contenders[f"plane with {count} slots"] = _step(host, {name: stacks[name] for name in chosen}, x)
-    seconds = interleaved(contenders, rounds=rounds)
+    seconds = interleaved(contenders, rounds=rounds, warmup=10, shuffled=True, clock=time.process_time)
     return {
-        name: {"ms": statistics.median(s) * 1e3, "ratio": ratio(seconds, name, "bare")} for name, s in seconds.items()
+        name: {
+            "ms": statistics.median(s) * 1e3,
+            "ratio": ratio(seconds, name, "bare"),
+            "95%": interval(seconds, name, "bare"),
+        }
+        for name, s in seconds.items()
     }
 
 
@@ -118,30 +123,45 @@ def germination(rounds: int) -> float:
 
 
 def bookkeeping(rounds: int) -> dict[str, float]:
-    """Milliseconds of `Plane.step` with a thousand slots: all dormant, all fossilised, alpha moving in all of them."""
+    """Milliseconds of `Plane.step` with a thousand slots: all dormant, all fossilised, alpha moving in all of them.
+
+    The last for each curve, once with all ramps in step and once with each slot at a place of its own in its ramp.
+    """
     layers = [nn.Linear(8, 8) for _ in range(1000)]
     specs = {f"l{i}": (str(i), InjectionSpec(f"l{i}", 8, "NLD", i, (4, 8))) for i in range(1000)}
-    plane = Plane(ModuleHost(nn.Sequential(*layers), specs), load_registry())
     out = {}
-    for state in ("dormant", "fossilized", "withering"):
-        for path in plane.slots if state != "dormant" else ():
-            if state == "fossilized":
-                plane.germinate(path, "norm")
-                plane.step()
-                while plane.growths[path].stage != "fossilized":
-                    plane.advance(path, gated=False)
-                plane.growths[path].ramp_steps = 0
-            else:
-                plane.wither(path, source="emrakul")
-                plane.growths[path].ramp_steps = 10**6
-        plane.step()
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
+    for curve in ("linear", "cosine", "sigmoid"):
+        plane = Plane(ModuleHost(nn.Sequential(*layers), specs), load_registry(), blends=(f"residual:{curve}",))
+        if curve == "linear":
+            out["1000 slots, all dormant"] = _step_ms(plane, rounds)
+        for path in plane.slots:
+            plane.germinate(path, "norm")
             plane.step()
-            times.append(time.perf_counter() - start)
-        out[f"1000 slots, all {state}"] = statistics.median(times) * 1e3
+            while plane.growths[path].stage != "fossilized":
+                plane.advance(path, gated=False)
+            plane.growths[path].ramp_steps = 0
+        if curve == "linear":
+            out["1000 slots, all fossilized"] = _step_ms(plane, rounds)
+        for path in plane.slots:
+            plane.wither(path, source="emrakul")
+            plane.growths[path].ramp_steps = 10**6
+        out[f"1000 slots, all withering, {curve}"] = _step_ms(plane, rounds)
+        for number, growth in enumerate(plane.growths.values()):
+            growth.ramp_steps, growth.ramp_done = len(layers) + 2 * rounds, number
+        out[f"1000 slots, each elsewhere in its ramp, {curve}"] = _step_ms(plane, rounds)
+        for path in plane.slots:
+            plane.host.unregister_slot(path)
     return out
+
+
+def _step_ms(plane: Plane, rounds: int) -> float:
+    plane.step()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        plane.step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,13 @@ from typing import Any
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3, repeats: int = 1
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 3,
+    repeats: int = 1,
+    shuffled: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round.
 
@@ -19,23 +26,35 @@ def interleaved(
         rounds: how often each is timed.
         warmup: rounds that are not counted.
         repeats: calls within one timing; the answer is seconds for one call.
+        shuffled: whether a round's order is drawn, instead of beginning with another contender each time.
+        clock: `time.process_time` leaves out what other processes did meanwhile.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders.items())
+    generator = random.Random(0)
     for number in range(warmup + rounds):
         first = number % len(order)  # who comes after whom matters to the caches, so each round begins elsewhere
-        for name, run in (*order[first:], *order[:first]):
-            start = time.perf_counter()
+        turn = generator.sample(order, len(order)) if shuffled else [*order[first:], *order[:first]]
+        for name, run in turn:
+            start = clock()
             for _ in range(repeats):
                 run()
             if number >= warmup:
-                seconds[name].append((time.perf_counter() - start) / repeats)
+                seconds[name].append((clock() - start) / repeats)
     return seconds
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, baseline: str) -> float:
     """Median over rounds of `name`'s time over `baseline`'s time in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True))
+
+
+def interval(seconds: Mapping[str, list[float]], name: str, baseline: str) -> tuple[float, float]:
+    """The 95% interval of `ratio`: of its value over rounds drawn again and again from those measured."""
+    pairs = [a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(1000))
+    return medians[25], medians[974]
 
 
 def machine() -> dict[str, Any]:
