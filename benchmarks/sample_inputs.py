@@ -128,8 +128,10 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         length = _find(config, "max_position_embeddings", LENGTH)
         yield torch.randint(6, min(vocabulary, 200), (BATCH, length), generator=generator)
         yield noise(LENGTH, _find(config, "d_model", 64))
-    elif name in ("hidden_states", "encoder_hidden_states", "inputs_embeds", "image_embeds"):
-        yield noise(LENGTH, _find(config, "hidden_size", 0) or _find(config, "d_model", 64))
+    elif name in ("hidden_states", "encoder_hidden_states", "inputs_embeds", "image_embeds", "latents"):
+        width = _find(config, "hidden_size", 0) or _find(config, "d_model", 64)
+        yield noise(LENGTH, width)
+        yield noise(width, LENGTH)
         yield noise(1, 4000)
     elif name == "spatial_shapes":
         yield torch.full((BATCH, 2), 4)
