@@ -191,7 +191,7 @@ def throughput(s: Settings) -> dict[str, Any]:
         for convolution in ("grouped", "patches"):
             for dtype, precision in ((torch.float32, "tf32"), (torch.bfloat16, "bf16")):
                 engine = stacked(s, planes, convolution=convolution, precision=dtype)
-                contenders[f"stacked {convolution}, {precision}"] = (lambda e=engine: e.step(batch, RATE), 40)
+                contenders[f"stacked {convolution}, {precision}"] = (lambda e=engine: e.step(batch, RATE), 20)
         seconds = clock(s, contenders)
         rows = {}
         for name, values in seconds.items():
