@@ -76,6 +76,7 @@ def _values(name: str, config: Any) -> Iterator[Tensor]:
         for size in dict.fromkeys(s for s in sizes if s):
             yield noise(channels, size, size)
         frames = _find(config, "num_frames", 0) or 4
+        yield noise(2, channels, 64, 64)  # a pair
         for size in dict.fromkeys(s for s in sizes[:3] if s):
             yield noise(frames, channels, size, size)
             yield noise(channels, frames, size, size)

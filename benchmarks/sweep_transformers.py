@@ -109,6 +109,8 @@ def _complete(config: Any, family: str) -> None:
             part.num_key_value_heads = part.num_attention_heads
         if getattr(part, "head_dim", 0) is None and hasattr(part, "num_attention_heads"):
             part.head_dim = part.hidden_size // part.num_attention_heads
+        if getattr(part, "layer_types", 0) is None and hasattr(part, "num_hidden_layers"):
+            part.layer_types = ["full_attention"] * part.num_hidden_layers
         if "Sequence" in family and getattr(part, "pad_token_id", 0) is None:
             part.pad_token_id = 0
         for name in [name for name in getattr(part, "__dict__", ()) if name.endswith("layerdrop")]:

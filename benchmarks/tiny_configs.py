@@ -44,16 +44,18 @@ SPARE = 24
 
 @attrs.frozen
 class Cuts:
-    """What a configuration is cut in."""
+    """What a configuration is cut in; `apart` if each part's width is cut by as much as it allows."""
 
     layers: bool = False
     width: bool = False
     vocabulary: bool = False
     inputs: bool = False
+    apart: bool = False
 
 
 CUTS = (
-    Cuts(True, True, True, True), Cuts(True, True, True), Cuts(True, True), Cuts(True, False, True),
+    Cuts(True, True, True, True), Cuts(True, True, True), Cuts(True, True, True, True, True),
+    Cuts(True, True), Cuts(True, False, True),
     Cuts(False, True, True), Cuts(True), Cuts(False, True), Cuts(False, False, True), Cuts(),
 )  # fmt: skip
 """The smallest first."""
@@ -64,7 +66,7 @@ def tiny_settings(kind: str) -> Iterator[dict[str, Any]]:
     default = CONFIG_MAPPING[kind]()
     seen: list[dict[str, Any]] = []
     for cuts in CUTS:
-        changes = _changes(default, cuts, _divisor(default) if cuts.width else 1)
+        changes = _changes(default, cuts, _divisor(default, cuts))
         if changes not in seen:
             seen.append(changes)
             yield changes
@@ -80,8 +82,9 @@ def _changes(config: Any, cuts: Cuts, divisor: int, spare: int = VOCABULARY - 1)
     subs = {name: getattr(config, name, None) for name in config.sub_configs}
     for name, sub in subs.items():
         if hasattr(sub, "to_dict"):
+            inside = _divisor(sub, cuts) if cuts.apart else divisor
             told = {key: value for key, value in sub.to_diff_dict().items() if key not in UNTOLD}
-            changes[name] = {**told, "model_type": sub.model_type, **_changes(sub, cuts, divisor, spare - SPARE)}
+            changes[name] = {**told, "model_type": sub.model_type, **_changes(sub, cuts, inside, spare - SPARE)}
     for name, value in fields.items():
         if name in subs or isinstance(value, bool):
             continue
@@ -121,23 +124,25 @@ def _sections(sections: list[int], divisor: int) -> list[int]:
     return smaller
 
 
-def _divisor(config: Any) -> int:
-    """The power of two that brings the narrowest part's width near 64 and leaves each of its heads at least 16.
+def _divisor(config: Any, cuts: Cuts) -> int:
+    """The power of two that brings a width near 64 and leaves each head at least 16, or 8 if the parts are cut apart.
 
-    It is the same for all parts, so that widths that must agree with each other still do.
+    It is that of the narrowest part for all parts otherwise, so that widths that must agree with each other still do.
     """
+    if not cuts.width:
+        return 1
     parts = [getattr(config, name, None) for name in config.sub_configs]
-    divisors = [_divisor(part) for part in parts if hasattr(part, "to_dict")]
+    divisors = [_divisor(part, cuts) for part in parts if hasattr(part, "to_dict") and not cuts.apart]
     fields = config.to_dict()
     width = next((fields[n] for n in WIDTHS if type(fields.get(n)) is int), 0)
     if not width:
         return min(divisors, default=4)
     heads = next((fields[n] for n in HEADS if type(fields.get(n)) is int), 1)
     head = next((fields[n] for n in ("head_dim", "d_kv") if type(fields.get(n)) is int), width // max(1, heads))
-    divisor = 1
+    divisor, least = 1, 8 if cuts.apart else 16
     while (
         width // (2 * divisor) >= 32
-        and head // (2 * divisor) >= 16
+        and head // (2 * divisor) >= least
         and width % (2 * divisor) == head % (2 * divisor) == 0
     ):
         divisor *= 2
