@@ -49,12 +49,17 @@ def seed_of(k: int) -> tuple[str, str]:
 
 
 class Loop:
-    """The plain way: a list of models with an isolated seed each and an AdamW each, one after the other."""
+    """The plain way: a list of models with an isolated seed each and an AdamW each, one after the other.
 
-    def __init__(self, ground: Ground, size: int) -> None:
+    Args:
+        layout: of the weights of convolutions; torch's own is `torch.contiguous_format`, the engine's is channels-last.
+    """
+
+    def __init__(self, ground: Ground, size: int, layout: torch.memory_format) -> None:
         self.environments: list[tuple[Plane, GrowthOptimizer]] = []
         for k in range(size):
             plane = copy.deepcopy(ground.plane)
+            plane.host.module.to(memory_format=layout)
             plane.germinate(*seed_of(k))
             optimizer = GrowthOptimizer(plane.host.module.parameters(), CONFIG, OptimizerConfig())
             optimizer.follow(plane)
@@ -103,7 +108,8 @@ def throughput(size: int, workers: int, rounds: int, steps: int, threads: Sequen
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ground.plane.host.forward_with_slots(batch.inputs)
     gflop = counter.get_total_flops() / 1e9
-    loop = Loop(ground, size)
+    loop = Loop(ground, size, torch.contiguous_format)
+    informed = Loop(ground, size, torch.channels_last)
     alone, shared = engine(size, batch, workers, share=False), engine(size, batch, workers, share=True)
 
     def run_engine(population: ProcessPopulation) -> Callable[[], None]:
@@ -114,7 +120,7 @@ def throughput(size: int, workers: int, rounds: int, steps: int, threads: Sequen
 
         return run
 
-    def run_loop(threads: int) -> Callable[[], None]:
+    def run_loop(loop: Loop, threads: int) -> Callable[[], None]:
         def run() -> None:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
@@ -124,7 +130,8 @@ def throughput(size: int, workers: int, rounds: int, steps: int, threads: Sequen
         return run
 
     cores = len(os.sched_getaffinity(0))
-    contenders = {f"loop, {n} thread{'s' * (n > 1)}": (run_loop(n), 1) for n in threads}
+    contenders = {f"loop, {n} thread{'s' * (n > 1)}": (run_loop(loop, n), 1) for n in threads}
+    contenders["channels-last loop, 1 thread"] = run_loop(informed, 1), 1
     contenders |= {"engine": (run_engine(alone), steps), "engine, shared": (run_engine(shared), steps)}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     try:
@@ -203,7 +210,7 @@ def main() -> int:
     result["throughput"] = throughput(told.environments, told.workers, told.rounds, told.steps, told.threads)
     result["episode"] = episode(8, 3)
     for name, row in result["throughput"]["rows"].items():
-        print(f"{name:>16}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+        print(f"{name:>28}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items()))
     print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
     if told.json:
         told.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

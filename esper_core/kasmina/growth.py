@@ -93,8 +93,18 @@ class Growth:
         return cls(**values)
 
 
+_Z: Final = 1.959963984540054
+
+
+def _progress_high(growth: Growth, rent: float) -> float | None:
+    """Upper end of the 95% interval of `proxy_progress`: each batch's gradient is a noisy witness of the seed."""
+    progress = growth.readings.get("proxy_progress")
+    return None if progress is None else progress + _Z * growth.readings.get("proxy_error", 0.0)
+
+
 _MEASURES: Final[Mapping[str, Callable[[Growth, float], float | None]]] = MappingProxyType(
     {
+        "proxy_progress_high": _progress_high,
         "stage_steps": lambda growth, rent: growth.stage_steps,
         "alpha": lambda growth, rent: growth.alpha,
         "alpha_progress": lambda growth, rent: growth.ramp_done / growth.ramp_steps if growth.ramp_steps else None,

@@ -143,7 +143,7 @@ class Transition:
 
 
 _BORN = Gate("stage_steps", ">=", 1, "the seed has seen at least one batch")
-_LEARNT = Gate("proxy_progress", ">", 0.0, "its own proxy loss falls: the seed has measurably learnt")
+_LEARNT = Gate("proxy_progress_high", ">", 0.0, "its own proxy loss falls, or at least has not certainly risen")
 _RAMPED = Gate("alpha_progress", ">=", 1.0, "alpha has reached its target")
 _SHADOWED = Gate("counterfactual_count", ">=", 1, "the counterfactual was measured at full alpha")
 _EARNS = Gate("net_contribution", ">", 0.0, "the counterfactual's mean exceeds the rent")

@@ -161,7 +161,7 @@ def build_host(config: RunConfig, registry: Registry, outputs: int, input_shape:
         options=options_for(config, registry, "host", name),
     )  # fmt: skip
     if any(isinstance(module, nn.Conv2d) for module in host.module.modules()):
-        host.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        host.module.to(memory_format=torch.channels_last)
     return host
 
 

@@ -125,4 +125,4 @@ def test_the_diagram_draws_every_transition() -> None:
     lines = diagram().splitlines()
     assert lines[0] == "stateDiagram-v2"
     assert sum("-->" in line for line in lines) == len(TRANSITIONS) + 1
-    assert "    TRAINING --> BLENDING: advance [proxy_progress > 0]" in lines
+    assert "    TRAINING --> BLENDING: advance [proxy_progress_high > 0]" in lines
