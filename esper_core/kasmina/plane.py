@@ -108,8 +108,7 @@ class Plane:
         self.candidates = plane_view.find_candidates(registry, blueprints)
         self.host_params, self.host_flops = count_parameters(host.module), host_flops
         self._territory = Territory(host)
-        self._moving: dict[str, None] = {}  # a set that keeps its order
-        self._ramps: dict[str, Shares] = {}
+        self._moving: dict[str, tuple[Growth, SeedSlot, Shares | None]] = {}  # found once, since they may be a thousand
         self._shares: dict[tuple[str, int], Shares] = {}
         self._writer = AlphaWriter()
         self._costs: dict[tuple[str, str], tuple[int, int]] = {}
@@ -259,21 +258,18 @@ class Plane:
         due: list[str] = []
         ramping: list[SeedSlot] = []
         alphas: list[float] = []
-        growths, slots, ramps = self._territory.growths, self._territory.slots, self._ramps
-        for path in self._moving:
-            growth = growths[path]
+        for path, (growth, slot, shares) in self._moving.items():
             growth.stage_steps += 1
-            done = growth.ramp_done
-            if done < growth.ramp_steps:
+            done, steps = growth.ramp_done, growth.ramp_steps
+            if done < steps:
                 growth.ramp_done = done = done + 1
                 start = growth.ramp_start
-                shares = ramps.get(path)
-                if shares is None or shares.steps != growth.ramp_steps:
+                if shares is None or shares.steps != steps:
                     shares = self._begin_ramp(path)
                 growth.alpha = alpha = start + (growth.ramp_target - start) * shares[done]
-                ramping.append(slots[path])
+                ramping.append(slot)
                 alphas.append(alpha)
-            if done >= growth.ramp_steps:
+            if done >= steps:
                 due.append(path)
         self._writer.write(ramping, alphas)
         for path in sorted(due):
@@ -347,7 +343,7 @@ class Plane:
                 slot.set_stage(growth.stage)
                 self._set_alpha(path, growth.alpha)
                 if growth.ramping or growth.stage is Stage.GERMINATED:
-                    self._moving[path] = None
+                    self._watch(path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plane:
         """An independent plane over an independent host; the registry is shared, listeners stay behind."""
@@ -430,7 +426,7 @@ class Plane:
         growth.enter(after)
         slot.set_stage(after)
         if after is Stage.GERMINATED:
-            self._moving[command.slot] = None
+            self._watch(command.slot)
         if after is Stage.FOSSILIZED:
             self._territory.offer_stack(command.slot, self.max_stack)
         change = StageChange(command.slot, before, after, command, blueprint, blend, added, removed)
@@ -456,8 +452,7 @@ class Plane:
     def _ramp(self, command: Command, growth: Growth, target: float) -> None:
         tempo = command.tempo if command.tempo is not Tempo.STANDARD else growth.tempo
         growth.start_ramp(target, round(self.ramp_steps * tempo.factor))
-        self._ramps.pop(command.slot, None)
-        self._moving[command.slot] = None
+        self._watch(command.slot)
 
     def _advance_automatically(self, path: str) -> list[StageChange]:
         changes: list[StageChange] = []
@@ -472,14 +467,18 @@ class Plane:
             command = Command(Op.ADVANCE, path, source="plane", reason=transition.gates[-1].summary)
             changes.append(self._take(transition, command))
 
+    def _watch(self, path: str) -> None:
+        """Have `step` look at the slot at `path`, for which time does something."""
+        self._moving[path] = self.growths[path], self._slots[path], None
+
     def _begin_ramp(self, path: str) -> Shares:
-        growth = self.growths[path]
-        key = parse_blend(growth.blend, self.registry).curve, growth.ramp_steps
+        growth, slot, _ = self._moving[path]
+        blend = parse_blend(growth.blend, self.registry)
+        key = blend.curve, growth.ramp_steps
         if key not in self._shares:
-            curve = parse_blend(growth.blend, self.registry).build_curve(self.registry)
-            self._shares[key] = Shares(curve, growth.ramp_steps)
-        shares = self._ramps[path] = self._shares[key]
-        return shares
+            self._shares[key] = Shares(blend.build_curve(self.registry), growth.ramp_steps)
+        self._moving[path] = growth, slot, self._shares[key]
+        return self._shares[key]
 
     def _set_alpha(self, path: str, value: float) -> None:
         self.growths[path].alpha = value
@@ -492,13 +491,11 @@ class Plane:
         for child in reversed(self._territory.children(path)):
             gone += list(_own_parameters(self._slots[child]))
             self._moving.pop(child, None)
-            self._ramps.pop(child, None)
             self._territory.unmount(child)
         slot.seed = slot.combination = None
         slot.set_stage(Stage.DORMANT)
         self._set_alpha(path, 0.0)
         self._moving.pop(path, None)
-        self._ramps.pop(path, None)
         return tuple({id(p): p for p in gone}.values())
 
 
