@@ -105,11 +105,12 @@ def _complete(config: Any, family: str) -> None:
             part.use_cache = False
         if hasattr(part, "_experts_implementation"):
             part._experts_implementation = "eager"  # grouped products want rows of 16 bytes, which small widths are not
-        if getattr(part, "num_key_value_heads", 0) is None and hasattr(part, "num_attention_heads"):
+        known = getattr(part, "__dict__", {})  # looked up here, since some fields differ by layer and refuse otherwise
+        if known.get("num_key_value_heads", 0) is None and "num_attention_heads" in known:
             part.num_key_value_heads = part.num_attention_heads
-        if getattr(part, "head_dim", 0) is None and hasattr(part, "num_attention_heads"):
+        if known.get("head_dim", 0) is None and {"hidden_size", "num_attention_heads"} <= known.keys():
             part.head_dim = part.hidden_size // part.num_attention_heads
-        if getattr(part, "layer_types", 0) is None and hasattr(part, "num_hidden_layers"):
+        if known.get("layer_types", 0) is None and "num_hidden_layers" in known:
             part.layer_types = ["full_attention"] * part.num_hidden_layers
         if "Sequence" in family and getattr(part, "pad_token_id", 0) is None:
             part.pad_token_id = 0

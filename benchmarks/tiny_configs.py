@@ -19,7 +19,7 @@ WIDTH = re.compile(
     r"|channel_list)$"
 )
 NOT_WIDTH = re.compile(
-    r"^(num_|n_|max_|image_size|patch_size|.*vocab|.*window|chunk|.*chunk_size|.*kernel|.*stride|block_size|.*codebook_size"
+    r"^(num_|n_(?!embd|inner)|max_|image_size|patch_size|.*vocab|.*window|chunk|.*chunk_size|.*kernel|.*stride|block_size|.*codebook_size"
     r"|.*input_size|.*feature_size|.*feat_size|.*in_channels|.*out_channels|.*tile|crop|.*grid|.*merge_size|pool|spatial"
     r"|temporal|.*position|type_|.*batch|.*mel|sampling|.*image_size|.*patch_size|.*state_size|.*expand|.*audio_channels"
     r"|.*num_channels|.*bucket|.*block_size|codebook_dim|.*memory|.*conv_kernel|.*resolution|.*query_size|.*pool_size)"
@@ -35,7 +35,7 @@ WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_head", "n_heads")
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 UNTOLD = ("transformers_version", "dtype", "_name_or_path", "architectures", "layer_types", "per_layer_config")
-THREE_AXES = re.compile(r"_vl\b|_vl_text|omni")
+THREE_AXES = re.compile(r"_vl\b|_vl_text|omni|glm4v|glm46v|glm_image|glm_ocr|glmga")
 """Kinds that turn each head by time, height and width, also where their configuration does not say so."""
 
 SPARE = 24
@@ -162,6 +162,8 @@ def _number(name: str, value: int, cuts: Cuts, divisor: int) -> int:
         return min(value, 2)
     if name in ("n_group", "topk_group", "num_expert_group"):
         return 1
+    if cuts.layers and name == "num_kv_shared_layers":
+        return 0
     if _is_width(name) and value >= 8 * divisor and value % divisor == 0:
         return value // divisor
     return value
