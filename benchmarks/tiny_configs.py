@@ -164,6 +164,8 @@ def _number(name: str, value: int, cuts: Cuts, divisor: int) -> int:
         return 1
     if cuts.layers and name == "num_kv_shared_layers":
         return 0
+    if name == "rotary_dim":
+        return max(4, value // divisor)
     if _is_width(name) and value >= 8 * divisor and value % divisor == 0:
         return value // divisor
     return value
