@@ -103,12 +103,12 @@ def check_host(host: ModuleHost, inputs: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def wake(model: nn.Module) -> None:
-    """Give matrices and single weights that are nothing but zeros some noise, as the model's first own step would.
+    """Give weights that are nothing but zeros some noise, as the model's first own step would.
 
-    Some models start with such a classifier or scale, and then no gradient reaches what lies before it.
+    Some models start with such a classifier, or scale each block by zero, and then no gradient reaches what lies before.
     """
-    for parameter in model.parameters():
-        if (parameter.dim() >= 2 or parameter.numel() == 1) and not parameter.any():
+    for name, parameter in model.named_parameters():
+        if (parameter.dim() >= 2 or not name.endswith("bias")) and not parameter.any():
             parameter.normal_(std=0.02)
 
 

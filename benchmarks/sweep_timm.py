@@ -48,8 +48,8 @@ def main() -> int:
     notes = [
         f"Every architecture of `timm.list_models()` in timm {timm.__version__} with torch {torch.__version__}: built",
         "with random weights for the smallest input that it takes, at least one point found, output bit-identical with",
-        "dormant slots and with an isolated seed, the seed trained for one step. A classifier that starts at zero gets",
-        "small noise first, since no gradient passes through it before the host's own first step.",
+        "dormant slots and with an isolated seed, the seed trained for one step. Weights that start at zero get small",
+        "noise first, since no gradient passes through them before the host's own first step.",
     ]
     page = markdown("timm sweep", "make sweep-timm", results, notes, names)
     if options.table != "-":

@@ -142,7 +142,7 @@ def main() -> int:
         f"Every kind of model in transformers {transformers.__version__} with torch {torch.__version__}, through",
         "AutoModel, AutoModelForCausalLM and AutoModelForSequenceClassification: built small from its default settings",
         "with random weights, at least one point found, output bit-identical with dormant slots and with an isolated",
-        "seed, the seed trained for one step. Matrices that start at zero get small noise first, since no gradient",
+        "seed, the seed trained for one step. Weights that start at zero get small noise first, since no gradient",
         "passes through them before the host's own first step. Stage `build`: no small configuration was found that",
         "builds and runs on plain inputs, which is for the sweep to learn, not for the host.",
     ]
