@@ -105,7 +105,7 @@ def check_host(host: ModuleHost, inputs: Any) -> dict[str, Any]:
 def wake(model: nn.Module) -> None:
     """Give weights that are nothing but zeros some noise, as the model's first own step would.
 
-    Some models start with such a classifier, or scale each block by zero, and then no gradient reaches what lies before.
+    Some models start with such a classifier, or scale each block by zero, and then no gradient gets before it.
     """
     for name, parameter in model.named_parameters():
         if (parameter.dim() >= 2 or not name.endswith("bias")) and not parameter.any():
