@@ -70,13 +70,13 @@ def costs(what: str, most: float) -> Bar:
 PROTOCOLS: dict[str, tuple[int, tuple[Bar, ...]]] = {
     "p1": (20, (beats("static@FLOPs", 0.5), beats("random search", 0.5), reaches(97.5), costs("params", 2100))),
     "p2": (
-        5,
+        20,
         (
             beats("static@FLOPs", 0.5), beats("random search", 0.5), reaches(84.5), costs("params", 7600),
             costs("flops", 490e9),
         ),
     ),
-    "p3": (10, (beats("static@FLOPs", 0.5), beats("random search", 0.5))),
+    "p3": (20, (beats("static@FLOPs", 0.5), beats("random search", 0.5))),
     "p5": (5, (saves_bits("static@FLOPs", 0.01), saves_bits("random search", 0.01))),
 }  # fmt: skip
 """Protocol to seeds and bars."""

@@ -16,8 +16,8 @@ def _option(default: Any, help: str, minimum: float | None = None, maximum: floa
 class HeuristicConfig:
     """When, where and what the heuristic grows. Shares are of the run's decision steps."""
 
-    start: float = _option(0.15, "share of the run before the first germination", 0.0, 1.0)
-    last: float = _option(0.6, "share of the run after which nothing new germinates", 0.0, 1.0)
+    start: float = _option(0.3, "share of the run before the first germination", 0.0, 1.0)
+    last: float = _option(0.7, "share of the run after which nothing new germinates", 0.0, 1.0)
     at_once: int = _option(8, "seeds that may be in a stage before fossilized at the same time", 1)
     isolation: float = _option(
         0.0, "share of the run that a seed learns in isolation (never under one decision)", 0.0, 1.0

@@ -14,6 +14,7 @@ from esper_core.leyline.actions import Tempo
 from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView
 from esper_core.tamiyo.heuristic import HeuristicController, Offer, choose, measured_need
+from esper_core.tamiyo.heuristic_config import HeuristicConfig
 
 NEEDS = {"a": 1.0, "b": 2.0, "c": 0.5}
 
@@ -24,7 +25,7 @@ def test_it_grows_early_however_short_the_run_and_however_noisy_the_validation(d
     lab = Lab(lambda s, b: 0.2, NEEDS, decisions, noise).run(HeuristicController())
     first = next(d for d, c in lab.log if c.op is Op.GERMINATE)
     assert first <= decisions // 2
-    assert first <= 0.15 * decisions
+    assert first <= HeuristicConfig().start * decisions
     if decisions >= 20:
         assert any(stage is Stage.FOSSILIZED for stage in lab.stages().values())
 
@@ -68,7 +69,7 @@ def test_failures_teach_it_to_stop_growing() -> None:
     lab = Lab(lambda s, b: -0.5, NEEDS, 200).run(HeuristicController())
     germinations = [d for d, c in lab.log if c.op is Op.GERMINATE]
     assert germinations
-    assert max(germinations) < 60
+    assert max(germinations) < HeuristicConfig().start * 200 + 30
 
 
 def test_a_seed_that_cannot_learn_is_culled_not_waited_for() -> None:
