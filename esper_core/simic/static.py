@@ -122,7 +122,7 @@ def train_static(ground: Ground, steps: int, *, test: bool = True) -> StaticResu
     optimizer.follow(plane)
     optimizer.check(plane)
     flops = ground.step_flops()
-    for step, batch in zip(range(steps), _batches(ground), strict=False):
+    for step, batch in zip(range(steps), batches_of(ground), strict=False):
         rate = config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup)
         optimizer.zero_grad()
         loss = training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets)
@@ -149,7 +149,7 @@ def train_static(ground: Ground, steps: int, *, test: bool = True) -> StaticResu
     )
 
 
-def _batches(ground: Ground) -> Iterator[Batch]:
+def batches_of(ground: Ground) -> Iterator[Batch]:
     """Epoch after epoch, in the order of a growing run of the same seed."""
     config, epoch, length = ground.config, 0, ground.epoch_steps
     while True:

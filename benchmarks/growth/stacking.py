@@ -1,0 +1,80 @@
+"""One-shot stacking, for P5: train a shallow GPT, put every block behind itself once more, train on.
+
+Source: progressive stacking, Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019: the upper
+half of the deeper model begins as a copy of the lower half. It spends the FLOPs of the grown run of the same seed, on
+the same batches in the same order; the optimizer's moments begin anew with the deeper model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from esper_core.kasmina.counterfactual import measure_counterfactuals
+from esper_core.kasmina.scoring import training_loss
+from esper_core.leyline.host import Batch
+from esper_core.registry import load_registry
+from esper_core.simic.static import Ground, batches_of, lay_ground
+from esper_core.tolaria import assembly
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
+from esper_core.tolaria.schedules import learning_rate_share
+
+_BLOCK = re.compile(r"(\.h\.)(\d+)(\.)")
+
+
+def stack_once(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Weights of a model of twice as many blocks: block i of `layers` is also block `layers` + i."""
+    deeper = dict(state)
+    for name, weight in state.items():
+        if found := _BLOCK.search(name):
+            deeper[_BLOCK.sub(rf"\g<1>{int(found[2]) + layers}\g<3>", name)] = weight
+    return deeper
+
+
+def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, Any]:
+    """The outcome of one-shot stacking, in the form of the other arms' outcomes.
+
+    Args:
+        config: of the grown run; its host, `transformers:gpt2`, is the shallow model.
+        flops: to spend in all. share: of all steps that the shallow model takes.
+    """
+    torch.set_num_threads(1)
+    registry = load_registry()
+    layers = int(config.settings["transformers.layers"])
+    settings = {**config.settings, "transformers.layers": 2 * layers}
+    shallow = lay_ground(config, registry)
+    deep = lay_ground(attrs.evolve(config, settings=settings), registry)
+    steps = round(flops / (share * shallow.step_flops() + (1 - share) * deep.step_flops()))
+    first = round(share * steps)
+    _train(shallow, batches_of(shallow), 0, first, steps)
+    deep.plane.host.module.load_state_dict(stack_once(shallow.plane.host.module.state_dict(), layers))
+    _train(deep, islice(batches_of(deep), first, None), first, steps, steps)
+    found = measure_counterfactuals(
+        deep.plane, deep.task.test.batches(config.batch_size, device=str(deep.device)), paths=[], count_cost=False
+    )
+    return {
+        "seed": config.seed,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "params": deep.plane.host_params,
+        "flops": first * shallow.step_flops() + (steps - first) * deep.step_flops(),
+        "steps": steps,
+    }
+
+
+def _train(ground: Ground, batches: Iterator[Batch], start: int, stop: int, steps: int) -> None:
+    config, plane = ground.config, ground.plane
+    optimizer = GrowthOptimizer(
+        plane.host.module.parameters(), config, assembly.part_config(config, "optimizer", OptimizerConfig)
+    )
+    for step, batch in zip(range(start, stop), batches, strict=False):
+        optimizer.zero_grad()
+        training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step(config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup))
