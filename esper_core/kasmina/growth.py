@@ -20,6 +20,7 @@ class Growth:
     Attributes:
         stage: where the seed stands; `resume_stage` is where REVIVE would return to.
         blueprint, blend, tempo, options: what grows here and how it blends.
+        culled: blueprint to how many seeds of it were culled here.
         births: seeds that have germinated here; with the plane's seed it fixes the next one's initial weights.
         params, flops: of the seed and its blend; flops of one example's forward pass.
         age, stage_age, stage_steps: since birth and since the stage began.
@@ -37,6 +38,7 @@ class Growth:
     blend: str = ""
     tempo: Tempo = Tempo.STANDARD
     options: dict[str, Any] = attrs.Factory(dict)
+    culled: dict[str, int] = attrs.Factory(dict)
     births: int = 0
     params: int = 0
     flops: int = 0
@@ -62,8 +64,8 @@ class Growth:
         self.counterfactual_count = self.probation_count = 0
 
     def clear(self) -> None:
-        """Forget the seed; births and embargo stay."""
-        fresh = Growth(births=self.births, embargo_left=self.embargo_left, stage=self.stage)
+        """Forget the seed; births, losses and embargo stay."""
+        fresh = Growth(culled=self.culled, births=self.births, embargo_left=self.embargo_left, stage=self.stage)
         for field in attrs.fields(Growth):
             setattr(self, field.name, getattr(fresh, field.name))
 

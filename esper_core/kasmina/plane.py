@@ -411,6 +411,7 @@ class Plane:
             self._territory.mount_children(command.slot)
         elif command.op is Op.CULL:
             removed = self._remove_seed(command.slot)
+            growth.culled = {**growth.culled, blueprint: growth.culled.get(blueprint, 0) + 1}
             growth.clear()
             growth.embargo_left = max(growth.embargo_left, self.embargo_decisions)
         elif command.op is Op.WITHER:

@@ -99,6 +99,7 @@ def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, 
         if STAGES[growth.stage].occupied
         else growth.readings,
         embargo_left=growth.embargo_left,
+        culled=growth.culled,
     )
 
 

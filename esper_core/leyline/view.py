@@ -64,6 +64,7 @@ class SlotView:
         readings: sensor readings by name; a missing key is unmeasured.
         embargo_left: decision steps until the slot may germinate again.
         seed_family, seed_tags: of the blueprint that grows here; empty when nothing does.
+        culled: blueprint to how many seeds of it were culled here so far.
     """
 
     path: str
@@ -84,6 +85,7 @@ class SlotView:
     embargo_left: int
     seed_family: str = ""
     seed_tags: frozenset[str] = frozenset()
+    culled: Mapping[str, int] = attrs.Factory(dict)
 
 
 @attrs.frozen

@@ -272,7 +272,10 @@ def contest(
 def _controller(world: World, run: RunConfig, reference: str, registry: Registry) -> Controller:
     name, argument = split_reference(reference)
     if reference != "schedule":
-        controller: Controller = registry.build("controller", name, argument, seed=run.seed)
+        controller: Controller = registry.build(
+            "controller", name, argument, seed=run.seed,
+            options=assembly.options_for(run, registry, "controller", name),
+        )  # fmt: skip
         return controller
     blueprint = world.schedule if world.schedule in run.blueprints else run.blueprints[0]
     text = f'[[steps]]\ndecision = 1\nop = "germinate"\nslot = "*"\nblueprint = "{blueprint}"\n'

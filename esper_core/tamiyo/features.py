@@ -240,6 +240,9 @@ BLUEPRINT_FEATURES: Final[tuple[Feature, ...]] = (
             lambda b, s, r: _average([_mean(o.counterfactual) for o in _relatives(b, r)])),
     Feature("known_progress", "mean proxy progress of those slots", SIGNED,
             lambda b, s, r: _average([o.readings.get("proxy_progress") for o in _relatives(b, r)])),
+    Feature("failed_here", "seeds of it that were culled in this slot", COUNT, lambda b, s, r: s.culled.get(b.name, 0)),
+    Feature("failed", "seeds of it that were culled in any slot", COUNT,
+            lambda b, s, r: sum(slot.culled.get(b.name, 0) for slot in r.slots)),
     *_families(lambda b, s, r: b.family),
     *(_tagged(tag, f"the blueprint: {text}", lambda b, s, r: b.tags) for tag, text in TAGS.items()),
 )  # fmt: skip
