@@ -27,7 +27,8 @@ def main() -> None:
     about = {
         "protocol": args.protocol,
         "command": f"python -m benchmarks.growth {args.protocol}" + (f" --seeds {args.seeds}" if args.seeds else ""),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     if args.protocol in PROTOCOLS:
