@@ -151,8 +151,8 @@ def build_task(config: RunConfig, registry: Registry) -> tuple[TaskProtocol, str
 def build_host(config: RunConfig, registry: Registry, outputs: int, input_shape: tuple[int, ...]) -> HostProtocol:
     """The host of a run with its initial weights, on the CPU; two-dimensional convolutions in channels-last layout.
 
-    That layout changes no weight, and on a CPU it is never slower and up to 1.8 times as fast (docs/speed.md). Seeds
-    take it over from their host.
+    That layout changes no weight; on a CPU it takes between 1.06 and 0.57 times as long (docs/speed.md). Seeds take it
+    over from their host.
     """
     name, argument = split_reference(config.host)
     torch.manual_seed(config.seed)
