@@ -1,4 +1,4 @@
-"""P1, P2 (and P2 with a larger host), P3 and P5: the run of a TOML file beside its arms, and the bars that the figures are held against."""
+"""P1, P2, P3 and P5: the run of a TOML file beside its arms, and the bars that the figures are held against."""
 
 from __future__ import annotations
 
