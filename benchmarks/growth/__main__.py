@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.growth import page
 from benchmarks.growth.arms import PROTOCOLS, run_arms, show, write
 
 OTHERS = {"p4": "adaptation", "p6": "lab", "p7": "planted"}
@@ -18,11 +19,14 @@ OTHERS = {"p4": "adaptation", "p6": "lab", "p7": "planted"}
 def main() -> None:
     """Parse, run, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("protocol", choices=sorted([*PROTOCOLS, *OTHERS]))
+    parser.add_argument("protocol", choices=[*sorted([*PROTOCOLS, *OTHERS]), "page"])
     parser.add_argument("--folder", type=Path, default=Path("runs/growth"), help="where runs are kept and resumed from")
     parser.add_argument("--seeds", type=int, default=None, help="other than the protocol's own number")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args()
+    if args.protocol == "page":
+        print("written to", page.write())
+        return
     torch.set_num_threads(1)
     about = {
         "protocol": args.protocol,

@@ -1,0 +1,86 @@
+"""Writes docs/growth.md from the committed figures: `python -m benchmarks.growth page`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
+
+RESULTS: Final = Path(__file__).parent / "results"
+PAGE: Final = Path(__file__).parents[2] / "docs" / "growth.md"
+
+TITLES: Final = {
+    "p1": "P1: scikit-learn's digits, at most 2,100 parameters, 50 epochs",
+    "p2": "P2: Fashion-MNIST, 3,000 images, at most 7,600 parameters, 20 epochs",
+    "p2-large": "P2 with a larger host",
+    "p3": "P3: MNIST-1D",
+    "p4": "P4: a pre-trained host adapted to more classes",
+    "p5": "P5: a byte-level GPT on documentation text",
+    "p6": "P6: the calibrated lab",
+    "p7": "P7: a planted useless blueprint and a planted essential one",
+}
+
+_HEAD: Final = """# Does growing pay?
+
+Written by `python -m benchmarks.growth page` from `benchmarks/growth/results/`; the words are in
+`benchmarks/growth/notes/`. What was tried on the way, and why, is in [findings.md](findings.md).
+
+*grown*: the host grown by the heuristic. *host*: the host alone, as many steps. *static*: the grown run's final
+architecture from scratch, as many steps. *static@FLOPs*: the same, with a schedule of its own that ends when the grown
+run's FLOPs are spent, those for probes, counterfactuals and culled seeds included. *random search*: three random
+architectures from the same slots and blueprints that share these FLOPs, the best by validation. *random controller*:
+random legal commands. Seeds are paired: the same initial weights of the host and the same batches in the same order.
+Intervals are 95% (Student's t over seeds). The test split is read once a run, at its end."""
+
+
+def page() -> str:
+    """The page's text."""
+    parts = [_HEAD]
+    for name, title in TITLES.items():
+        file = RESULTS / f"{name}.json"
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_text(encoding="utf-8"))
+        torch_version = found["versions"]["torch"]
+        parts.append(f"## {title}")
+        parts.append(f"`{found['command']}` on {found['machine']}; torch {torch_version}.")
+        if "arms" in found:
+            parts.append("\n".join(_arms(found)))
+        parts.append("\n".join(_bars(found)))
+        note = RESULTS.parent / "notes" / f"{name}.md"
+        if note.is_file():
+            parts.append(note.read_text(encoding="utf-8").strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _arms(found: Mapping[str, Any]) -> Iterator[str]:
+    bits = found["metric"] == "bits_per_byte"
+    paired = {pair["minus"]: pair for pair in found["paired"]}
+    scale, digits = (1, 3) if bits else (100, 2)
+    what, seeds = "bits per byte" if bits else "accuracy, %", len(found["arms"][0]["seeds"])
+    yield f"| arm | {what} | parameters | GFLOP | grown minus it, {seeds} seeds |"
+    yield "|---|---:|---:|---:|---|"
+    for arm in found["arms"]:
+        score = fmean(arm["bits_per_byte"]) if bits else 100 * fmean(arm["accuracy"])
+        pair = paired.get(arm["name"])
+        gain = ""
+        if pair:
+            mean, low, high = (scale * pair[key] for key in ("mean", "low", "high"))
+            gain = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        yield f"| {arm['name']} | {score:.{digits}f} | {arm['params']:,.0f} | {arm['flops'] / 1e9:.3g} | {gain} |"
+
+
+def _bars(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "| asked for | found | |"
+    yield "|---|---:|---|"
+    for bar in found["bars"]:
+        value = f"{bar['value']:,.0f}" if abs(bar["value"]) >= 1000 else f"{bar['value']:.3g}"
+        yield f"| {bar['bar']} | {value} | {'met' if bar['met'] else '**missed**'} |"
+
+
+def write() -> Path:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    return PAGE
