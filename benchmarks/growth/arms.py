@@ -109,7 +109,8 @@ def run_arms(name: str, folder: Path, seeds: int | None, workers: int) -> dict[s
     if name == "p5":
         add_stacking(table, config, run / "compare", workers)
     rows = [{"bar": bar.text, "value": bar.met(table)[0], "met": bar.met(table)[1]} for bar in bars]
-    return {"config": config.to_mapping(), **table, "bars": rows, "sitting_s": round(time.monotonic() - began)}
+    told = {key: value for key, value in config.to_mapping().items() if key != "out"}
+    return {"config": told, **table, "bars": rows, "sitting_s": round(time.monotonic() - began)}
 
 
 def add_stacking(table: dict[str, Any], config: RunConfig, folder: Path, workers: int) -> None:
