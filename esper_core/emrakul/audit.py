@@ -13,6 +13,8 @@ from esper_core.leyline.stages import Op, Stage, legal_ops
 from esper_core.leyline.view import Controller, Interval, RunView, SlotView
 
 _JUDGED = (Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED)
+_TREND = 5
+"""Decisions over which it is seen where the training loss is heading."""
 
 
 @attrs.frozen
@@ -22,7 +24,7 @@ class Verdict:
     Attributes:
         verdict: `cull` or `revive`.
         churn: what the seed would bring if it were put back now; None if the audit was called off before it was known.
-        rise: of the validation loss since the audit began (nats); None if unknown.
+        rise: of the validation loss since the audit began, over where it was heading (nats); None if unknown.
     """
 
     slot: str
@@ -34,11 +36,17 @@ class Verdict:
 
 @attrs.frozen
 class Opening:
-    """How an audit began: at which decision, at what validation loss, and what the seed was worth at full alpha."""
+    """How an audit began.
+
+    Attributes:
+        decision: when. loss: of the validation split. worth: of the seed at full alpha.
+        fall: by how much the training loss had fallen a decision just before (nats); training goes on meanwhile.
+    """
 
     decision: int
     loss: float | None
     worth: Interval | None
+    fall: float = 0.0
 
 
 class Auditor:
@@ -46,7 +54,8 @@ class Auditor:
 
     What a seed is worth to a host that had time to do without it cannot be read off one network, so there are bounds.
     Its *churn*, measured by putting it back into the host of now, understates: that host, and its batch statistics,
-    have left it behind. The *rise* of the loss since the audit began understates by what training gained meanwhile.
+    have left it behind. The *rise* of the loss since the audit began is counted from where the loss was heading, since
+    training goes on meanwhile.
     What its removal cost before anything could adapt overstates. A seed is kept if its churn exceeds its rent, or if
     the rise does and the last bound allows it.
 
@@ -115,7 +124,7 @@ class Auditor:
         commands = []
         for slot in suspects[: config.at_once - len(self._open)]:
             gain = slot.counterfactual
-            self._open[slot.path] = Opening(view.decision, view.validation_loss, gain)
+            self._open[slot.path] = Opening(view.decision, view.validation_loss, gain, _fall(view))
             shown = f"[{gain.low:.4g}, {gain.high:.4g}]" if gain else "unmeasured"
             reason = f"audit: its gain is {shown} against rent {_rent(slot, view):.3g}"
             commands.append(Command(Op.WITHER, slot.path, source="emrakul", reason=reason))
@@ -138,7 +147,8 @@ class Auditor:
             return self._close(slot, view, Verdict(slot.path, Op.REVIVE, None, rent)) if late else None
         known = self.measure(slot.path) if self.measure else opening.worth
         losses = opening.loss, view.validation_loss
-        rise = None if losses[0] is None or losses[1] is None else losses[1] - losses[0]
+        heading = opening.fall * (view.decision - opening.decision)
+        rise = None if losses[0] is None or losses[1] is None else losses[1] - losses[0] + heading
         missed = rise is not None and opening.worth is not None and min(rise, opening.worth.mean) > rent
         # What is unknown is not shown to be dead weight.
         keeps = known is None or not known.mean <= rent or missed
@@ -159,6 +169,12 @@ class Auditor:
         reason = f"churn {shown}{rise} against rent {verdict.rent:.3g}"
         # Slowly, or a host that had got used to its absence is thrown out of balance.
         return Command(verdict.verdict, slot.path, tempo=Tempo.SLOW, source="emrakul", reason=reason)
+
+
+def _fall(view: RunView) -> float:
+    """By how much the training loss fell a decision over the last few (nats), never less than 0."""
+    losses = [loss for loss, _, _ in view.history if loss is not None][-_TREND:]
+    return max(0.0, (losses[0] - losses[-1]) / (len(losses) - 1)) if len(losses) > 1 else 0.0
 
 
 def _rent(slot: SlotView, view: RunView) -> float:

@@ -148,6 +148,19 @@ def test_around_any_controller_every_command_is_legal_and_state_is_json(
     assert lab().run(Auditor(inner=inner, start=0.1, everyone=True)).log == lab().run(build(), reload=build).log
 
 
+def test_a_rise_counts_from_where_the_loss_was_heading() -> None:
+    lab = Lab(lambda s, b: 0.0, {"a": 1.0}, 30, blueprints=(CONV,), budget=None)
+    slot, auditor = lab.slots[0], Auditor(everyone=True, start=0.0, measure=lambda path: Interval(-0.5, -0.6, -0.4, 9))
+    slot.blueprint, slot.stage, slot.alpha = CONV, Stage.FOSSILIZED, 1.0
+    slot.measured = Interval(0.3, 0.3, 0.3, 9)
+    falling = tuple((1.0 - 0.05 * k, None, None) for k in range(6))
+    auditor.decide(attrs.evolve(lab.view(), history=falling))
+    slot.left, slot.stage, slot.alpha = Stage.FOSSILIZED, Stage.WITHERING, 0.0
+    view = lab.view()
+    later = attrs.evolve(view, decision=view.decision + 4)  # the loss stands still, though it should have fallen by 0.2
+    assert [c.op for c in auditor.decide(later)] == [Op.REVIVE]
+
+
 @pytest.mark.parametrize(
     ("worth", "rise", "verdict"),
     [(0.3, 0.2, Op.REVIVE), (0.3, 0.0, Op.CULL), (0.0, 0.2, Op.CULL), (None, 0.2, Op.CULL)],
