@@ -37,6 +37,9 @@ from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tolaria.run_folder import RunFolder
 
 FORMAT: Final = "esper-training-1"
+_ADAPTER_RATE: Final = 10.0
+"""Learning rate of an adapter over that of a whole core: the best for LoRA is about ten times the best for all weights
+(Schulman et al., "LoRA Without Regret", 2025)."""
 Record = dict[str, Any]
 
 
@@ -225,6 +228,7 @@ class Training:
         else:
             share = (self.done - taught) / max(self.iterations - taught - 1, 1)
             rate = plan.ppo.learning_rate * (1 + (plan.ppo.final_rate - 1) * share)
+            rate *= _ADAPTER_RATE if self.adapter is not None else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
