@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.option("--set", "settings", metavar="PART.OPTION=VALUE", multiple=True,
               help="an option of a plugin, or of the governor, optimizer, plane or sensors; repeatable")  # fmt: skip
 @click.option("--config", "file", metavar="FILE.toml", help="read options from a file; those typed here win")
-@click.option("--adapter", metavar="FILE", help="adapter of `--controller agent:FILE` for this domain")
+@click.option(
+    "--adapter", metavar="FILE|DOMAIN", help="adapter of `--controller agent`; vision and language are shipped"
+)
 @click.option("--compare", is_flag=True, help="then train the arms that growing must beat")
 @click.option(
     "--seeds", type=click.IntRange(1), default=5, metavar="N", show_default=True, help="seeds of each arm of --compare"

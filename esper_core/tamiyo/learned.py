@@ -51,6 +51,17 @@ def load_agent(path: str) -> TamiyoCore:
         return TamiyoCore.load(file)
 
 
+@contextmanager
+def adapter_path(name: str) -> Iterator[Path]:
+    """The file at `name`, or the shipped adapter of the domain `name` where there is no such file."""
+    resource = files("esper_core.tamiyo") / f"{name}.safetensors"
+    if Path(name).exists() or not name.isidentifier() or not resource.is_file():
+        yield Path(name)
+        return
+    with as_file(resource) as shipped:
+        yield shipped
+
+
 class LearnedController:
     """Decides with a trained core; the same view and memory give the same commands.
 
@@ -58,7 +69,7 @@ class LearnedController:
         argument: path of an agent file; empty for the core that ships with Esper.
         seed: of the draws, with `sample`.
         sample: draw from the policy instead of taking its likeliest command.
-        adapter: path of an adapter file for this domain, or empty.
+        adapter: path of an adapter file for this domain, or the domain of a shipped one, or empty.
         core: a core in memory instead of a file.
 
     Raises:
@@ -78,7 +89,8 @@ class LearnedController:
         self.core = core or load_agent(argument)
         self.core.eval()
         if adapter:
-            self.core.attach(load_adapter(adapter))
+            with adapter_path(adapter) as file:
+                self.core.attach(load_adapter(file))
         self.generator = torch.Generator().manual_seed(seed) if sample else None
         self.hidden = self.core.initial(1)
         self._probe = BlendProbe(registry or load_registry())

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from esper_core.cli.main import cli
+from esper_core.leyline.errors import BadFile
 from esper_core.leyline.stages import Stage
 from esper_core.leyline.view import BlueprintView
 from esper_core.tamiyo.adapter import load_adapter
@@ -39,6 +40,13 @@ def test_shipped_adapters_belong_to_it_and_leave_no_trace(path: Path) -> None:
     )
     core.detach()
     assert core.fingerprint == before and file.base == before
+
+
+def test_a_shipped_adapter_goes_by_its_domain() -> None:
+    assert {path.stem for path in ADAPTERS} == {"language", "vision"}
+    assert list(LearnedController(adapter="language").core.adapters) == ["language"]
+    with pytest.raises(BadFile, match="cooking"):
+        LearnedController(adapter="cooking")
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16, 64])
