@@ -60,7 +60,7 @@ def tamiyo() -> None:
 
 @tamiyo.command()
 @_training
-@click.option("--base", metavar="FILE", help="go on from this agent instead of from nothing")
+@click.option("--base", metavar="FILE", help="go on from this agent, without a teacher, instead of from nothing")
 @click.option("--domain", default="", metavar="NAME", help="only on worlds of this domain")
 def train(
     curriculum: str, out: str | None, iterations: int | None, seed: int, base: str | None, domain: str, workers: int,

@@ -151,6 +151,11 @@ class Training:
         return self.manifest.iterations or self.curriculum.iterations
 
     @property
+    def demonstrations(self) -> int:
+        """How many iterations imitate a teacher: none where there is a core to go on from."""
+        return 0 if self.manifest.base else self.curriculum.imitation.iterations
+
+    @property
     def product(self) -> Path:
         """The file that the training is for: the agent, or the adapter."""
         return self.path / ("adapter.safetensors" if self.adapter is not None else "agent.safetensors")
@@ -184,7 +189,7 @@ class Training:
 
     def _iterate(self, pool: Inline | WorkerPool) -> Record:
         began, plan, i = time.monotonic(), self.curriculum, self.done
-        teaching = i < plan.imitation.iterations and self.adapter is None
+        teaching = i < self.demonstrations
         draws = [plan.draw(self.manifest.seed, i, g, domain=self.manifest.domain) for g in range(plan.groups)]
         jobs: list[tuple[Task, tuple[Any, ...]]]
         if teaching:
@@ -222,7 +227,7 @@ class Training:
         }  # fmt: skip
 
     def _set_rate(self, teaching: bool) -> None:
-        plan, taught = self.curriculum, self.curriculum.imitation.iterations * (self.adapter is None)
+        plan, taught = self.curriculum, self.demonstrations
         if teaching:
             rate = plan.imitation.learning_rate
         else:
@@ -290,8 +295,7 @@ class Training:
             "curriculum_sha256": hashlib.sha256(self.manifest.text.encode()).hexdigest(),
             "iterations": self.done, "of": self.iterations,
             "imitation": {"teacher": self.curriculum.imitation.teacher,
-                          "iterations": min(self.done, self.curriculum.imitation.iterations)}
-            if self.curriculum.imitation.iterations and self.adapter is None else None,
+                          "iterations": min(self.done, self.demonstrations)} if self.demonstrations else None,
             "episodes": last.get("episodes", 0), "environment_steps": last.get("environment_steps", 0),
             "seconds": round(_seconds(last)), "rewards": list(self.curriculum.rewards),
             "domain": self.manifest.domain or None, "worlds": [w.name for w in worlds],
