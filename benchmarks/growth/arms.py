@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from benchmarks.growth.stacking import train_stacked
+from benchmarks.growth.language_arms import LANGUAGE_ARMS, outcome_of
 from esper_core.kasmina.tensor_file import read_json_file, write_json_file
 from esper_core.simic.compare import CompareConfig, compare_run
 from esper_core.simic.statistics import paired_interval
@@ -23,6 +24,7 @@ from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 
 HERE = Path(__file__).parent
+_SEPARATORS = re.compile(r"\W+")
 
 
 @attrs.frozen
@@ -89,7 +91,7 @@ PROTOCOLS: dict[str, tuple[int, tuple[Bar, ...]]] = {
         10,
         (
             saves_bits("static@FLOPs", 0.01), saves_bits("random search", 0.01),
-            saves_bits("one-shot stacking", 0.0), costs("params", 1e6),
+            *(saves_bits(arm, 0.0) for arm in LANGUAGE_ARMS), costs("params", 1e6),
         ),
     ),
 }  # fmt: skip
@@ -107,39 +109,38 @@ def run_arms(name: str, folder: Path, seeds: int | None, workers: int) -> dict[s
         resume_run(run)
     table = compare_run(run, CompareConfig(seeds=seeds or count, workers=workers), notify=say)
     if name == "p5":
-        add_stacking(table, config, run / "compare", workers)
+        add_arms(table, config, run / "compare", workers)
     rows = [{"bar": bar.text, "value": bar.met(table)[0], "met": bar.met(table)[1]} for bar in bars]
     told = {key: value for key, value in config.to_mapping().items() if key != "out"}
     return {"config": told, **table, "bars": rows, "sitting_s": round(time.monotonic() - began)}
 
 
-def add_stacking(table: dict[str, Any], config: RunConfig, folder: Path, workers: int) -> None:
-    """Put the arm *one-shot stacking* into P5's table, at the FLOPs of each seed's grown run; done ones are kept."""
+def add_arms(table: dict[str, Any], config: RunConfig, folder: Path, workers: int) -> None:
+    """Put P5's own arms into its table, at the FLOPs of each seed's grown run; those that are done are kept."""
     grown = table["arms"][0]
-    share = float(config.settings["heuristic.start"])  # the shallow model takes as long as before the first seed
-    jobs = {seed: folder / f"one-shot-stacking-{seed}.json" for seed in grown["seeds"]}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {
-            seed: pool.submit(
-                train_stacked, attrs.evolve(config, seed=seed),
-                read_json_file(folder / f"grown-{seed}.json")["flops"], share,
-            )
-            for seed, file in jobs.items()
-            if not file.is_file()
-        }  # fmt: skip
-        for seed, future in running.items():
-            write_json_file(jobs[seed], future.result())
-            say(f"one-shot stacking, seed {seed}: loss {future.result()['loss']:.4f}")
-    rows = [read_json_file(file) for file in jobs.values()]
-    bits = [row["loss"] / math.log(2) for row in rows]
-    entry = {key: fmean(row[key] for row in rows) for key in ("params", "flops")}
-    table["arms"].append(
-        {"name": "one-shot stacking", "seeds": list(jobs), "bits_per_byte": bits,
-         "accuracy": [row["accuracy"] for row in rows], **entry}
-    )  # fmt: skip
-    mean, low, high = paired_interval(grown["bits_per_byte"], bits)
-    ends = {key: value if math.isfinite(value) else None for key, value in (("low", low), ("high", high))}
-    table["paired"].append({"arm": "grown", "minus": "one-shot stacking", "mean": mean, **ends, "n": len(bits)})
+    for name in LANGUAGE_ARMS:
+        jobs = {seed: folder / f"{_SEPARATORS.sub('-', name)}-{seed}.json" for seed in grown["seeds"]}
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            running = {
+                seed: pool.submit(
+                    outcome_of, name, attrs.evolve(config, seed=seed), read_json_file(folder / f"grown-{seed}.json")
+                )
+                for seed, file in jobs.items()
+                if not file.is_file()
+            }
+            for seed, future in running.items():
+                write_json_file(jobs[seed], future.result())
+                say(f"{name}, seed {seed}: loss {future.result()['loss']:.4f}")
+        rows = [read_json_file(file) for file in jobs.values()]
+        bits = [row["loss"] / math.log(2) for row in rows]
+        entry = {key: fmean(row[key] for row in rows) for key in ("params", "flops")}
+        table["arms"].append(
+            {"name": name, "seeds": list(jobs), "bits_per_byte": bits,
+             "accuracy": [row["accuracy"] for row in rows], **entry}
+        )  # fmt: skip
+        mean, low, high = paired_interval(grown["bits_per_byte"], bits)
+        ends = {key: value if math.isfinite(value) else None for key, value in (("low", low), ("high", high))}
+        table["paired"].append({"arm": "grown", "minus": name, "mean": mean, **ends, "n": len(bits)})
 
 
 def say(text: str) -> None:

@@ -1,8 +1,12 @@
-"""One-shot stacking, for P5: train a shallow GPT, put every block behind itself once more, train on.
+"""P5's arms beside those of `esper run --compare`, each at the FLOPs of the grown run of the same seed.
 
-Source: progressive stacking, Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019: the upper
-half of the deeper model begins as a copy of the lower half. It spends the FLOPs of the grown run of the same seed, on
-the same batches in the same order; the optimizer's moments begin anew with the deeper model.
+- *one-shot stacking*: train a shallow GPT, put every block behind itself once more, train on;
+- *deeper GPT*: the model of twice as many blocks from scratch, which a user without Esper would take;
+- *static@FLOPs, own rate*: the grown run's final architecture at the learning rate that suits it best.
+
+Source of stacking: Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019: the upper half of
+the deeper model begins as a copy of the lower half; the optimizer's moments begin anew with it. All arms see the same
+batches in the same order.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
@@ -20,12 +24,15 @@ from esper_core.kasmina.counterfactual import measure_counterfactuals
 from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.host import Batch
 from esper_core.registry import load_registry
-from esper_core.simic.static import Ground, batches_of, lay_ground
+from esper_core.simic.static import Ground, Organ, batches_of, implant, lay_ground, train_static
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.schedules import learning_rate_share
 
+LANGUAGE_ARMS: Final = ("one-shot stacking", "deeper GPT", "static@FLOPs, own rate")
+OWN_RATE: Final = 0.002
+"""The best of 0.001, 0.002, 0.003 and 0.006 for that architecture, by validation on seeds outside the protocol."""
 _BLOCK = re.compile(r"(\.h\.)(\d+)(\.)")
 
 
@@ -38,14 +45,27 @@ def stack_once(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     return deeper
 
 
+def outcome_of(arm: str, config: RunConfig, grown: Mapping[str, Any]) -> dict[str, Any]:
+    """What comes of one of `LANGUAGE_ARMS`, in the form of the other arms' outcomes.
+
+    Args:
+        config: of the grown run. grown: what came of it, with its `organs` and `flops`.
+    """
+    torch.set_num_threads(1)
+    if arm == "static@FLOPs, own rate":
+        return train_at_rate(config, grown, OWN_RATE)
+    shallow_share = float(config.settings["heuristic.start"]) if arm == "one-shot stacking" else 0.0
+    return train_stacked(config, grown["flops"], shallow_share)
+
+
 def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, Any]:
     """The outcome of one-shot stacking, in the form of the other arms' outcomes.
 
     Args:
         config: of the grown run; its host, `transformers:gpt2`, is the shallow model.
-        flops: to spend in all. share: of all steps that the shallow model takes.
+        flops: to spend in all. share: of all steps that the shallow model takes; at 0 the deeper one is trained
+            from scratch.
     """
-    torch.set_num_threads(1)
     registry = load_registry()
     layers = int(config.settings["transformers.layers"])
     settings = {**config.settings, "transformers.layers": 2 * layers}
@@ -53,8 +73,9 @@ def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, An
     deep = lay_ground(attrs.evolve(config, settings=settings), registry)
     steps = round(flops / (share * shallow.step_flops() + (1 - share) * deep.step_flops()))
     first = round(share * steps)
-    _train(shallow, batches_of(shallow), 0, first, steps)
-    deep.plane.host.module.load_state_dict(stack_once(shallow.plane.host.module.state_dict(), layers))
+    if first:
+        _train(shallow, batches_of(shallow), 0, first, steps)
+        deep.plane.host.module.load_state_dict(stack_once(shallow.plane.host.module.state_dict(), layers))
     _train(deep, islice(batches_of(deep), first, None), first, steps, steps)
     found = measure_counterfactuals(
         deep.plane, deep.task.test.batches(config.batch_size, device=str(deep.device)), paths=[], count_cost=False
@@ -66,6 +87,25 @@ def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, An
         "params": deep.plane.host_params,
         "flops": first * shallow.step_flops() + (steps - first) * deep.step_flops(),
         "steps": steps,
+    }
+
+
+def train_at_rate(config: RunConfig, grown: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    """The final architecture of a grown run from scratch at its FLOPs, at a learning rate of its own.
+
+    Args:
+        config: of the grown run. grown: what came of it. rate: peak learning rate.
+    """
+    ground = lay_ground(attrs.evolve(config, learning_rate=rate), load_registry())
+    implant(ground.plane, [Organ(**organ) for organ in grown["organs"]])
+    found = train_static(ground, round(grown["flops"] / ground.step_flops()))
+    return {
+        "seed": config.seed,
+        "loss": found.test_loss,
+        "accuracy": found.test_accuracy,
+        "params": found.params,
+        "flops": found.flops,
+        "steps": found.steps,
     }
 
 
