@@ -230,10 +230,17 @@ class Plane:
             self._check_germination(command, growth)
         elif command.blend:
             parse_blend(command.blend, self.registry)
-        veto = self.registry.hook.esper_veto(command=command, plane=self)
+        veto = self._veto(command)
         if veto:
             raise IllegalCommand(f"{command.op} at {command.slot} was vetoed: {veto}")
         return transition
+
+    def _veto(self, command: Command) -> str:
+        """Why a plugin refuses `command`; empty if none does. A veto that fails refuses too: it is there to guard."""
+        try:
+            return self.registry.hook.esper_veto(command=command, plane=self) or ""
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+            return f"a plugin's veto failed with {type(error).__name__}: {error}"
 
     def apply(self, command: Command, *, gated: bool = True) -> StageChange | None:
         """Carry out `command`; None for WAIT. A refused command changes nothing.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,9 +38,3 @@ def example_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     positions = counted.sum(1).clamp(min=1)
     per_example = losses.view_as(counted).sum(1) / positions
     return per_example, (hits.view_as(counted) * counted).sum(1) / positions
-
-
-def evaluation_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """(summed loss, summed accuracy, examples) of a batch, as one tensor of shape (3,)."""
-    losses, hits = example_scores(logits, targets)
-    return torch.stack([losses.sum(), hits.sum(), losses.new_tensor(float(losses.numel()))])

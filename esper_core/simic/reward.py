@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import attrs
 
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
-
-if TYPE_CHECKING:
-    from esper_core.registry import Registry
 
 LOSS_CAP: Final = 5.0
 """Bound (nats) on the loss gain. Levels are bounded, never their changes: a bounded fall that is climbed back in small
@@ -40,19 +37,6 @@ def parse_rewards(references: Iterable[str]) -> dict[str, float]:
             raise BadOption(f"reward {name!r} is given twice", "each term once")
         weights[name] = weight
     return weights
-
-
-def build_terms(
-    names: Iterable[str],
-    registry: Registry,
-    settings: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
-) -> dict[str, RewardTerm]:
-    """The reward terms of those names. `settings`: options by term.
-
-    Raises:
-        UnknownName, BadOption: no such term, or an option that it does not take.
-    """
-    return {name: registry.build("reward", name, options=settings.get(name, {})) for name in names}
 
 
 def compute_shaped_reward(

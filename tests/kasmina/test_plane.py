@@ -16,6 +16,7 @@ from esper_core.kasmina.ledger import count_parameters
 from esper_core.kasmina.plane import Limits, Plane
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, IncompatibleSeed, UnknownName
+from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.stages import STAGES, TRANSITIONS, Op, Stage
 from esper_core.leyline.view import Interval
 from tests.kasmina.small import batch, small_host, small_plane, small_registry
@@ -173,6 +174,27 @@ def test_blueprints_of_which_none_fits_are_refused() -> None:
         small_plane(blueprints=["tokens-only"])
     plane = small_plane(blueprints=["tokens-only", "poly"])
     assert all([b.name for b in view.blueprints] == ["poly"] for view in plane.views())
+
+
+class Guard:
+    """A plugin whose veto fails for one slot and speaks for another."""
+
+    @hookimpl
+    def esper_veto(self, command: Command, plane: Plane) -> str | None:
+        if command.slot == "block0":
+            raise KeyError("block0")
+        return "not here" if command.slot == "block1" else None
+
+
+def test_a_veto_refuses_by_speaking_and_by_failing() -> None:
+    plane = small_plane()
+    plane.registry.register(Guard(), name="guard", distribution="mine", version="1")
+    with pytest.raises(IllegalCommand, match=r"germinate at block0 was vetoed: a plugin's veto failed with KeyError"):
+        plane.germinate("block0", "poly")
+    with pytest.raises(IllegalCommand, match="germinate at block1 was vetoed: not here"):
+        plane.germinate("block1", "poly")
+    plane.germinate("block2", "poly")
+    assert [path for path, growth in plane.growths.items() if growth.blueprint] == ["block2"]
 
 
 def test_stacking_is_explicit_in_the_path() -> None:
