@@ -2,7 +2,8 @@
 
 - *one-shot stacking*: train a shallow GPT, put every block behind itself once more, train on;
 - *deeper GPT*: the model of twice as many blocks from scratch, which a user without Esper would take;
-- *static@FLOPs, own rate*: the grown run's final architecture at the learning rate that suits it best.
+- *static@FLOPs, own rate*: the grown run's final architecture at the learning rate that suits it best;
+- *host@FLOPs*: the host alone, trained for longer on more data.
 
 Source of stacking: Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019: the upper half of
 the deeper model begins as a copy of the lower half; the optimizer's moments begin anew with it. All arms see the same
@@ -30,7 +31,7 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.schedules import learning_rate_share
 
-LANGUAGE_ARMS: Final = ("one-shot stacking", "deeper GPT", "static@FLOPs, own rate")
+LANGUAGE_ARMS: Final = ("one-shot stacking", "deeper GPT", "static@FLOPs, own rate", "host@FLOPs")
 OWN_RATE: Final = 0.002
 """The best of 0.001, 0.002, 0.003 and 0.006 for that architecture, by validation on seeds outside the protocol."""
 _BLOCK = re.compile(r"(\.h\.)(\d+)(\.)")
@@ -54,6 +55,8 @@ def outcome_of(arm: str, config: RunConfig, grown: Mapping[str, Any]) -> dict[st
     torch.set_num_threads(1)
     if arm == "static@FLOPs, own rate":
         return train_at_rate(config, grown, OWN_RATE)
+    if arm == "host@FLOPs":
+        return train_at_rate(config, {**grown, "organs": ()}, config.learning_rate)
     shallow_share = float(config.settings["heuristic.start"]) if arm == "one-shot stacking" else 0.0
     return train_stacked(config, grown["flops"], shallow_share)
 
