@@ -72,6 +72,7 @@ class Curriculum:
         rewards: `name=weight`. controllers: what an evaluation puts beside the agent.
         checkpoint_every: iterations between checkpoints.
         ppo, core, imitation: of the policy update, the network, and the demonstrations before the first update.
+        tuning: of the policy update where there is a core to go on from or to adapt; as `ppo` but for what it names.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Curriculum:
     controllers: Sequence[str] = ("wait", "random", "schedule", "heuristic")
     checkpoint_every: int = 5
     ppo: PPOConfig = attrs.Factory(PPOConfig)
+    tuning: PPOConfig = attrs.Factory(PPOConfig)
     core: CoreConfig = attrs.Factory(CoreConfig)
     imitation: ImitationConfig = attrs.Factory(ImitationConfig)
     worlds: Sequence[World] = ()
@@ -164,7 +166,9 @@ def _read(data: dict[str, Any], name: str) -> Curriculum:
         own = raw.get("run", {})
         settings = {**_flat(shared.get("settings", {})), **_flat(own.get("settings", {}))}
         worlds.append(_part(World, {**raw, "run": {**shared, **own, "settings": settings}}, f"a world of {name}"))
-    parts = {"ppo": _part(PPOConfig, _tuples(data.pop("ppo", {})), "ppo"),
+    ppo = data.pop("ppo", {})
+    parts = {"ppo": _part(PPOConfig, _tuples(ppo), "ppo"),
+             "tuning": _part(PPOConfig, _tuples({**ppo, **data.pop("tuning", {})}), "tuning"),
              "core": _part(CoreConfig, data.pop("core", {}), "core"),
              "imitation": _part(ImitationConfig, _tuples(data.pop("imitation", {})), "imitation")}  # fmt: skip
     return _part(Curriculum, {**data, **parts, "worlds": worlds}, name)

@@ -30,7 +30,7 @@ from esper_core.leyline.errors import BadFile, BadOption, RunFailed
 from esper_core.simic.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
 from esper_core.simic.curriculum import Curriculum, curriculum_text, parse_curriculum
 from esper_core.simic.imitation import imitate
-from esper_core.simic.ppo import CorePolicy, Episode, update, update_normalisers
+from esper_core.simic.ppo import CorePolicy, Episode, PPOConfig, update, update_normalisers
 from esper_core.simic.rollout import Packed, Played, demonstrate, rollout
 from esper_core.tamiyo.adapter import Adapter, build_adapter
 from esper_core.tamiyo.core import TamiyoCore
@@ -156,6 +156,11 @@ class Training:
         return 0 if self.manifest.base else self.curriculum.imitation.iterations
 
     @property
+    def ppo(self) -> PPOConfig:
+        """How the policy is updated: with a core to go on from, as `tuning` says."""
+        return self.curriculum.tuning if self.manifest.base else self.curriculum.ppo
+
+    @property
     def product(self) -> Path:
         """The file that the training is for: the agent, or the adapter."""
         return self.path / ("adapter.safetensors" if self.adapter is not None else "agent.safetensors")
@@ -210,7 +215,7 @@ class Training:
             notes = imitate(self.policy, self.optimizer, episodes, plan.imitation, generator,
                             reward_scale=plan.ppo.reward_scale)  # fmt: skip
         else:
-            notes = update(self.policy, self.optimizer, episodes, plan.ppo, generator)
+            notes = update(self.policy, self.optimizer, episodes, self.ppo, generator)
         if self.adapter is None:  # a frozen core keeps its normalisers
             update_normalisers(self.core, episodes)
         results = [(world.name, one) for (world, _), (_, many) in zip(draws, answers, strict=True) for one in many]
@@ -232,7 +237,7 @@ class Training:
             rate = plan.imitation.learning_rate
         else:
             share = (self.done - taught) / max(self.iterations - taught - 1, 1)
-            rate = plan.ppo.learning_rate * (1 + (plan.ppo.final_rate - 1) * share)
+            rate = self.ppo.learning_rate * (1 + (self.ppo.final_rate - 1) * share)
             rate *= _ADAPTER_RATE if self.adapter is not None else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import pytest
 
 from esper_core.leyline.errors import BadFile, UnknownName
@@ -52,6 +53,13 @@ def test_no_held_out_host_is_trained_on(name: str) -> None:
         }  # fmt: skip
 
     assert not shapes(True) & shapes(False)
+
+
+def test_tuning_is_as_ppo_but_for_what_it_names() -> None:
+    plan = parse_curriculum(TOML + "\n[tuning]\nclip = 0.5\n", "tiny")
+    assert plan.tuning == attrs.evolve(plan.ppo, clip=0.5) and parse_curriculum(TOML, "tiny").tuning == plan.ppo
+    with pytest.raises(BadFile, match="clipp"):
+        parse_curriculum(TOML + "\n[tuning]\nclipp = 0.5\n", "tiny")
 
 
 def test_draws_follow_from_their_arguments_alone() -> None:

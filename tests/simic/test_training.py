@@ -99,8 +99,10 @@ def test_an_adapter_trains_on_a_frozen_core_and_its_own_domain(whole: Training, 
 
 
 def test_a_core_that_goes_on_from_another_needs_no_teacher(whole: Training, tmp_path: Path) -> None:
-    training = Training.start(tmp_path / "tuned", attrs.evolve(TINY, iterations=2, domain="other"), whole.product)
+    told = attrs.evolve(TINY, iterations=2, domain="other", text=TOML + "\n[tuning]\nlearning_rate = 1e-4\n")
+    training = Training.start(tmp_path / "tuned", told, whole.product)
     training.run(workers=1)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)  # the last of them, at `final_rate`
     assert [r["phase"] for r in training.records] == ["ppo", "ppo"] and training.core.lineage["imitation"] is None
     assert training.core.lineage["base"]["fingerprint"] == whole.core.fingerprint != training.core.fingerprint
     assert not torch.equal(training.core.op_head.weight, whole.core.op_head.weight)
