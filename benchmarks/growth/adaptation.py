@@ -3,7 +3,7 @@
 The host is timm's `resnet10t` with 16 to 48 channels, trained on 6,000 Fashion-MNIST images of the classes 0 to 4. It
 is adapted on 3,000 other images of all classes, with a fresh head, by one loop for every arm:
 
-- *grown*: seeds by `esper_core.accompany` beside the loop's own optimizer, heuristic controller, defaults;
+- *grown*: seeds by `esper_core.accompany` beside the loop's own optimizer, heuristic controller, few and small probes;
 - *grown, frozen*: the same with the host's weights held fast, so that only seeds and head learn;
 - *LoRA*: low-rank updates of every linear and convolutional weight (Hu et al. 2021, arXiv:2106.09685), host frozen,
   with at least as many added parameters as the grown model of the same seed;
@@ -11,8 +11,8 @@ is adapted on 3,000 other images of all classes, with a fresh head, by one loop 
 
 Every arm stops when it has spent the FLOPs of the grown run of the same seed. Those are what Tolaria counts, probes
 included: three forward passes a step, although a frozen host costs less. Another arm's are what torch counts of one
-real step of it. Learning rates are chosen on a seed of its own by validation accuracy, among as many for LoRA as for
-growing with a frozen host; the test split is read once a run of the other seeds, at its end, and decides nothing.
+real step of it. Learning rates are chosen on two seeds of their own by validation accuracy, among as many for LoRA as
+for growing with a frozen host; the test split is read once a run of the other seeds, at its end, and decides nothing.
 Batch statistics follow the data in every arm.
 """
 
@@ -45,8 +45,8 @@ from esper_plugins.tasks.splits import ResidentSplit
 MODEL: Final = "resnet10t"
 SIZES: Final = {"channels": (16, 24, 32, 48), "stem_width": 8}
 HEAD: Final = "fc"
-SEEDS: Final = 5
-TUNING: Final = (100,)
+SEEDS: Final = 10
+TUNING: Final = (100, 101)
 """Seeds on which learning rates are chosen."""
 BEFORE: Final = 6
 EPOCHS: Final = 8
@@ -54,10 +54,17 @@ EPOCHS: Final = 8
 BATCH: Final = 64
 KNOWN: Final = 5
 RATES: Final = (3e-3, 1e-2)
-FACTORS: Final = {"grown": (0.1, 0.3), "grown, frozen": (0.0,), "LoRA": (0.0,), "full": (0.3, 1.0),
+FACTORS: Final = {"grown": (0.3, 1.0), "grown, frozen": (0.0,), "LoRA": (0.0,), "full": (0.3, 1.0),
                   "head": (0.0,)}  # fmt: skip
 """Arm to the learning rates of the host, over the head's, among which validation chooses."""
-GROWTH: Final = {"blueprints": ("conv", "depthwise", "bottleneck"), "budget_params": "20%"}
+DECISIONS, READ = 8, 2
+"""Decisions of a grown run, and batches of validation images that each reads: probes are paid for in FLOPs."""
+GROWTH: Final[dict[str, Any]] = {
+    "blueprints": ("conv", "depthwise", "bottleneck"),
+    "budget_params": "20%",
+    "budget_flops": "15%",
+    "settings": {"heuristic": {"start": 0.5}},
+}
 
 
 @attrs.frozen
@@ -273,9 +280,9 @@ def _grow(
     """The same loop with Tolaria beside it."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     count = EPOCHS * train.batch_count(BATCH)
-    read = list(validation.batches(BATCH))[:8]
+    read = list(validation.batches(BATCH))[:READ]
     tolaria = accompany(
-        model, optimizer, read[0], steps=count, decisions=24, seed=job.seed, learning_rate=job.rate, **GROWTH
+        model, optimizer, read[0], steps=count, decisions=DECISIONS, seed=job.seed, learning_rate=job.rate, **GROWTH
     )
     for number, batch in steps_of(train, job.seed, count):
         set_rate(optimizer, number / count)
@@ -356,10 +363,10 @@ def compare(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for row in sorted(rows, key=lambda row: row["seed"]):
         arms.setdefault(row["arm"], []).append(row)
     table, paired = [], []
-    for name, mine in arms.items():
+    for name, mine in sorted(arms.items(), key=lambda item: item[0] != "grown"):
         accuracy = [row["accuracy"] for row in mine]
         means = {key: fmean(row[key] for row in mine) for key in ("added", "flops", "steps", "loss", "wall_s")}
-        table.append({"name": name, "accuracy": accuracy, **means})
+        table.append({"name": name, "seeds": [row["seed"] for row in mine], "accuracy": accuracy, **means})
         line = f"{name:15s} {100 * fmean(accuracy):6.2f}% {means['added']:8.0f} added {means['flops']:9.3g} FLOP"
         if name != "grown":
             mean, low, high = paired_interval([row["accuracy"] for row in arms["grown"]], accuracy)

@@ -56,11 +56,12 @@ def page() -> str:
 
 
 def _arms(found: Mapping[str, Any]) -> Iterator[str]:
-    bits = found["metric"] == "bits_per_byte"
+    bits, size = found.get("metric") == "bits_per_byte", "params" if "params" in found["arms"][0] else "added"
     paired = {pair["minus"]: pair for pair in found["paired"]}
     scale, digits = (1, 3) if bits else (100, 2)
-    what, seeds = "bits per byte" if bits else "accuracy, %", len(found["arms"][0]["seeds"])
-    yield f"| arm | {what} | parameters | GFLOP | grown minus it, {seeds} seeds |"
+    what, seeds = "bits per byte" if bits else "accuracy, %", len(found["arms"][0]["accuracy"])
+    parameters = {"params": "parameters", "added": "added parameters"}[size]
+    yield f"| arm | {what} | {parameters} | GFLOP | grown minus it, {seeds} seeds |"
     yield "|---|---:|---:|---:|---|"
     for arm in found["arms"]:
         score = fmean(arm["bits_per_byte"]) if bits else 100 * fmean(arm["accuracy"])
@@ -69,7 +70,7 @@ def _arms(found: Mapping[str, Any]) -> Iterator[str]:
         if pair:
             mean, low, high = (scale * pair[key] for key in ("mean", "low", "high"))
             gain = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-        yield f"| {arm['name']} | {score:.{digits}f} | {arm['params']:,.0f} | {arm['flops'] / 1e9:.3g} | {gain} |"
+        yield f"| {arm['name']} | {score:.{digits}f} | {arm[size]:,.0f} | {arm['flops'] / 1e9:.3g} | {gain} |"
 
 
 def _bars(found: Mapping[str, Any]) -> Iterator[str]:
