@@ -82,11 +82,13 @@ P2_BARS = (
     costs("params", 7600),
     costs("flops", 490e9),
 )
+P3_BARS = (beats("static@FLOPs", 0.5), beats("random search", 0.5))
 PROTOCOLS: dict[str, tuple[int, tuple[Bar, ...]]] = {
     "p1": (20, (beats("static@FLOPs", 0.5), beats("random search", 0.5), reaches(97.5), costs("params", 2100))),
     "p2": (20, P2_BARS),
     "p2-large": (20, P2_BARS),
-    "p3": (20, (beats("static@FLOPs", 0.5), beats("random search", 0.5))),
+    "p3": (20, P3_BARS),
+    "p3-long": (20, P3_BARS),
     "p5": (
         10,
         (

@@ -16,6 +16,7 @@ TITLES: Final = {
     "p2": "P2: Fashion-MNIST, 3,000 images, at most 7,600 parameters, 20 epochs",
     "p2-large": "P2 with a larger host",
     "p3": "P3: MNIST-1D",
+    "p3-long": "P3 under its first training recipe",
     "p4": "P4: a pre-trained host adapted to more classes",
     "p5": "P5: a byte-level GPT on documentation text",
     "p6": "P6: the calibrated lab",
