@@ -65,6 +65,7 @@ class SlotView:
         embargo_left: decision steps until the slot may germinate again.
         seed_family, seed_tags: of the blueprint that grows here; empty when nothing does.
         culled: blueprint to how many seeds of it were culled here so far.
+        barred: operations that would be in `legal` but for the governor's embargo after a rollback.
     """
 
     path: str
@@ -86,6 +87,7 @@ class SlotView:
     seed_family: str = ""
     seed_tags: frozenset[str] = frozenset()
     culled: Mapping[str, int] = attrs.Factory(dict)
+    barred: frozenset[Op] = frozenset()
 
 
 @attrs.frozen

@@ -202,6 +202,8 @@ class HeuristicController:
         if Op.ADVANCE in slot.legal and slot.stage_age >= isolation:
             command = self._command(Op.ADVANCE, slot, f"learnt in isolation for {slot.stage_age} decisions")
             return attrs.evolve(command, blend=slot.blend, tempo=self._tempo(view))
+        if Op.ADVANCE in slot.barred:
+            return None  # it has learnt: only the governor keeps it, and not for long
         if Op.CULL in slot.legal and slot.stage_age >= isolation + self.config.learning_patience:
             return self._command(Op.CULL, slot, f"learnt nothing in {slot.stage_age} decisions")
         return None

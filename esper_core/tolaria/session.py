@@ -232,8 +232,8 @@ class Tolaria:
         plane, ledger, clock = self.plane, self.plane.ledger, self.clock
         slots = []
         for slot in plane.views():
-            barred = {op for op in slot.legal if self.governor.embargo_left(op, slot.path)}
-            slots.append(attrs.evolve(slot, legal=slot.legal - barred) if barred else slot)
+            barred = frozenset(op for op in slot.legal if self.governor.embargo_left(op, slot.path))
+            slots.append(attrs.evolve(slot, legal=slot.legal - barred, barred=barred) if barred else slot)
         limits = plane.limits
         rate = self.optimizer.learning_rate
         return RunView(

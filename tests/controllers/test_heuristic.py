@@ -78,6 +78,23 @@ def test_a_seed_that_cannot_learn_is_culled_not_waited_for() -> None:
     assert Op.ADVANCE not in lab.ops()
 
 
+def test_a_seed_that_has_learnt_is_not_culled_while_the_governor_bars_its_advance() -> None:
+    """As for four decisions after a rollback: it waits, and goes on when the embargo is over."""
+    lab = Lab(lambda s, b: 0.2, {"a": 1.0}, 60, learns=lambda name: True)
+    controller = HeuristicController(attrs.evolve(HeuristicConfig(), start=0.0))
+    while lab.slots[0].stage is not Stage.TRAINING:
+        for command in controller.decide(lab.view()):
+            lab.apply(command)
+        lab.tick()
+    (slot,) = (view := lab.view()).slots
+    old = attrs.evolve(slot, stage_age=20, legal=slot.legal - {Op.ADVANCE}, barred=frozenset({Op.ADVANCE}))
+    assert controller.decide(attrs.evolve(view, slots=(old,))) == []
+    assert [c.op for c in controller.decide(attrs.evolve(view, slots=(attrs.evolve(old, barred=frozenset()),)))] == [
+        Op.CULL
+    ]
+    assert [c.op for c in controller.decide(view)] == [Op.ADVANCE]
+
+
 def test_need_decides_the_slot_when_the_budget_holds_one_seed() -> None:
     lab = Lab(lambda s, b: 0.2, NEEDS, 20, blueprints=(CONV,), budget=60).run(HeuristicController())
     assert next(c.slot for _, c in lab.log) == "b"

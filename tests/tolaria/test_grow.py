@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import esper_core
 from esper_core.kasmina.compose import compose
+from esper_core.kasmina.counterfactual import measure_counterfactuals
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import StageChanged
@@ -143,6 +144,22 @@ def test_a_rollback_beside_a_foreign_optimizer_restores_its_moments():
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     after = tolaria.optimizer.named_state()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_view_tells_what_the_governor_bars():
+    model = net()
+    tolaria = accompany(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), next(iter(loaders()[0])), steps=8, budget_params=""
+    )
+    path = next(iter(tolaria.plane.slots))
+    tolaria.plane.germinate(path, "conv")
+    batches = [to_batch(pair) for pair in loaders()[1]]
+    measured = measure_counterfactuals(tolaria.plane, batches)
+    free = {slot.path: slot for slot in tolaria.view(measured, 0.0).slots}[path]
+    assert Op.CULL in free.legal and not free.barred
+    tolaria.governor.embargoes[f"{Op.CULL} {path}"] = 2
+    barred = {slot.path: slot for slot in tolaria.view(measured, 0.0).slots}[path]
+    assert barred.legal == free.legal - {Op.CULL} and barred.barred == {Op.CULL}
 
 
 def test_growth_is_saved_beside_a_foreign_model(tmp_path):
