@@ -38,7 +38,11 @@ Intervals are 95% (Student's t over seeds). The test split is read once a run, a
 
 def page() -> str:
     """The page's text."""
-    parts = [_HEAD]
+    parts = [
+        _HEAD,
+        "\n".join(_summary()),
+        (RESULTS.parent / "notes" / "summary.md").read_text(encoding="utf-8").strip(),
+    ]
     for name, title in TITLES.items():
         file = RESULTS / f"{name}.json"
         if not file.is_file():
@@ -56,21 +60,40 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _summary() -> Iterator[str]:
+    yield "| protocol | bars met | grown minus static@FLOPs | grown minus random search |"
+    yield "|---|---:|---:|---:|"
+    for name, title in TITLES.items():
+        file = RESULTS / f"{name}.json"
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_text(encoding="utf-8"))
+        paired = {pair["minus"]: pair for pair in found.get("paired", ())}
+        gains = [_gain(found, paired.get(arm)) for arm in ("static@FLOPs", "random search")]
+        met = sum(bar["met"] for bar in found["bars"])
+        yield f"| {title} | {met} of {len(found['bars'])} | {gains[0]} | {gains[1]} |"
+
+
+def _gain(found: Mapping[str, Any], pair: Mapping[str, Any] | None) -> str:
+    """A paired difference with its interval, in points of accuracy or in bits per byte; empty if there is none."""
+    if pair is None:
+        return ""
+    scale, digits = (1, 3) if found.get("metric") == "bits_per_byte" else (100, 2)
+    mean, low, high = (scale * pair[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def _arms(found: Mapping[str, Any]) -> Iterator[str]:
     bits, size = found.get("metric") == "bits_per_byte", "params" if "params" in found["arms"][0] else "added"
     paired = {pair["minus"]: pair for pair in found["paired"]}
-    scale, digits = (1, 3) if bits else (100, 2)
+    digits = 3 if bits else 2
     what, seeds = "bits per byte" if bits else "accuracy, %", len(found["arms"][0]["accuracy"])
     parameters = {"params": "parameters", "added": "added parameters"}[size]
     yield f"| arm | {what} | {parameters} | GFLOP | grown minus it, {seeds} seeds |"
     yield "|---|---:|---:|---:|---|"
     for arm in found["arms"]:
         score = fmean(arm["bits_per_byte"]) if bits else 100 * fmean(arm["accuracy"])
-        pair = paired.get(arm["name"])
-        gain = ""
-        if pair:
-            mean, low, high = (scale * pair[key] for key in ("mean", "low", "high"))
-            gain = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        gain = _gain(found, paired.get(arm["name"]))
         yield f"| {arm['name']} | {score:.{digits}f} | {arm[size]:,.0f} | {arm['flops'] / 1e9:.3g} | {gain} |"
 
 
