@@ -7,6 +7,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 
@@ -18,6 +20,7 @@ def interleaved(
     repeats: int = 1,
     shuffled: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    around: Mapping[str, Callable[[], AbstractContextManager[object]]] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round.
 
@@ -28,6 +31,7 @@ def interleaved(
         repeats: calls within one timing; the answer is seconds for one call.
         shuffled: whether a round's order is drawn, instead of beginning with another contender each time.
         clock: `time.process_time` leaves out what other processes did meanwhile.
+        around: name to a context in which the contender is timed; entering and leaving it are not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders.items())
@@ -36,11 +40,13 @@ def interleaved(
         first = number % len(order)  # who comes after whom matters to the caches, so each round begins elsewhere
         turn = generator.sample(order, len(order)) if shuffled else [*order[first:], *order[:first]]
         for name, run in turn:
-            start = clock()
-            for _ in range(repeats):
-                run()
+            with around.get(name, nullcontext)():
+                start = clock()
+                for _ in range(repeats):
+                    run()
+                took = clock() - start
             if number >= warmup:
-                seconds[name].append((clock() - start) / repeats)
+                seconds[name].append(took / repeats)
     return seconds
 
 
