@@ -29,10 +29,11 @@ class Cohort:
         trunk: the WAIT twin; never given a command.
         members: environments whose hosts have the trunk's initial weights and training state.
         share: whether to share at all; without, every member trains by itself.
+        twin: whether the trunk goes on when no member shares it any more, as where rewards are paired with it.
     """
 
-    def __init__(self, trunk: Member, members: Sequence[Member], *, share: bool = True) -> None:
-        self.trunk, self.members = trunk, list(members)
+    def __init__(self, trunk: Member, members: Sequence[Member], *, share: bool = True, twin: bool = True) -> None:
+        self.trunk, self.members, self.twin = trunk, list(members), twin
         for member in self.members:
             member.shared = share and member.may_share(trunk)
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -43,6 +44,14 @@ class Cohort:
     def step(self, batch: Batch, rate: float) -> None:
         """Trunk and members train on `batch` at the host's learning rate `rate`."""
         sharing = [m for m in self.members if m.shared and not m.failed]
+        if sharing or self.twin:
+            self._step_together(sharing, batch, rate)
+        for member in self.members:
+            if not member.shared and not member.failed and member not in sharing:
+                member.train(batch, rate)
+
+    def _step_together(self, sharing: Sequence[Member], batch: Batch, rate: float) -> None:
+        """The trunk's step, and that of those whose host it computes."""
         self.seen, self.wanted = {}, frozenset(path for m in sharing for path in m.plane.seed_groups())
         self.trunk.backward(batch)
         for member in sharing:
@@ -56,17 +65,15 @@ class Cohort:
                 member.copy_host(self.trunk)
             member.after_step(batch.size)
             self._part(member)
-        for member in self.members:
-            if not member.shared and not member.failed and member not in sharing:
-                member.train(batch, rate)
 
     def observe(self, batches: Iterable[Batch], epoch: float) -> list[RunView]:
-        """What every member sees at a decision; the trunk has its own beside them.
+        """What every member sees at a decision; the trunk, if anybody needs it, has its own beside them.
 
         Raises:
             RunFailed: the trunk, which grows nothing, is beyond rescue.
         """
-        self.trunk.observe(batches, epoch)
+        if self.twin or any(member.shared for member in self.members):
+            self.trunk.observe(batches, epoch)
         if self.trunk.failed:
             raise RunFailed(f"the host fails without any growth: {self.trunk.failed}")
         readings = {path: dict(growth.readings) for path, growth in self.trunk.plane.growths.items()}

@@ -41,7 +41,7 @@ class Population(Protocol):
 
 
 class LocalPopulation:
-    """A population in this process: one cohort with its WAIT twin.
+    """A population in this process: one cohort, whose trunk is computed for as long as somebody shares it.
 
     Args:
         config: the run that every environment is. size: N.
@@ -51,7 +51,8 @@ class LocalPopulation:
     def __init__(self, config: RunConfig, size: int, *, registry: Registry | None = None, share: bool = True) -> None:
         self.size = size
         self.ground = Ground.lay(config, registry or load_registry())
-        self.cohort = Cohort(self.ground.member(), [self.ground.member() for _ in range(size)], share=share)
+        members = [self.ground.member() for _ in range(size)]
+        self.cohort = Cohort(self.ground.member(), members, share=share, twin=False)
         self._validation = self.ground.validation()
 
     def step(self, batch: Batch, learning_rate: float) -> None:

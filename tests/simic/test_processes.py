@@ -88,6 +88,18 @@ def test_a_population_over_processes_computes_the_same_bits() -> None:
         over.close()
 
 
+def test_a_trunk_that_nobody_shares_is_not_computed() -> None:
+    apart, sharing = LocalPopulation(CONFIG, 2, share=False), LocalPopulation(CONFIG, 2)
+    for number, (batch, rate, epoch, _) in enumerate(list(apart.ground.batches())[:16]):
+        apart.step(batch, rate)
+        sharing.step(batch, rate)
+        assert torch.equal(apart.losses, sharing.losses)
+        if number in (3, 9):
+            seen, expected = apart.observe(epoch), sharing.observe(epoch)
+            assert [view.validation_loss for view in seen] == [view.validation_loss for view in expected]
+    assert apart.cohort.trunk.tolaria.clock.step == 0 and sharing.cohort.trunk.tolaria.clock.step == 16
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(BadOption, match="backend"):
         make_population(CONFIG, 1, backend="quantum")
