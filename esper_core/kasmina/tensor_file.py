@@ -60,7 +60,10 @@ def write_tensor_file(path: str | Path, tensors: Mapping[str, Tensor], header: M
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it, where safetensors would let the owner alone read
         save_file(_savable(tensors), temporary, {HEADER_KEY: json.dumps(header)})
+        temporary.chmod(mode)
         digest = _sync_and_hash(temporary)
         os.replace(temporary, path)
     except safetensors.SafetensorError as error:

@@ -303,3 +303,9 @@ def test_leftovers_of_a_kill_are_swept(good, tmp_path):
     checkpoints.save(102, {"a": torch.ones(1)}, {}, None)
     checkpoints.save(103, {"a": torch.ones(1)}, {}, float("nan"))
     assert checkpoints.steps() == [103, 102, 100] and checkpoints.best() == 100
+
+
+def test_a_tensor_file_may_be_read_by_whom_the_umask_lets(tmp_path):
+    (tmp_path / "plain").touch()
+    write_tensor_file(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
