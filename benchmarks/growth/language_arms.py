@@ -13,7 +13,7 @@ batches in the same order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -54,9 +54,10 @@ def outcome_of(arm: str, config: RunConfig, grown: Mapping[str, Any]) -> dict[st
     """
     torch.set_num_threads(1)
     if arm == "static@FLOPs, own rate":
-        return train_at_rate(config, grown, OWN_RATE)
+        organs = [Organ(**organ) for organ in grown["organs"]]
+        return train_fixed(attrs.evolve(config, learning_rate=OWN_RATE), organs, grown["flops"])
     if arm == "host@FLOPs":
-        return train_at_rate(config, {**grown, "organs": ()}, config.learning_rate)
+        return train_fixed(config, (), grown["flops"])
     shallow_share = float(config.settings["heuristic.start"]) if arm == "one-shot stacking" else 0.0
     return train_stacked(config, grown["flops"], shallow_share)
 
@@ -93,15 +94,11 @@ def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, An
     }
 
 
-def train_at_rate(config: RunConfig, grown: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    """The final architecture of a grown run from scratch at its FLOPs, at a learning rate of its own.
-
-    Args:
-        config: of the grown run. grown: what came of it. rate: peak learning rate.
-    """
-    ground = lay_ground(attrs.evolve(config, learning_rate=rate), load_registry())
-    implant(ground.plane, [Organ(**organ) for organ in grown["organs"]])
-    found = train_static(ground, round(grown["flops"] / ground.step_flops()))
+def train_fixed(config: RunConfig, organs: Sequence[Organ], flops: float) -> dict[str, Any]:
+    """The host with `organs` in it from the first step, trained from scratch until `flops` are spent."""
+    ground = lay_ground(config, load_registry())
+    implant(ground.plane, organs)
+    found = train_static(ground, round(flops / ground.step_flops()))
     return {
         "seed": config.seed,
         "loss": found.test_loss,

@@ -108,7 +108,7 @@ def adapt(
 @tamiyo.command("eval")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @_curriculum
-@click.option("--adapter", "adapters", multiple=True, metavar="FILE",
+@click.option("--adapter", "adapters", multiple=True, metavar="FILE|DOMAIN",
               help="put this adapter on the first FILE as a contender of its own; repeatable")  # fmt: skip
 @click.option("--groups", type=click.IntRange(1), default=32, metavar="N", show_default=True,
               help="contests, each on a host and batches of its own")  # fmt: skip
@@ -172,11 +172,10 @@ def show(file: str, as_json: bool) -> None:
 @click.option("--out", required=True, metavar="FILE", help="where to write the merged agent")
 def merge(adapter: str, base: str, out: str) -> None:
     """Write ADAPTER into the weights of its core: an agent of one file that needs no adapter any more."""
-    from esper_core.tamiyo.adapter import load_adapter
     from esper_core.tamiyo.adapter import merge as merged
-    from esper_core.tamiyo.learned import load_agent
+    from esper_core.tamiyo.learned import load_agent, open_adapter
 
-    core, file = load_agent(base), load_adapter(adapter)
+    core, file = load_agent(base), open_adapter(adapter)
     core.attach(file, "merged")
     merged(core, "merged").save(out)
     click.echo(out)
@@ -207,15 +206,14 @@ def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -
 
 def _contenders(files: Sequence[str], adapters: Sequence[str]) -> dict[str, TamiyoCore]:
     """Cores by the name that the table gives them."""
-    from esper_core.tamiyo.adapter import load_adapter
-    from esper_core.tamiyo.learned import load_agent
+    from esper_core.tamiyo.learned import load_agent, open_adapter
 
     cores: dict[str, TamiyoCore] = {}
     for file in files or ("",):
         cores[_unused(Path(file).stem if file else "core_v1", cores)] = load_agent(file)
     for file in adapters:
         core = load_agent(files[0] if files else "")
-        adapter = core.attach(load_adapter(file))
+        adapter = core.attach(open_adapter(file))
         cores[_unused(f"+{adapter.domain or Path(file).stem}", cores)] = core
     return cores
 

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 
 from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
 from esper_core.registry import Registry, load_registry
-from esper_core.tamiyo.adapter import load_adapter
+from esper_core.tamiyo.adapter import AdapterFile, load_adapter
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, collate, observe
 
 SHIPPED = "core_v1.safetensors"
 """The core that comes with the package, used when no file is named."""
+SHIPPED_ADAPTERS = ("language", "vision")
+"""Domains whose adapters come with the package."""
 
 
 @contextmanager
@@ -51,15 +53,22 @@ def load_agent(path: str) -> TamiyoCore:
         return TamiyoCore.load(file)
 
 
-@contextmanager
-def adapter_path(name: str) -> Iterator[Path]:
-    """The file at `name`, or the shipped adapter of the domain `name` where there is no such file."""
-    resource = files("esper_core.tamiyo") / f"{name}.safetensors"
-    if Path(name).exists() or not name.isidentifier() or not resource.is_file():
-        yield Path(name)
-        return
-    with as_file(resource) as shipped:
-        yield shipped
+def open_adapter(name: str) -> AdapterFile:
+    """The adapter in the file `name`, or the shipped one of the domain `name` where there is no such file.
+
+    Raises:
+        BadOption: it is neither. BadFile: damaged or hostile.
+    """
+    if Path(name).exists():
+        return load_adapter(name)
+    if name not in SHIPPED_ADAPTERS:
+        raise BadOption(
+            f"there is no adapter {name!r}",
+            f"a file, or a domain of {', '.join(SHIPPED_ADAPTERS)}",
+            did_you_mean(name, SHIPPED_ADAPTERS) or "esper tamiyo adapt --domain NAME",
+        )
+    with as_file(files("esper_core.tamiyo") / f"{name}.safetensors") as shipped:
+        return load_adapter(shipped)
 
 
 class LearnedController:
@@ -89,8 +98,7 @@ class LearnedController:
         self.core = core or load_agent(argument)
         self.core.eval()
         if adapter:
-            with adapter_path(adapter) as file:
-                self.core.attach(load_adapter(file))
+            self.core.attach(open_adapter(adapter))
         self.generator = torch.Generator().manual_seed(seed) if sample else None
         self.hidden = self.core.initial(1)
         self._probe = BlendProbe(registry or load_registry())

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from esper_core.cli.main import cli
-from esper_core.leyline.errors import BadFile
+from esper_core.leyline.errors import BadOption
 from esper_core.leyline.stages import Stage
 from esper_core.leyline.view import BlueprintView
 from esper_core.tamiyo.adapter import load_adapter
-from esper_core.tamiyo.learned import SHIPPED, LearnedController, load_agent
+from esper_core.tamiyo.learned import SHIPPED, SHIPPED_ADAPTERS, LearnedController, load_agent
 
 from .views import make_view
 
@@ -43,10 +43,12 @@ def test_shipped_adapters_belong_to_it_and_leave_no_trace(path: Path) -> None:
 
 
 def test_a_shipped_adapter_goes_by_its_domain() -> None:
-    assert {path.stem for path in ADAPTERS} == {"language", "vision"}
+    assert {path.stem for path in ADAPTERS} == set(SHIPPED_ADAPTERS)
     assert list(LearnedController(adapter="language").core.adapters) == ["language"]
-    with pytest.raises(BadFile, match="cooking"):
-        LearnedController(adapter="cooking")
+    with pytest.raises(BadOption, match=r"no adapter 'visoin'.*language, vision; did you mean vision"):
+        LearnedController(adapter="visoin")
+    with pytest.raises(BadOption, match="no adapter 'core_v1'"):
+        LearnedController(adapter="core_v1")
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16, 64])
