@@ -16,7 +16,7 @@ from esper_core.kasmina.growth import Growth, gate_value
 from esper_core.kasmina.ledger import Ledger, count_parameters
 from esper_core.kasmina.ramps import AlphaWriter, Shares
 from esper_core.kasmina.slot import SeedSlot
-from esper_core.kasmina.territory import Territory, base_of
+from esper_core.kasmina.territory import Territory, ancestors_of, base_of
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol
@@ -156,16 +156,30 @@ class Plane:
         )
 
     def rent_of(self, path: str) -> float:
-        """What the seed at `path` pays, in nats: rent * params / host_params."""
-        return self.rent * self.growths[path].params / max(self.host_params, 1)
+        """What the seed at `path` pays with all that is nested in it, in nats: rent * params / host_params.
+
+        An organ is judged by what its whole tree brings, so it pays for its whole tree.
+        """
+        params = self.growths[path].params + self.inner_cost(path)[0]
+        return self.rent * params / max(self.host_params, 1)
+
+    def inner_cost(self, path: str) -> tuple[int, int]:
+        """Parameters and forward FLOPs (one example) of all seeds that are nested in the one at `path`."""
+        inside = [self.growths[child] for child in self._territory.children(path)]
+        payers = [growth for growth in inside if STAGES[growth.stage].pays_rent]
+        return sum(growth.params for growth in payers), sum(growth.flops for growth in payers)
 
     def seed_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of every live seed and its blend, by path."""
         return {path: list(_own_parameters(slot)) for path, slot in self._slots.items() if slot.seed is not None}
 
     def contributing(self) -> list[str]:
-        """Paths of the slots whose seed shows in the model's output, in depth order."""
-        return [p for p, g in self.growths.items() if STAGES[g.stage].contributes and g.alpha > 0]
+        """Paths of the slots whose seed shows in the model's output, in depth order.
+
+        A seed that is nested in one that does not show does not show either, whatever its own stage.
+        """
+        shows = {p for p, g in self.growths.items() if STAGES[g.stage].contributes and g.alpha > 0}
+        return [path for path in self.growths if path in shows and shows.issuperset(ancestors_of(path))]
 
     def views(self) -> tuple[SlotView, ...]:
         """Every slot as a controller sees it."""
@@ -417,7 +431,7 @@ class Plane:
             added, blueprint = tuple(_own_parameters(slot)), command.blueprint
             self._territory.mount_children(command.slot)
         elif command.op is Op.CULL:
-            removed = self._remove_seed(command.slot)
+            removed = self._cull_inside(command)
             growth.culled = {**growth.culled, blueprint: growth.culled.get(blueprint, 0) + 1}
             growth.clear()
             growth.embargo_left = max(growth.embargo_left, self.embargo_decisions)
@@ -437,7 +451,9 @@ class Plane:
             self._watch(command.slot)
         if after is Stage.FOSSILIZED:
             self._territory.offer_stack(command.slot, self.max_stack)
-        change = StageChange(command.slot, before, after, command, blueprint, blend, added, removed)
+        return self._tell(StageChange(command.slot, before, after, command, blueprint, blend, added, removed))
+
+    def _tell(self, change: StageChange) -> StageChange:
         for listener in self._listeners:
             listener(change)
         return change
@@ -491,6 +507,25 @@ class Plane:
     def _set_alpha(self, path: str, value: float) -> None:
         self.growths[path].alpha = value
         self._slots[path].set_alpha(value)
+
+    def _cull_inside(self, command: Command) -> tuple[nn.Parameter, ...]:
+        """Empty a slot; every seed nested in its own is culled too, innermost first, and told of like any other.
+
+        Returns:
+            The parameters of the slot's own seed and blend.
+        """
+        changes = []
+        for path in reversed(self._territory.children(command.slot)):
+            growth, parameters = self.growths[path], tuple(_own_parameters(self._slots[path]))
+            if STAGES[growth.stage].occupied:
+                why = attrs.evolve(command, slot=path, reason=f"{command.slot}, which held it, was culled")
+                change = StageChange(path, growth.stage, Stage.CULLED, why, growth.blueprint, growth.blend)
+                changes.append(attrs.evolve(change, removed=parameters))
+        own = tuple(_own_parameters(self._slots[command.slot]))
+        self._remove_seed(command.slot)
+        for change in changes:
+            self._tell(change)
+        return own
 
     def _remove_seed(self, path: str) -> tuple[nn.Parameter, ...]:
         """Empty the slot and everything nested in its seed; returns the parameters that are gone."""

@@ -80,6 +80,7 @@ def slot_views(plane: Plane) -> tuple[SlotView, ...]:
 def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, int | None]) -> SlotView:
     spec = plane.slots[path].spec
     blueprints = _affordable(plane, path, left) if _may_germinate(growth) else ()
+    inner_params, inner_flops = plane.inner_cost(path)
     return SlotView(
         path=path,
         spec=spec,
@@ -100,6 +101,8 @@ def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, 
         else growth.readings,
         embargo_left=growth.embargo_left,
         culled=growth.culled,
+        inner_params=inner_params,
+        inner_flops=inner_flops,
     )
 
 

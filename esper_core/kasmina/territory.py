@@ -29,6 +29,7 @@ class Territory:
         self.slots: dict[str, SeedSlot] = {}
         self.growths: dict[str, Growth] = {}
         self._owners: dict[str, HostProtocol] = {}
+        self._nested = 0  # slots inside seeds; most planes have none, and may have a thousand others to look through
 
     def growth(self, path: str) -> Growth:
         """What is remembered of the slot at `path`.
@@ -48,6 +49,7 @@ class Territory:
         owner.register_slot(point, stack)
         self.module.add_module(key_of(path), stack)
         self._owners[path] = owner
+        self._nested += owner is not self.host
         self._insert(path, slot, after)
 
     def mount_children(self, path: str) -> None:
@@ -62,7 +64,7 @@ class Territory:
 
     def children(self, path: str) -> list[str]:
         """Paths of the slots nested in the seed at `path`, at any depth, in depth order."""
-        return [p for p in self.slots if p.startswith(path + "/")]
+        return [p for p in self.slots if p.startswith(path + "/")] if self._nested else []
 
     def stack(self, path: str) -> None:
         """Put an empty slot `base+n` upon the slots of `base`.
@@ -91,7 +93,9 @@ class Territory:
     def unmount(self, path: str) -> None:
         """Take the slot at `path` away; its owner computes what it did before."""
         if path in self._owners:
-            self._owners.pop(path).unregister_slot(path.rsplit("/", 1)[-1])
+            owner = self._owners.pop(path)
+            owner.unregister_slot(path.rsplit("/", 1)[-1])
+            self._nested -= owner is not self.host
             delattr(self.module, key_of(path))
         elif base_of(path) in self._owners:
             stack = self.module.get_submodule(key_of(base_of(path)))
@@ -118,6 +122,12 @@ def base_of(path: str) -> str:
     """`layer2` for `layer2+1`; a path that is not stacked is its own base."""
     head, slash, tail = path.rpartition("/")
     return head + slash + tail.partition("+")[0]
+
+
+def ancestors_of(path: str) -> list[str]:
+    """Paths of the slots whose seeds a slot is nested in, outermost first: `a` and `a/b` for `a/b/c`."""
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def key_of(path: str) -> str:

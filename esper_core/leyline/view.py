@@ -66,6 +66,7 @@ class SlotView:
         seed_family, seed_tags: of the blueprint that grows here; empty when nothing does.
         culled: blueprint to how many seeds of it were culled here so far.
         barred: operations that would be in `legal` but for the governor's embargo after a rollback.
+        inner_params, inner_flops: of all seeds nested in this one; its rent and its counterfactual are the tree's.
     """
 
     path: str
@@ -88,6 +89,13 @@ class SlotView:
     seed_tags: frozenset[str] = frozenset()
     culled: Mapping[str, int] = attrs.Factory(dict)
     barred: frozenset[Op] = frozenset()
+    inner_params: int = 0
+    inner_flops: int = 0
+
+    @property
+    def tree_params(self) -> int:
+        """Parameters of the seed and of all that is nested in it: the mass on which it pays rent."""
+        return self.params + self.inner_params
 
 
 @attrs.frozen

@@ -82,7 +82,7 @@ def _width(interval: Interval | None) -> float | None:
 
 def _net(s: SlotView, r: RunView) -> float | None:
     gain = _mean(s.counterfactual)
-    return None if gain is None else gain - r.rent * s.params / max(r.host_params, 1)
+    return None if gain is None else gain - r.rent * s.tree_params / max(r.host_params, 1)
 
 
 def _reading(name: str, meaning: str, transform: Transform) -> Feature:
@@ -125,7 +125,7 @@ SLOT_FEATURES: Final[tuple[Feature, ...]] = (
     Feature("stride", "input pixels per feature step", LOG, lambda s, r: s.spec.stride),
     Feature("choices", "blueprints that may germinate here now", COUNT, lambda s, r: len(s.blueprints)),
     Feature("rent", "what the seed costs a decision: lambda times its parameters over the host's", SIGNED,
-            lambda s, r: r.rent * s.params / max(r.host_params, 1)),
+            lambda s, r: r.rent * s.tree_params / max(r.host_params, 1)),
     Feature("flops_ratio", "forward FLOPs of the seed over the host's", SHARE,
             lambda s, r: s.flops / max(r.host_flops, 1)),
     Feature("counterfactual", "validation loss without the slot minus with it (nats)", SIGNED,

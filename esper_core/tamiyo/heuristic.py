@@ -212,7 +212,7 @@ class HeuristicController:
         gain = slot.counterfactual
         if gain is None:
             return None
-        rent = view.rent * slot.params / max(view.host_params, 1)
+        rent = view.rent * slot.tree_params / max(view.host_params, 1)
         pooled = self._pool(slot.path, gain)
         # A young seed is still learning, and what was spent on it is lost if it is withered now. Older ones of which
         # the measurements leave it open stay too until the verdict is due: while the learning rate is high they swing.

@@ -212,9 +212,31 @@ def test_seeds_nest_and_go_with_the_seed_that_they_grew_in() -> None:
     assert list(plane.slots) == ["block0", "block1", "block1/slot0", "block2"]
     plane.germinate("block1/slot0", "poly")
     assert plane.ledger.seed_params == count_parameters(plane.module)
-    removed = plane.cull("block1").removed
-    assert list(plane.slots) == ["block0", "block1", "block2"] and len(removed) == 8
-    assert not list(plane.module.parameters())
+    told = []
+    plane.on_change(told.append)
+    plane.cull("block1")
+    assert [(c.slot, c.after, len(c.removed)) for c in told] == [
+        ("block1/slot0", Stage.CULLED, 4), ("block1", Stage.CULLED, 4),
+    ]  # fmt: skip
+    assert list(plane.slots) == ["block0", "block1", "block2"] and not list(plane.module.parameters())
+
+
+def test_an_organ_pays_for_its_tree_and_what_is_inside_shows_only_with_it() -> None:
+    plane = small_plane(ramp_steps=1)
+    plane.germinate("block1", "test-organ")
+    plane.germinate("block1/slot0", "poly")
+    own = {path: plane.rent * plane.growths[path].params / plane.host_params for path in ("block1", "block1/slot0")}
+    assert plane.rent_of("block1/slot0") == pytest.approx(own["block1/slot0"])
+    assert plane.rent_of("block1") == pytest.approx(sum(own.values()))
+    view = {v.path: v for v in plane.views()}["block1"]
+    assert view.tree_params == plane.ledger.seed_params and view.params == plane.growths["block1"].params
+    plane.step()
+    plane.advance("block1/slot0", gated=False)
+    plane.step()
+    assert plane.contributing() == []
+    plane.advance("block1", gated=False)
+    plane.step()
+    assert plane.contributing() == ["block1", "block1/slot0"]
 
 
 def test_initial_weights_depend_on_seed_path_and_birth_only() -> None:
@@ -248,7 +270,8 @@ def test_any_sequence_of_commands_keeps_the_books(sequence) -> None:
     legal_steps = {(t.source, t.target) for t in TRANSITIONS}
 
     def check(change) -> None:
-        assert (change.before, change.after) in legal_steps or change.before is Stage.WITHERING
+        went_along = "which held it" in change.command.reason and change.after is Stage.CULLED
+        assert (change.before, change.after) in legal_steps or change.before is Stage.WITHERING or went_along
 
     plane.on_change(check)
     for op, path, blueprint, source, gated in sequence:
