@@ -49,6 +49,23 @@ def esper_hosts() -> list[HostSpec]:
             source="Rumelhart, Hinton & Williams 1986",
         ),
         HostSpec(
+            name="gpt",
+            summary="a small, fast decoder for bytes or subword tokens, a point behind each block",
+            factory="esper_hosts.gpt:gpt",
+            default_task="stdlib",
+            capabilities={"language", "language-modelling"},
+            sensors=(*SENSORS, "layer_loss"),
+            options=(
+                Option("layers", "int", 2, "blocks", minimum=1, maximum=1000),
+                Option("width", "int", 64, "of the residual stream", minimum=2, maximum=65_536),
+                Option("heads", "int", 0, "of attention; 0: one for 32 units up to width 160, then for 64", minimum=0),
+                Option("context", "int", 0, "the longest window that it can read; 0: the task's", minimum=0),
+                Option("expansion", "float", 4.0, "feed-forward units over width", minimum=0.1, maximum=64.0),
+                Option("qk_norm", "bool", False, "normalise queries and keys in each head"),
+            ),
+            source="Radford et al. 2019 (GPT-2); Su et al. 2021, arXiv:2104.09864",
+        ),
+        HostSpec(
             name="timm",
             summary="any architecture of timm",
             factory="esper_hosts.timm:timm",

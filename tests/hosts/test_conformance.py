@@ -35,6 +35,14 @@ class TestMlp(HostConformance):
     input_shape = (1, 8, 8)
 
 
+class TestGpt(HostConformance):
+    spec = "gpt"
+    options: ClassVar = {"layers": 2, "width": 16, "heads": 2, "qk_norm": True}
+    input_shape = (12,)
+    outputs = 40
+    integers = True
+
+
 class TestTimmResnet(HostConformance):
     spec = "timm"
     argument = "resnet10t"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from esper_core.testing.sink import SinkConformance
@@ -31,6 +32,10 @@ class TestMnist1d(TaskConformance):
 
 class TestPydoc(TaskConformance):
     spec = "pydoc"
+
+
+class TestStandardLibrary(TaskConformance):
+    spec = "stdlib"
 
 
 class TestTorchvision(WithFiles):
@@ -74,6 +79,17 @@ class TestText(WithFiles):
         path = folder / "story.txt"
         path.write_text("\n".join(row["text"] for row in files.sentences(4000)))
         return str(path)
+
+
+class TestTextInThreeFiles(WithFiles):
+    spec = "text"
+    options: ClassVar = {"length": 16, "sampling": "crops", "tokens": "uint16", "vocabulary": 400}
+
+    @classmethod
+    def make(cls, folder) -> str:
+        for part, count in (("train", 9000), ("validation", 900), ("test", 700)):
+            (np.arange(count) % 400).astype("<u2").tofile(folder / f"numbers.{part}")
+        return str(folder / "numbers")
 
 
 class TestTextOnDisk(TestText):

@@ -107,11 +107,36 @@ def esper_tasks() -> list[TaskSpec]:
             source="pydoc_data.topics of the Python in use",
         ),
         TaskSpec(
+            name="stdlib",
+            summary="next byte of the source of Python's own standard library, more than 10 MB in every Python",
+            factory="esper_plugins.tasks.standard_library:standard_library",
+            options=(
+                _LENGTH,
+                Option("root", "str", "", "folder of another Python's standard library; empty: of the one in use"),
+            ),
+            capabilities=_LANGUAGE,
+            source="sysconfig.get_path('stdlib') of the Python in use",
+        ),
+        TaskSpec(
             name="text",
             argument="FILE",
             summary="next token of a text file: bytes, characters or a tokenizer trained on the fly",
             factory="esper_plugins.tasks.text_file:text_file",
-            options=(_TOKENS, _VOCABULARY, _LENGTH, _MEMORY),
+            options=(
+                Option(
+                    "tokens", "str", "byte", "byte, char, bpe (trained on the fly), a tokenizer.json, or uint16 numbers"
+                ),
+                _VOCABULARY,
+                _LENGTH,
+                _MEMORY,
+                Option(
+                    "sampling",
+                    "str",
+                    "windows",
+                    "training windows: those of the text in random order, or crops at random places",
+                    choices=("windows", "crops"),
+                ),
+            ),
             capabilities=_LANGUAGE | {"streaming"},
         ),
         TaskSpec(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch
 from esper_plugins.tasks.randomness import generator, order
 from esper_plugins.tasks.splits import Task
+
+_TOGETHER: Final = 64
+"""Batches of crops whose places are drawn at once."""
 
 
 class WindowSplit:
@@ -50,7 +54,7 @@ class WindowSplit:
         device: str = "cpu",
     ) -> Iterator[Batch]:
         """See `leyline.host.Split`. Inputs and targets are int64 (N, length)."""
-        row, index = self._row(str(device))
+        row, index = self.row(str(device))
         offset = 0
         if shuffle and self._room:
             offset = int(torch.randint(0, self.length, (), generator=generator("offset", seed, epoch)))
@@ -58,19 +62,70 @@ class WindowSplit:
         reach = torch.arange(self.length + 1, device=index)
         for number in range(start, self.batch_count(batch_size)):
             places = firsts[number * batch_size : (number + 1) * batch_size, None] + reach  # (N, length + 1)
-            if isinstance(row, Tensor):
-                cut = row[places].long()
-            else:
-                cut = torch.from_numpy(row[places.numpy()].astype(np.int64)).to(device)
-            yield Batch(cut[:, :-1].contiguous(), cut[:, 1:].contiguous())
+            yield cut_windows(row, places, device)
 
-    def _row(self, device: str) -> tuple[Tensor | np.ndarray, str]:
+    def row(self, device: str) -> tuple[Tensor | np.ndarray, str]:
         """The tokens as they are read for `device`, and the device on which places are computed."""
         if isinstance(self.tokens, np.ndarray):
             return self.tokens, "cpu"
         if device not in self._resident:
             self._resident[device] = self.tokens.to(device)
         return self._resident[device], device
+
+
+class CropSplit:
+    """Windows of `length` tokens at independent, uniformly random places, and the same windows one token later.
+
+    An epoch has as many windows as would cover the text once. Places depend on seed, epoch and position alone.
+    Without `shuffle`, windows come in order, as those of a `WindowSplit`.
+
+    Args:
+        tokens: (T,), as for `WindowSplit`.
+        length: tokens in a window.
+    """
+
+    def __init__(self, tokens: Tensor | np.ndarray, length: int) -> None:
+        self.tokens, self.length = tokens, length
+        self.examples = (len(tokens) - 1) // length
+        self._in_order = WindowSplit(tokens, length, training=True)
+
+    def batch_count(self, batch_size: int) -> int:
+        """Batches in one epoch."""
+        return max(1, self.examples // batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        shuffle: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[Batch]:
+        """See `leyline.host.Split`. Inputs and targets are int64 (N, length)."""
+        if not shuffle:
+            yield from self._in_order.batches(batch_size, start=start, device=device)
+            return
+        row, index = self._in_order.row(str(device))
+        reach = torch.arange(self.length + 1, device=index)
+        places = torch.empty(0)
+        for number in range(start, self.batch_count(batch_size)):
+            group, place = divmod(number, _TOGETHER)
+            if place == 0 or number == start:
+                draw = generator("crops", seed, epoch, group, batch_size)
+                last = len(self.tokens) - self.length
+                places = torch.randint(0, last, (_TOGETHER, batch_size, 1), generator=draw).to(index)
+            yield cut_windows(row, places[place] + reach, device)
+
+
+def cut_windows(row: Tensor | np.ndarray, places: Tensor, device: str) -> Batch:
+    """Tokens at `places` (N, length + 1): all but the last as inputs, all but the first as targets."""
+    if isinstance(row, Tensor):
+        cut = row[places].long()
+    else:
+        cut = torch.from_numpy(row[places.numpy()].astype(np.int64)).to(device)
+    return Batch(cut[:, :-1].contiguous(), cut[:, 1:].contiguous())
 
 
 def language_task(
@@ -82,7 +137,21 @@ def language_task(
         EsperError: a split has no whole window.
     """
     last, held = int(len(tokens) * (1 - test)), int(len(tokens) * (1 - test - validation))
-    parts = {"training": tokens[:held], "validation": tokens[held:last], "test": tokens[last:]}
+    return task_of_parts(name, (tokens[:held], tokens[held:last], tokens[last:]), vocabulary, length)
+
+
+def task_of_parts(
+    name: str, rows: Sequence[Tensor | np.ndarray], vocabulary: int, length: int, *, crops: bool = False
+) -> Task:
+    """A task from three rows of tokens: of training, validation and test.
+
+    Args:
+        crops: training windows are at random places.
+
+    Raises:
+        EsperError: a split has no whole window.
+    """
+    parts = dict(zip(("training", "validation", "test"), rows, strict=True))
     for part, row in parts.items():
         if len(row) <= length:
             raise EsperError(
@@ -90,5 +159,10 @@ def language_task(
                 f"more than one window of {length}",
                 "a longer text or a smaller option `length`",
             )
-    train, held_out, tested = (WindowSplit(row, length, training=part == "training") for part, row in parts.items())
+    train, held_out, tested = (
+        CropSplit(row, length)
+        if crops and part == "training"
+        else WindowSplit(row, length, training=part == "training")
+        for part, row in parts.items()
+    )
     return Task(name, "language-modelling", vocabulary, (length,), train, held_out, tested)
