@@ -21,8 +21,8 @@ class Hub:
     works in a thread of its own behind a bounded queue. A sink that raises, falls behind or hangs is dropped, and
     a `FaultCaught` tells the others; `faults` tells the caller.
 
-    A sink may have `position() -> int` and `rewind(position)`, by which a resumed run takes back what was
-    written after the checkpoint.
+    An inline sink may have `position() -> int` and `rewind(position)`, by which a resumed run takes back what was
+    written after the checkpoint; any other may have `restart()`, which is called after these to the same end.
 
     Args:
         sinks: by the name under which faults are reported.
@@ -81,6 +81,13 @@ class Hub:
         for name, sink in self._inline.items():
             if hasattr(sink, "rewind"):
                 sink.rewind(positions.get(name, 0))
+        failed: dict[str, Exception] = {}
+        for name, worker in self._workers.items():
+            try:
+                worker.restart()
+            except Exception as error:  # noqa: BLE001 - a sink's fault, whatever it is, must not end the run
+                failed[name] = error
+        self._drop_all(failed)
 
     def close(self) -> None:
         """Close every sink. Waits for queued ones while they work, at most three times `patience` each."""

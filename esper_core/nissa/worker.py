@@ -18,7 +18,7 @@ class SinkWorker:
 
     Args:
         name: for the thread's name.
-        sink: touched by this thread only, from now on.
+        sink: touched by this thread only, once the first event is put.
         capacity: events that may wait.
     """
 
@@ -30,6 +30,12 @@ class SinkWorker:
         self._abandoned = False
         self._thread = threading.Thread(target=self._serve, name=f"esper-sink-{name}", daemon=True)
         self._thread.start()
+
+    def restart(self) -> None:
+        """Have a sink that can do so take back what an earlier process wrote; before the first event only."""
+        restart = getattr(self._sink, "restart", None)
+        if restart is not None:
+            restart()
 
     def put(self, event: Event | None) -> None:
         """Queue an event, or None to ask for a flush; a full queue is a fault."""

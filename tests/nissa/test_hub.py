@@ -9,7 +9,7 @@ import time
 import pytest
 
 from esper_core.leyline.errors import BadFile
-from esper_core.leyline.events import Event, FaultCaught, HostRead
+from esper_core.leyline.events import Decided, Event, FaultCaught, HostRead
 from esper_core.nissa.hub import Hub
 from esper_plugins.sinks.jsonl import JsonLines
 
@@ -259,3 +259,37 @@ def test_tensorboard_writes_curves_that_can_be_read_back(tmp_path) -> None:
     points = read.Scalars("slot_read/layer1.0/readings/proxy_loss")
     assert [(p.step, p.value) for p in points] == [(0, 0.0), (1, 2.0), (2, 4.0)]
     assert "fault/text_summary" in read.Tags()["tensors"]
+
+
+def test_a_resumed_run_doubles_no_point_of_tensorboard(tmp_path) -> None:
+    """Killed two decisions after its checkpoint, it goes on from there; the curves are those of an unbroken run."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from esper_plugins.sinks.tensorboard import TensorBoard
+
+    def begin() -> Hub:
+        return Hub({"jsonl": JsonLines(tmp_path), "tensorboard": TensorBoard(tmp_path)})
+
+    def decided(step: int) -> Decided:
+        return Decided(step=step, decision=step, controller="c", train_loss=float(step), validation_loss=None,
+                       validation_accuracy=0.5, commands=[], governor="calm")  # fmt: skip
+
+    hub = begin()
+    for step in range(3):
+        hub.emit(decided(step))
+    hub.flush()
+    checkpoint = hub.positions()
+    for step in range(3, 5):
+        hub.emit(decided(step))
+    hub.close()
+    hub = begin()
+    hub.rewind(checkpoint)
+    for step in range(3, 5):
+        hub.emit(decided(step))
+    hub.close()
+    assert hub.faults == []
+    read = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False)
+    read.Reload()
+    points = read.Scalars("decided/train_loss")
+    assert [(p.step, p.value) for p in points] == [(step, float(step)) for step in range(5)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
@@ -14,11 +14,11 @@ import torch
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch
 from esper_plugins.tasks.codecs import Codec
+from esper_plugins.tasks.rows import Row, label_of, text_of
 
 _GROUP: Final = 64
 """Documents that are tokenised at once."""
 
-Row = Mapping[str, Any]
 Examples = tuple[Any, Any]
 
 
@@ -36,7 +36,10 @@ class Cutter(ABC):
 
 @attrs.frozen
 class Packed(Cutter):
-    """Documents one behind the other, with a separator between, cut into windows of `length` + 1 tokens."""
+    """Documents one behind the other, with a separator between, cut into windows of `length` + 1 tokens.
+
+    Rows without a text are passed over.
+    """
 
     codec: Codec
     length: int
@@ -47,9 +50,8 @@ class Packed(Cutter):
         rest = np.zeros(0, np.int64)
         gap = np.asarray([] if self.codec.separator is None else [self.codec.separator], np.int64)
         for group in groups(rows, _GROUP):
-            parts = [
-                part for tokens in self.codec.encode([str(row[self.text]) for row in group]) for part in (tokens, gap)
-            ]
+            texts = [text for row in group if (text := text_of(row[self.text], self.text)) is not None]
+            parts = [part for tokens in self.codec.encode(texts) for part in (tokens, gap)]
             rest = np.concatenate([rest, *parts])
             count = (len(rest) - 1) // self.length
             for i in range(count):
@@ -65,7 +67,10 @@ class Packed(Cutter):
 
 @attrs.frozen
 class Labelled(Cutter):
-    """One example a row: `input_ids` and `attention_mask`, with the number of its label."""
+    """One example a row: `input_ids` and `attention_mask`, with the number of its label.
+
+    Rows without a text or without a label are passed over.
+    """
 
     codec: Codec
     length: int
@@ -77,9 +82,10 @@ class Labelled(Cutter):
         """Mappings of tensors (length,), and numbers."""
         number = {name: index for index, name in enumerate(self.names)}
         for group in groups(rows, _GROUP):
-            padded = self.codec.pad([str(row[self.text]) for row in group], self.length)
-            for i, row in enumerate(group):
-                word = str(row[self.label])
+            pairs = [(text_of(row[self.text], self.text), label_of(row[self.label], self.label)) for row in group]
+            whole = [(text, word) for text, word in pairs if text is not None and word]
+            padded = self.codec.pad([text for text, _ in whole], self.length)
+            for i, (_, word) in enumerate(whole):
                 if word not in number:
                     raise EsperError(f"label {word!r} was not met before", ", ".join(self.names))
                 yield {key: value[i] for key, value in padded.items()}, number[word]

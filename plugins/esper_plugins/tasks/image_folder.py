@@ -9,15 +9,17 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import attrs
 import torch
 from torchvision.datasets import ImageFolder
 
 from esper_core.leyline.errors import EsperError
 from esper_plugins.tasks.image_task import Cut, Pool, image_task
-from esper_plugins.tasks.pictures import Pictures, read_picture
+from esper_plugins.tasks.pictures import Pictures, is_deep, read_picture
 from esper_plugins.tasks.splits import Task
 
 _VALIDATION = ("val", "valid", "validation")
+_SPLITS = frozenset({*_VALIDATION, "train", "training", "test", "testing", "eval", "dev"})
 
 
 def image_folder(
@@ -40,7 +42,7 @@ def image_folder(
         augment, validation, memory_mb: see `image_task`.
 
     Raises:
-        EsperError: no such folder, no classes, or splits that differ in their classes.
+        EsperError: no such folder, fewer than two classes, or splits that differ in their classes.
     """
     root = Path(argument).expanduser()
     if not argument or not root.is_dir():
@@ -54,6 +56,12 @@ def image_folder(
         folders |= {"test": root / "test"} if (root / "test").is_dir() else {}
     sets = {part: _listing(folder) for part, folder in folders.items()}
     classes = sets["train"].classes
+    if len(classes) < 2:
+        raise EsperError(
+            f"{folders['train']} holds one class, {classes[0]}", "one folder of pictures a class, two or more"
+        )
+    if {name.lower() for name in classes} <= _SPLITS:
+        raise EsperError(f"the folders of {root} are {', '.join(classes)}, which are splits", "train, val and test")
     for part, listing in sets.items():
         if listing.classes != classes:
             odd = sorted(set(listing.classes) ^ set(classes))
@@ -62,7 +70,7 @@ def image_folder(
                 "the same folders of classes in every split",
             )
     pools = {part: _pool(listing, size, channels) for part, listing in sets.items()}
-    return image_task(
+    task = image_task(
         f"images:{argument}",
         pools["train"],
         validation=pools.get("validation"),
@@ -72,6 +80,10 @@ def image_folder(
         augment=augment,
         memory_mb=memory_mb,
     )
+    first = {label: path for path, label in reversed(sets["train"].samples)}
+    deep = next((path for path in first.values() if is_deep(path)), None)
+    note = f"{deep}: pictures of more than 8 bits a channel are read as 8 bits; black and white stay what they are"
+    return attrs.evolve(task, notes=(*task.notes, note)) if deep else task
 
 
 def _listing(folder: Path) -> ImageFolder:

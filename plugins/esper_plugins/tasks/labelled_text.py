@@ -7,10 +7,7 @@ classification takes them; to fine-tune a pretrained one, name its folder as the
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 from esper_core.leyline.errors import BadFile, EsperError, MissingDependency, UnknownName, did_you_mean
 from esper_plugins.tasks.codecs import INSTALL, Codec, make_codec
 from esper_plugins.tasks.holdout import hold_out, share_of
+from esper_plugins.tasks.rows import Row, check_classes, label_of, read_table, text_of
 from esper_plugins.tasks.splits import ResidentSplit, Task
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -52,10 +50,9 @@ def labelled_text(
     """
     name = f"text-labels:{argument}"
     rows = {part: _table(path, text, label) for part, path in _files(name, Path(argument).expanduser()).items()}
-    texts, words = rows["train"]
+    texts, words, _ = rows["train"]
     names = sorted(set(words), key=lambda word: (not _is_number(word), float(word) if _is_number(word) else 0, word))
-    if len(names) < 2:
-        raise EsperError(f"{name} has {len(names)} label", "at least two in the training rows")
+    check_classes(name, len(names), len(words))
     labels = {part: _numbers(part, found[1], names) for part, found in rows.items()}
     chosen = {part: np.arange(len(found)) for part, found in labels.items()}
     source = {part: part for part in labels}
@@ -73,6 +70,7 @@ def labelled_text(
 
     own = "a pretrained model wants its own tokenizer: --set text-labels.tokens=FOLDER"
     notes = (f"{name} is read byte by byte; {own}",) if tokens == "byte" else ()
+    notes += tuple(note for _, _, odd in rows.values() for note in odd)
     splits = split("train"), split("validation"), split("test")
     return Task(name, "classification", len(names), (length,), *splits, notes)
 
@@ -101,37 +99,44 @@ def _files(name: str, path: Path) -> dict[str, Path]:
     )
 
 
-def _table(path: Path, text: str, label: str) -> tuple[list[str], list[str]]:
-    """Texts and labels of a file, as words."""
-    try:
-        rows = _rows(path)
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise BadFile(f"{path} cannot be read: {error}", f"{path.suffix} in UTF-8") from error
+def _table(path: Path, text: str, label: str) -> tuple[list[str], list[str], list[str]]:
+    """Texts and labels of a file, as words, and what was odd about them."""
+    rows = _rows(path)
     for column in (text, label):
         if rows and (not isinstance(rows[0], dict) or column not in rows[0]):
             known = list(rows[0]) if isinstance(rows[0], dict) else []
             hint = did_you_mean(column, map(str, known)) or "--set text-labels.text=COLUMN text-labels.label=COLUMN"
             raise UnknownName(f"{path} has no column {column!r}", f"one of {', '.join(map(str, known))}", hint)
-    kept = [row for row in rows if row.get(text) is not None and row.get(label) is not None]
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise BadFile(f"{path}, row {number} is a {type(row).__name__}", f"a row with {text} and {label}")
+        where = f"{path}, row {number}"
+        pairs.append((text_of(row.get(text), f"{where}: {text}"), label_of(row.get(label), f"{where}: {label}")))
+    kept = [(words, word) for words, word in pairs if words is not None and word]
     if len(kept) < 3:
         raise EsperError(f"{path} has {len(kept)} rows with {text} and {label}", "at least 3")
-    return [str(row[text]) for row in kept], [str(row[label]) for row in kept]
+    texts, labels = [words for words, _ in kept], [word for _, word in kept]
+    notes = []
+    if left_out := len(pairs) - len(kept):
+        notes.append(f"{path}: {left_out} of {len(pairs)} rows have no {text} or no {label}, and are left out")
+    if mended := sum("\ufffd" in words for words in texts):
+        notes.append(f"{path}: {mended} texts hold half a character, which is read as U+FFFD")
+    return texts, labels, notes
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if path.suffix in (".csv", ".tsv"):
-        with open(path, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise MissingDependency(f"{path} needs the package pyarrow", "it installed", INSTALL) from None
-        return parquet.read_table(path).to_pylist()
-    with open(path, encoding="utf-8") as file:
-        if path.suffix == ".json":
-            return list(json.load(file))
-        return [json.loads(line) for line in file if line.strip()]
+def _rows(path: Path) -> list[Row]:
+    if path.suffix != ".parquet":
+        return read_table(path)
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise MissingDependency(f"{path} needs the package pyarrow", "it installed", INSTALL) from None
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise BadFile(f"{path} cannot be read: {error}", "a whole parquet file") from error
+    return rows
 
 
 def _numbers(part: str, words: list[str], names: list[str]) -> np.ndarray:

@@ -13,12 +13,47 @@ from torch import Tensor
 
 from esper_core.leyline.errors import BadFile
 
+_SIXTEEN_BITS = ("PNG", "PPM", None)
+"""Formats whose integers Pillow gives from 0 to 65,535 where it calls the mode `I`; None is an array's."""
+
 
 def pixels(image: Image.Image, size: int, channels: int) -> Tensor:
-    """One picture as uint8 (channels, size, size): cropped to a square about its centre, and resized."""
-    fitted = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.BILINEAR)
+    """One picture as uint8 (channels, size, size): cropped to a square about its centre, and resized.
+
+    Grey of 16 bits (0 to 65,535) and of floats (0 to 1) is scaled to 0 to 255.
+
+    Raises:
+        ValueError: floats outside of 0 to 1, or integers whose white is not known.
+    """
+    flat = image.mode[:2] in ("I", "I;", "F")
+    even = _grey(image) if flat else image.convert("RGB" if channels == 3 else "L")
+    fitted = ImageOps.fit(even, (size, size), Image.Resampling.BILINEAR)
+    if flat:
+        grey = torch.from_numpy(np.asarray(fitted).round().clip(0, 255).astype(np.uint8))
+        return grey.expand(channels, size, size).clone()
     array = np.asarray(fitted, dtype=np.uint8)
     return torch.from_numpy(array.copy()).view(size, size, channels).permute(2, 0, 1)
+
+
+def is_deep(path: str) -> bool:
+    """Whether the picture at `path` has more than 8 bits a channel and can be read; only its head is looked at."""
+    try:
+        with Image.open(path) as image:
+            return image.mode[:2] in ("I", "I;", "F")
+    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError):
+        return False  # whoever reads it says what is wrong with it
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """A deep grey picture as floats from 0 to 255."""
+    values = np.asarray(image).astype(np.float32)
+    if image.mode == "F":
+        if not 0.0 <= float(values.min()) <= float(values.max()) <= 1.0:
+            raise ValueError(f"its floats go from {values.min():g} to {values.max():g}, and are read from 0 to 1")
+        return Image.fromarray(values * 255)
+    if image.mode == "I" and image.format not in _SIXTEEN_BITS:
+        raise ValueError("its integers have 32 bits, and 8 or 16 are read")
+    return Image.fromarray(values * (255 / 65535))
 
 
 def read_picture(path: str, size: int, channels: int) -> Tensor:

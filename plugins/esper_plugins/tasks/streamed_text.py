@@ -18,6 +18,7 @@ from typing import Final
 from esper_core.leyline.errors import BadFile, EsperError, UnknownName, did_you_mean
 from esper_plugins.tasks.codecs import make_codec
 from esper_plugins.tasks.cutters import Cutter, Labelled, Packed, Row
+from esper_plugins.tasks.rows import check_classes, check_header, label_of, text_of
 from esper_plugins.tasks.splits import ResidentSplit, Task
 from esper_plugins.tasks.stream_split import StreamSplit
 
@@ -72,7 +73,7 @@ def streamed_text(
         raise UnknownName(f"{name} has no column {text!r}", f"one of {', '.join(known)}", hint)
     if objective == "auto":
         objective = "classification" if label in first else "language-modelling"
-    codec = make_codec(tokens, (str(row[text]) for row in islice(sources["train"](), _SAMPLE)), vocabulary)
+    codec = make_codec(tokens, _texts(name, islice(sources["train"](), _SAMPLE), text), vocabulary)
     if objective == "classification":
         cutter: Cutter = Labelled(codec, length, text, label, _labels(name, sources["train"], label))
         outputs = len(cutter.names)
@@ -99,6 +100,8 @@ def _open(name: str, argument: str, config: str) -> dict[str, Callable[[], Itera
         if path.is_file():
             if path.suffix not in _FORMATS:
                 raise EsperError(f"{name} ends in {path.suffix!r}", f"one of {', '.join(_FORMATS)}")
+            if path.suffix == ".csv":
+                check_header(path)
             found = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), streaming=True)
         else:
             place = str(path) if path.is_dir() else argument
@@ -137,10 +140,14 @@ def _read(name: str, source: Iterable[Row]) -> Iterator[Row]:
         raise BadFile(f"{name} broke off: {type(error).__name__}: {error}", "whole files of one format") from error
 
 
+def _texts(name: str, rows: Iterable[Row], text: str) -> Iterator[str]:
+    return (found for row in rows if (found := text_of(row[text], f"{name}, {text}")))
+
+
 def _labels(name: str, rows: Callable[[], Iterator[Row]], label: str) -> tuple[str, ...]:
-    words = {str(row[label]) for row in islice(rows(), _SAMPLE)}
-    if len(words) < 2:
-        raise EsperError(f"{name} has {len(words)} label in its first {_SAMPLE} documents", "at least two")
+    found = [label_of(row[label], f"{name}, {label}") for row in islice(rows(), _SAMPLE)]
+    words = {word for word in found if word}
+    check_classes(name, len(words), len(found))
     return tuple(sorted(words, key=lambda word: (len(word), word) if word.lstrip("-").isdigit() else (0, word)))
 
 

@@ -1,0 +1,135 @@
+"""Rows of tables of other people's: what is a text, what is a label, and which rows cannot be trusted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from esper_core.leyline.errors import BadFile, EsperError
+
+Row = Mapping[str, Any]
+
+
+def text_of(value: Any, where: str) -> str | None:
+    """A text as words, or None where there is none. Half a surrogate pair, which UTF-8 lacks, becomes U+FFFD.
+
+    Raises:
+        EsperError: a list or a mapping.
+    """
+    if _missing(value):
+        return None
+    if isinstance(value, list | tuple | Mapping):
+        raise EsperError(f"{where} is a {type(value).__name__}", "a text, or a number")
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def label_of(value: Any, where: str) -> str | None:
+    """A label as a word without spaces around it; None where there is none. 1, 1.0 and "1" are one label.
+
+    Raises:
+        EsperError: a list or a mapping.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return (text_of(value, where) or "").strip() or None
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def check_classes(name: str, classes: int, rows: int) -> None:
+    """Refuse labels that are no classes.
+
+    Raises:
+        EsperError: fewer than two, or more than half as many as rows.
+    """
+    if classes < 2:
+        raise EsperError(f"{name} has {classes} label", "at least two in the training rows")
+    if classes > max(20, rows // 2):
+        raise EsperError(f"{name} has {classes} different labels in {rows} rows", "labels that repeat, one a class")
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a CSV, TSV, JSON or JSON-lines file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        BadFile: damaged, or a row that does not fit the header.
+    """
+    try:
+        if path.suffix in (".csv", ".tsv"):
+            return _separated(path)
+        with open(path, encoding="utf-8-sig") as file:
+            if path.suffix == ".json":
+                return list(json.load(file))
+            return [json.loads(line) for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path} is not UTF-8 (byte {error.start})", f"{path.suffix} in UTF-8") from error
+    except (OSError, csv.Error, ValueError, TypeError) as error:
+        raise BadFile(f"{path} cannot be read: {error}", f"whole {path.suffix} in UTF-8") from error
+
+
+def check_header(path: Path) -> None:
+    """Refuse a CSV whose header and first row differ in length: readers disagree on what such a file means.
+
+    Raises:
+        BadFile: they do, or a name stands twice in the header.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="", errors="replace") as file, _long_fields():
+            rows = csv.reader(file)
+            header = next(rows, [])
+            first = next((row for row in rows if row), header)
+    except (OSError, csv.Error) as error:
+        raise BadFile(f"{path} cannot be read: {error}", f"whole {path.suffix} in UTF-8") from error
+    _check_names(path, header)
+    _check_length(path, 2, len(header), len(first))
+
+
+def _separated(path: Path) -> list[Row]:
+    found: list[Row] = []
+    with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
+        rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            header = next(rows, [])
+            _check_names(path, header)
+            for row in rows:
+                if row:
+                    _check_length(path, rows.line_num, len(header), len(row))
+                    found.append(dict(zip(header, row, strict=True)))
+        except csv.Error as error:
+            raise BadFile(
+                f"{path}, line {rows.line_num}: {error}", 'fields that hold quotes in quotes, doubled: "a ""word"""'
+            ) from error
+    return found
+
+
+def _check_names(path: Path, header: list[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise BadFile(f"{path} has the column {twice[0]!r} twice", "names that differ")
+
+
+def _check_length(path: Path, line: int, wanted: int, got: int) -> None:
+    if got != wanted:
+        raise BadFile(
+            f"{path}, line {line} has {got} fields and the header {wanted}",
+            "as many",
+            "put texts that hold commas in double quotes" if got > wanted else "complete the row, or remove it",
+        )
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let fields be as long as they are; the limit is the whole process's, and is put back."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
