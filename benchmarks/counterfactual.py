@@ -85,7 +85,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         plane.ramp_steps = 1
         while plane.growths[path].stage != "shadowing":
             plane.step()
-            if plane.growths[path].stage in ("germinated", "training"):
+            if plane.growths[path].stage.spec.isolated:
                 plane.advance(path, gated=False)
         assert slot.seed is not None
         for parameter in slot.seed.parameters():

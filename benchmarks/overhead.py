@@ -51,9 +51,9 @@ def build(config: RunConfig) -> Trainer:
     for path, blueprint in SEEDS.items():
         plane.germinate(path, blueprint)
         plane.ramp_steps = 1
-        while plane.growths[path].stage != "fossilized":
+        while not plane.growths[path].stage.spec.permanent:
             plane.step()
-            if plane.growths[path].stage in ("training", "shadowing", "probationary", "germinated"):
+            if not plane.growths[path].stage.spec.ramping:
                 plane.advance(path, gated=False)
     return runs._build_trainer(ground, {}, lambda: folder)
 

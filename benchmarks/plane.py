@@ -156,7 +156,7 @@ def bookkeeping(rounds: int) -> dict[str, float]:
         for path in plane.slots:
             plane.germinate(path, "norm")
             plane.step()
-            while plane.growths[path].stage != "fossilized":
+            while not plane.growths[path].stage.spec.permanent:
                 plane.advance(path, gated=False)
             plane.growths[path].ramp_steps = 0
         if curve == "linear":

@@ -22,9 +22,9 @@ NOTICE = "<!-- Written by docs/generate.py; change the code, then run it again. 
 def lifecycle_page() -> str:
     """`lifecycle.md`: the diagram, the stages and the gates of `esper_core.leyline.stages`."""
     stages = [
-        f"| {spec.stage.name} | {spec.summary} | {_mark(spec.occupied)} | {_mark(spec.isolated)} "
+        f"| {stage.name} | {spec.summary} | {_mark(spec.occupied)} | {_mark(spec.isolated)} "
         f"| {_mark(spec.contributes)} | {_mark(spec.pays_rent)} | {', '.join(spec.sensors)} |"
-        for spec in STAGES.values()
+        for stage, spec in STAGES.items()
     ]
     gates = {gate.summary: gate for transition in TRANSITIONS for gate in transition.gates}
     conditions = [f"| `{g.measure}` | {g.comparison} {g.threshold:g} | {g.summary} |" for g in gates.values()]
@@ -54,7 +54,7 @@ def lifecycle_page() -> str:
 
 def sensors_page() -> str:
     """`sensors.md`: what is read at every slot, of the host, and in each stage."""
-    stages = [f"| {spec.stage.name} | {', '.join(f'`{name}`' for name in spec.sensors)} |" for spec in STAGES.values()]
+    stages = [f"| {stage.name} | {', '.join(f'`{name}`' for name in spec.sensors)} |" for stage, spec in STAGES.items()]
     return "\n".join(
         [
             NOTICE,

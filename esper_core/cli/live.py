@@ -16,7 +16,7 @@ from rich.text import Text
 
 from esper_core.cli.watch import SlotLine, Watch
 from esper_core.leyline.events import Event
-from esper_core.leyline.stages import STAGES, Stage
+from esper_core.leyline.stages import STAGES, Stage, stages_where
 from esper_core.nissa.report.wording import nats, percent
 
 FASTEST: Final = 1 / 8
@@ -95,7 +95,7 @@ class LiveView:
 
 def record_line(event: Event, phrase: str, width: int) -> Text:
     """A growth or governor event as a line: step, a sign in the stage's colour, words with a hanging indent."""
-    growth = {"stage_changed": getattr(event, "after", ""), "audited": Stage.WITHERING}.get(event.kind)
+    growth = {"stage_changed": getattr(event, "after", ""), "audited": stages_where(leaving=True)[0]}.get(event.kind)
     sign, style = ("* ", STAGES[Stage(growth)].colour) if growth else ("! ", "bold red")
     words = textwrap.wrap(phrase, max(10, width - 11)) or [""]
     return Text.assemble((f"{event.step:>7} ", "dim"), (sign, style), ("\n" + " " * 10).join(words))

@@ -10,8 +10,10 @@ import click
 
 from esper_core.cli.arguments import RUNS, find_run, list_runs, run_argument
 from esper_core.cli.output import make_console, make_table, print_json
+from esper_core.leyline.stages import BORN, stages_where
 
-EMPTY = ("dormant", "culled")
+_VACANT = stages_where(occupied=False)
+_KEPT = stages_where(permanent=True)
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
@@ -108,10 +110,10 @@ def summarise(folder: Path) -> dict[str, Any]:
         "params": int(params) if params is not None else None, "host_params": host_params,
         "excess_params_ratio": params / host_params - 1 if params and host_params else None,
         "total_flops": number(ended.get("total_flops")) or last[9],
-        "germinated": sum(mark[1] == "germinated" for mark in digest.marks),
-        "fossilized": sum(life[2] == "fossilized" for life in lives.values()),
+        "germinated": sum(mark[1] == BORN for mark in digest.marks),
+        "fossilized": sum(life[2] in _KEPT for life in lives.values()),
         "rollbacks": sum(mark[1] == "rolled_back" for mark in digest.marks),
-        "slots": {printable(p): printable(f"{v[3]} {v[2]}").strip() for p, v in lives.items() if v[2] not in EMPTY},
+        "slots": {printable(p): printable(f"{v[3]} {v[2]}").strip() for p, v in lives.items() if v[2] not in _VACANT},
         "language": any("causal" in str(slot.point.get("tags")) for slot in digest.slots.values()),
         "config": config if isinstance(config, dict) else {},
     }  # fmt: skip

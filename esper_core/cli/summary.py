@@ -16,6 +16,7 @@ from esper_core.cli.arms import arm_scores
 from esper_core.cli.live import clock
 from esper_core.cli.runs import summarise
 from esper_core.leyline.errors import EsperError
+from esper_core.leyline.stages import stages_where
 from esper_core.nissa.report.reading import read_lines
 from esper_core.nissa.report.wording import nats, number, percent, quantity
 
@@ -64,13 +65,13 @@ def show(
     alone = host_alone(compare)
     if alone is not None:
         table.add_row("host alone", alone)
-    kept = [
-        f"{path} ({what.rpartition(' ')[0]})" for path, what in run["slots"].items() if what.endswith(" fossilized")
-    ]
-    others = [f"{path} ({what})" for path, what in run["slots"].items() if not what.endswith(" fossilized")]
+    grown = {path: what.rpartition(" ") for path, what in run["slots"].items()}
+    permanent = stages_where(permanent=True)
+    kept = [f"{path} ({blueprint})" for path, (blueprint, _, stage) in grown.items() if stage in permanent]
+    others = [f"{path} ({run['slots'][path]})" for path, (_, _, stage) in grown.items() if stage not in permanent]
     table.add_row("fossilised", ", ".join(kept) if kept else f"no seed ({run['germinated']} germinated)")
     if others:
-        table.add_row("in between", ", ".join(others))
+        table.add_row("still growing", ", ".join(others))
     growth = (
         f", {run['excess_params_ratio']:+.1%} over the host's {quantity(run['host_params'])}" if run["params"] else ""
     )

@@ -13,20 +13,14 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.events import Event
-from esper_core.leyline.stages import STAGES, Stage, stages_where
+from esper_core.leyline.stages import EMPTY, Stage, stages_where
 from esper_core.nissa.report.reading import read_events
 from esper_core.nissa.report.wording import GROUPS, describe, number
-
-ORDER_OF_INTEREST: Final = (
-    Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY, Stage.WITHERING, Stage.TRAINING, Stage.GERMINATED,
-    Stage.FOSSILIZED, Stage.CULLED, Stage.DORMANT,
-)  # fmt: skip
-"""Which slots are shown first when not all have room: what is happening before what has happened."""
 
 FEW: Final = 12
 """Slots up to which every slot has its row, even while nothing grows in it."""
 
-_LIVE: Final = stages_where(occupied=True)
+_RECORDED: Final = stages_where(recorded=True)
 
 
 @attrs.define
@@ -35,7 +29,7 @@ class SlotLine:
 
     path: str
     order: int
-    stage: Stage = Stage.DORMANT
+    stage: Stage = EMPTY
     blueprint: str = ""
     params: int = 0
     alpha: float | None = None
@@ -49,7 +43,7 @@ def is_record(event: Event) -> bool:
         return False
     group = GROUPS.get(event.kind)
     if event.kind == "stage_changed":  # the steps that the plane takes by itself are seen in the table
-        return getattr(event, "after", "") in ("germinated", "blending", "fossilized", "withering", "culled")
+        return getattr(event, "after", "") in _RECORDED
     return group in ("growth", "governor") and event.kind != "command_refused"
 
 
@@ -111,8 +105,8 @@ class Watch:
         ordered = sorted(self.slots.values(), key=lambda s: s.order)
         if len(ordered) <= min(room, FEW):
             return ordered, {}
-        ranked = sorted(ordered, key=lambda s: (ORDER_OF_INTEREST.index(s.stage), -abs(s.worth[0] if s.worth else 0)))
-        shown = {s.path for s in ranked[: max(1, room - 1)] if s.stage in _LIVE}
+        ranked = sorted(ordered, key=lambda s: (s.stage.spec.rank, -abs(s.worth[0] if s.worth else 0)))
+        shown = {s.path for s in ranked[: max(1, room - 1)] if s.stage.spec.occupied}
         hidden: dict[str, int] = {}
         for slot in ranked:
             if slot.path not in shown:
@@ -141,9 +135,9 @@ class Watch:
     def _on_stage_changed(self, event: Any) -> None:
         slot = self._slot(event.slot)
         slot.stage, slot.blueprint, slot.params = Stage(event.after), event.blueprint, event.params
-        if slot.stage not in _LIVE:
+        if not slot.stage.spec.occupied:
             slot.blueprint, slot.params = "", 0
-        if not STAGES[slot.stage].contributes:
+        if not slot.stage.spec.contributes:
             slot.alpha = slot.worth = slot.rent = None
 
     def _on_slot_read(self, event: Any) -> None:

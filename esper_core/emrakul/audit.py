@@ -9,10 +9,9 @@ import attrs
 
 from esper_core.emrakul.audit_config import AuditConfig
 from esper_core.leyline.actions import Command, Tempo
-from esper_core.leyline.stages import Op, Stage, legal_ops
+from esper_core.leyline.stages import Op, legal_ops
 from esper_core.leyline.view import Controller, Interval, RunView, SlotView
 
-_JUDGED = (Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED)
 _TREND = 5
 """Decisions over which it is seen where the training loss is heading."""
 
@@ -87,7 +86,7 @@ class Auditor:
     def decide(self, view: RunView) -> Sequence[Command]:
         """The inner controller's commands less those under audit, and Emrakul's own."""
         slots = {slot.path: slot for slot in view.slots}
-        for path in [p for p in self._open if p not in slots or slots[p].stage is not Stage.WITHERING]:
+        for path in [p for p in self._open if p not in slots or not slots[p].stage.spec.leaving]:
             del self._open[path]  # its verdict was carried out, or a rollback or another hand ended it
         verdicts = [c for path in list(self._open) if (c := self._judge(slots[path], view)) is not None]
         audits = self._begin(view)
@@ -131,12 +130,16 @@ class Auditor:
         return commands
 
     def _is_suspect(self, slot: SlotView, view: RunView) -> bool:
-        if slot.stage not in _JUDGED or Op.WITHER not in legal_ops(slot.stage, auditor=True) or slot.path in self._open:
+        if (
+            not slot.stage.spec.settled
+            or Op.WITHER not in legal_ops(slot.stage, auditor=True)
+            or slot.path in self._open
+        ):
             return False
         if view.decision < self._rests_until.get(slot.path, 0) or slot.alpha < 1:
             return False
         gain, rent = slot.counterfactual, _rent(slot, view)
-        if slot.stage is not Stage.FOSSILIZED:  # still on trial: only what is shown to be parasitic
+        if slot.stage.spec.on_trial:  # still on trial: only what is shown to be parasitic
             return gain is not None and gain.high <= rent
         return self.config.everyone or gain is None or gain.low <= rent
 

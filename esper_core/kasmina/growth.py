@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.actions import Tempo
-from esper_core.leyline.stages import Gate, Stage
+from esper_core.leyline.stages import EMPTY, Gate, Stage
 from esper_core.leyline.view import Interval
 
 
@@ -32,7 +32,7 @@ class Growth:
         readings: the latest sensor readings.
     """
 
-    stage: Stage = Stage.DORMANT
+    stage: Stage = EMPTY
     resume_stage: Stage | None = None
     blueprint: str = ""
     blend: str = ""

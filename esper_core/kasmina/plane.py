@@ -20,7 +20,7 @@ from esper_core.kasmina.territory import Territory, ancestors_of, base_of
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol
-from esper_core.leyline.stages import STAGES, Op, Stage, Transition, find_transition, legal_ops
+from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage, Transition, find_transition, legal_ops, waits_for_steps
 from esper_core.leyline.view import Interval, SlotView
 from esper_core.registry import Registry
 
@@ -296,6 +296,8 @@ class Plane:
         for path in sorted(due):
             self._moving.pop(path, None)
             changes += self._advance_automatically(path)
+            if waits_for_steps(self.growths[path].stage) and path not in self._moving:
+                self._watch(path)
         return changes
 
     def decide(self) -> list[StageChange]:
@@ -363,7 +365,7 @@ class Plane:
                 self._territory.mount_children(path)
                 slot.set_stage(growth.stage)
                 self._set_alpha(path, growth.alpha)
-                if growth.ramping or growth.stage is Stage.GERMINATED:
+                if growth.ramping or waits_for_steps(growth.stage):
                     self._watch(path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plane:
@@ -441,15 +443,15 @@ class Plane:
         elif command.op is Op.REVIVE:
             growth.resume_stage = None
             self._ramp(command, growth, 1.0)
-        elif after is Stage.BLENDING:
+        elif after.spec.ramping:
             added, removed = self._choose_blend(command, slot, growth)
             blend = growth.blend
-            self._ramp(command, growth, 1.0)
+            self._ramp(command, growth, after.spec.ramps_to or 0.0)
         growth.enter(after)
         slot.set_stage(after)
-        if after is Stage.GERMINATED:
+        if waits_for_steps(after):
             self._watch(command.slot)
-        if after is Stage.FOSSILIZED:
+        if after.spec.permanent:
             self._territory.offer_stack(command.slot, self.max_stack)
         return self._tell(StageChange(command.slot, before, after, command, blueprint, blend, added, removed))
 
@@ -536,7 +538,7 @@ class Plane:
             self._moving.pop(child, None)
             self._territory.unmount(child)
         slot.seed = slot.combination = None
-        slot.set_stage(Stage.DORMANT)
+        slot.set_stage(EMPTY)
         self._set_alpha(path, 0.0)
         self._moving.pop(path, None)
         return tuple({id(p): p for p in gone}.values())

@@ -10,7 +10,7 @@ from esper_core.kasmina.growth import Growth, gate_value
 from esper_core.leyline.errors import EsperError, IllegalCommand
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.specs import BlueprintSpec
-from esper_core.leyline.stages import STAGES, Op, Stage, find_transition, legal_ops
+from esper_core.leyline.stages import EMPTY, STAGES, Op, find_transition, legal_ops
 from esper_core.leyline.view import BlueprintView, SlotView
 from esper_core.registry import Registry
 
@@ -107,7 +107,7 @@ def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, 
 
 
 def _may_germinate(growth: Growth) -> bool:
-    return growth.stage is Stage.DORMANT and growth.embargo_left == 0
+    return growth.stage is EMPTY and growth.embargo_left == 0
 
 
 def _affordable(plane: Plane, path: str, left: tuple[int | None, int | None]) -> tuple[BlueprintView, ...]:

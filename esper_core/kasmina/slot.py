@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.straight_through import silent_at_zero, straight_through
 from esper_core.leyline.injection import InjectionSpec
-from esper_core.leyline.stages import STAGES, Stage
+from esper_core.leyline.stages import EMPTY, STAGES, Stage
 
 
 class Mode(Enum):
@@ -33,7 +33,7 @@ def mode_of(stage: Stage) -> Mode:
         return Mode.IDENTITY
     if properties.isolated:
         return Mode.ISOLATED
-    return Mode.RAMPING if stage in (Stage.BLENDING, Stage.WITHERING) else Mode.ATTACHED
+    return Mode.RAMPING if properties.ramping else Mode.ATTACHED
 
 
 class Probe(Protocol):
@@ -63,7 +63,7 @@ class SeedSlot(nn.Module):
         super().__init__()
         self.path = path
         self.spec = spec
-        self.stage = Stage.DORMANT
+        self.stage = EMPTY
         self.mode = Mode.IDENTITY
         self.blueprint = ""
         self.blend = ""

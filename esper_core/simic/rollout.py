@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import TaskProtocol
-from esper_core.leyline.stages import Op, Stage
+from esper_core.leyline.stages import Op
 from esper_core.leyline.view import Controller, RunView
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.simic.curriculum import World
@@ -107,9 +107,7 @@ class _Ledger:
     def close(self, group: EpisodeGroup, k: int) -> Played:
         member, twin = group.cohort.members[k], group.cohort.trunk
         assert member.measured is not None and twin.measured is not None
-        grown = Counter(
-            g.blueprint for g in member.plane.growths.values() if g.stage not in (Stage.DORMANT, Stage.CULLED)
-        )
+        grown = Counter(g.blueprint for g in member.plane.growths.values() if g.stage.spec.occupied)
         return Played(
             sum(self.rewards), dict(self.terms), member.measured.loss, member.measured.accuracy, twin.measured.loss,
             twin.measured.accuracy, member.plane.ledger.excess_params_ratio, dict(grown), dict(self.commands),

@@ -101,8 +101,8 @@ def implant(plane: Plane, organs: Sequence[Organ]) -> None:
     for organ in organs:
         plane.germinate(organ.path, organ.blueprint, organ.blend, source="static")
         growth = plane.growths[organ.path]
-        while growth.stage is not Stage.FOSSILIZED:
-            if growth.stage is Stage.BLENDING:
+        while not growth.stage.spec.permanent:
+            if growth.stage.spec.ramping:
                 plane.step()  # alpha rises; nothing is trained meanwhile
             else:
                 plane.advance(organ.path, gated=False, source="static")

@@ -16,7 +16,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.actions import Command, Tempo
-from esper_core.leyline.stages import STAGES, Op, Stage
+from esper_core.leyline.stages import STAGES, Op, begins_blending
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
 from esper_core.tamiyo.heuristic_config import HeuristicConfig
 
@@ -35,15 +35,6 @@ FAMILY_PRIORS: Final = MappingProxyType(
 """Prior weight of a blueprint family on maps and on sequences; other families count as `_OTHER`."""
 
 _OTHER: Final = 0.6
-_GROWING: Final = (
-    Stage.GERMINATED,
-    Stage.TRAINING,
-    Stage.BLENDING,
-    Stage.SHADOWING,
-    Stage.PROBATIONARY,
-    Stage.WITHERING,
-)
-_SETTLED: Final = (Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED)
 _CERTAIN: Final = 3
 """Measurements from which on a seed's harm can be certain."""
 _SETTLING: Final = 3
@@ -177,10 +168,10 @@ class HeuristicController:
                 key = f"{path} {blueprint}"
                 self._failures[key] = self._failures.get(key, 0) + 1
         self._alive = alive
-        self._withering &= {slot.path for slot in view.slots if slot.stage is Stage.WITHERING}
+        self._withering &= {slot.path for slot in view.slots if slot.stage.spec.leaving}
         self._measured = {path: gains for path, gains in self._measured.items() if path in alive}
         for slot in view.slots:
-            if slot.counterfactual is not None and slot.stage in _SETTLED:
+            if slot.counterfactual is not None and slot.stage.spec.settled:
                 gains = self._measured.setdefault(slot.path, [])
                 gains.append(slot.counterfactual.mean)
                 born = f"{slot.path}@{view.decision - slot.age}"
@@ -189,11 +180,11 @@ class HeuristicController:
     # Seeds that live already
 
     def _tend(self, slot: SlotView, view: RunView) -> Command | None:
-        if slot.stage is Stage.TRAINING:
+        if begins_blending(slot.stage):
             return self._end_isolation(slot, view)
-        if slot.stage in (Stage.SHADOWING, Stage.PROBATIONARY):
+        if slot.stage.spec.on_trial:
             return self._judge(slot, view)
-        if slot.stage is Stage.WITHERING and slot.path in self._withering and Op.CULL in slot.legal:
+        if slot.stage.spec.leaving and slot.path in self._withering and Op.CULL in slot.legal:
             return self._command(Op.CULL, slot, "withered")
         return None
 
@@ -249,7 +240,7 @@ class HeuristicController:
     # New seeds
 
     def _plant(self, view: RunView) -> Iterator[Command]:
-        room = self.config.at_once - sum(slot.stage in _GROWING for slot in view.slots)
+        room = self.config.at_once - sum(slot.stage.spec.growing for slot in view.slots)
         if room <= 0 or not self._in_season(view):
             return
         for offer in choose(self._offers(view), view, room):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from esper_core.leyline.actions import Command, Tempo
-from esper_core.leyline.stages import Op, Stage
+from esper_core.leyline.stages import Op, begins_blending
 from esper_core.leyline.view import RunView
 from esper_core.tamiyo.features import (
     BLEND_FEATURES,
@@ -88,7 +88,7 @@ def observe(view: RunView, blends: Sequence[Sequence[float]]) -> Observation:
         _rows([read_features(BLEND_FEATURES, descriptor) for descriptor in blends], BLEND_FEATURES),
         legal,
         grows,
-        np.array([slot.stage is Stage.TRAINING for slot in view.slots], np.bool_),
+        np.array([begins_blending(slot.stage) for slot in view.slots], np.bool_),
         tuple(slot.path for slot in view.slots),
         tuple(tuple(b.name for b in slot.blueprints) for slot in view.slots),
         tuple(view.blends),

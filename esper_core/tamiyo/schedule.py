@@ -26,7 +26,7 @@ import attrs
 
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.errors import BadFile, did_you_mean
-from esper_core.leyline.stages import Op, Stage
+from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView, SlotView
 
 _LIMIT_BYTES = 1 << 20
@@ -115,7 +115,7 @@ class ScheduleController:
                 return Command(step.op, slot.path, step.blueprint, step.blend, step.tempo, "schedule", reason)
         if self.advance and Op.ADVANCE in slot.legal:
             return Command(Op.ADVANCE, slot.path, blend=slot.blend, source="schedule", reason="its gates pass")
-        if slot.stage is Stage.WITHERING and Op.CULL in slot.legal and self.advance:
+        if slot.stage.spec.leaving and Op.CULL in slot.legal and self.advance:
             return Command(Op.CULL, slot.path, source="schedule", reason="withered")
         return None
 

@@ -272,7 +272,7 @@ class HostConformance(Conformance):
             with torch.no_grad():
                 for p in parameters:
                     p.add_(0.02 * torch.randn(p.shape, generator=generator).to(p))
-            while plane.growths[path].stage != "fossilized":
+            while not plane.growths[path].stage.spec.permanent:
                 if not plane.step():
                     plane.advance(path, gated=False)
         assert all(growth.alpha == 1 for growth in plane.growths.values())

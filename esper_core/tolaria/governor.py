@@ -128,11 +128,10 @@ class Governor:
     def status(self, stages: Iterable[Stage]) -> str:
         """`calm`, `watching` (a seed is being let in) or `recovering`; sets how tight the watch is."""
         present = set(stages)
-        self.tight = Stage.PROBATIONARY in present
+        self.tight = any(stage.spec.tight for stage in present)
         if self.recovering > 0:
             return "recovering"
-        watched = (Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY, Stage.WITHERING)
-        return "watching" if present.intersection(watched) else "calm"
+        return "watching" if any(stage.spec.watched for stage in present) else "calm"
 
     def _limit(self) -> tuple[float, float]:
         """What the latest losses must not exceed for long, and how many deviations that is."""
@@ -179,8 +178,8 @@ class Governor:
         risky = [command for command in recent if command["op"] in _RISKY]
         if risky or recent:
             return (risky or recent)[-1]
-        open_stages = (Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY)
-        entering = [c for _, c in self.commands if alive.get(c["slot"]) in open_stages and c["op"] == Op.ADVANCE]
+        open_slots = {slot for slot, stage in alive.items() if stage.spec.entering}
+        entering = [c for _, c in self.commands if c["slot"] in open_slots and c["op"] == Op.ADVANCE]
         return entering[-1] if entering else None
 
     def roll_back(self, step: int, to_step: int, guilty: Mapping[str, str] | None) -> None:

@@ -31,7 +31,7 @@ from esper_core.leyline.events import (
 )
 from esper_core.leyline.host import Batch
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
-from esper_core.leyline.stages import STAGES, Op, Stage
+from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage, find_transition
 from esper_core.leyline.view import Controller, Interval, RunView
 from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.governor import Alarm, Governor
@@ -212,10 +212,10 @@ class Tolaria:
         stage = self.plane.growths[path].stage
         if not STAGES[stage].occupied:
             return
-        if stage is Stage.FOSSILIZED:  # only an audit may wither it, and this is one
-            self.plane.apply(Command(Op.WITHER, path, source="emrakul", reason=reason), gated=False)
-        elif stage not in (Stage.GERMINATED, Stage.TRAINING, Stage.WITHERING):
-            self.plane.wither(path, source="governor", reason=reason)
+        wither = find_transition(stage, Op.WITHER)
+        if wither is not None:  # a permanent seed may be withered by an audit only, and this is one
+            source = "emrakul" if wither.auditor_only else "governor"
+            self.plane.apply(Command(Op.WITHER, path, source=source, reason=reason), gated=False)
         self.plane.cull(path, gated=False, source="governor", reason=reason)
         self.plane.embargo(path, self.governor.config.embargo)
         self.optimizer.check(self.plane)
@@ -298,7 +298,7 @@ class Tolaria:
         growths, decision = self.plane.growths, self.clock.decision
         fossils_due = decision % self.fossils_every == 0 or decision + 1 >= self.decisions
         live = self.plane.contributing()
-        paths = [path for path in live if fossils_due or growths[path].stage is not Stage.FOSSILIZED]
+        paths = [path for path in live if fossils_due or not growths[path].stage.spec.permanent]
         key = (tuple((path, growths[path].births) for path in live), tuple(paths))
         measured = measure_counterfactuals(self.plane, batches, paths=paths, count_cost=key not in self._probe_flops)
         each = self._probe_flops.setdefault(key, measured.flops / measured.examples)
@@ -369,7 +369,7 @@ class Tolaria:
         penalty = governor.config.penalty
         self.emit(RolledBack(step=step, to_step=snapshot.step, lost=lost, guilty=guilty, penalty=penalty))
         for path, (stage, _, blueprint, blend) in before.items():
-            now = plane.growths[path].stage if path in plane.growths else Stage.DORMANT
+            now = plane.growths[path].stage if path in plane.growths else EMPTY
             if now is not stage:
                 told = Command(Op.WAIT, path, source="governor", reason=f"rolled back to step {snapshot.step}")
                 self._tell(StageChange(path, stage, now, told, blueprint, blend))
@@ -382,7 +382,7 @@ class Tolaria:
         if guilty is not None and guilty["slot"] in plane.growths:
             slot = guilty["slot"]
             plane.embargo(slot, governor.config.embargo)
-            entering = plane.growths[slot].stage in (Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY)
+            entering = plane.growths[slot].stage.spec.entering
             if entering or governor.offences[slot] > 1:
                 self.uproot(slot, f"guilty of: {alarm.cause}")
 

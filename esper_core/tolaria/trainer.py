@@ -20,7 +20,6 @@ from esper_core.kasmina.tensor_file import expect_well_formed
 from esper_core.leyline.errors import BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, HostRead, RunEnded, RunStarted
 from esper_core.leyline.host import Batch, TaskProtocol
-from esper_core.leyline.stages import Stage
 from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.hub import Hub
 from esper_core.tolaria.config import RunConfig
@@ -360,7 +359,7 @@ class Trainer:
             params=plane.host_params + plane.ledger.seed_params,
             host_params=plane.host_params,
             total_flops=clock.total_flops,
-            fossilized=tuple(p for p, g in plane.growths.items() if g.stage is Stage.FOSSILIZED),
+            fossilized=tuple(p for p, g in plane.growths.items() if g.stage.spec.permanent),
         )
 
     def _interrupted(self) -> RunResult:

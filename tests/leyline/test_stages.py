@@ -46,7 +46,7 @@ def test_every_stage_has_a_sensor_and_a_colour_of_its_own() -> None:
     assert all(spec.sensors for spec in STAGES.values())
     assert len({spec.colour for spec in STAGES.values()}) == len(STAGES)
     with pytest.raises(EsperError, match="declares no sensor"):
-        StageSpec(Stage.DORMANT, "s", False, False, False, False, "#000000", ())
+        StageSpec(summary="s", colour="#000000", sensors=())
 
 
 def test_every_stage_can_be_reached_and_left() -> None:
@@ -89,8 +89,8 @@ def test_properties_fit_together() -> None:
         assert not (spec.isolated and spec.contributes)
         assert spec.pays_rent == spec.occupied  # complexity is not free, however young or old
         assert spec.occupied or not (spec.isolated or spec.contributes)
-    assert stages_where(isolated=True) == {Stage.GERMINATED, Stage.TRAINING}
-    assert stages_where() == set(Stage)
+    assert stages_where(isolated=True) == (Stage.GERMINATED, Stage.TRAINING)
+    assert stages_where() == tuple(Stage)
 
 
 @given(st.lists(st.integers(0, 5), max_size=60), st.booleans())

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import attrs
 
-from esper_core.leyline.stages import STAGES, Stage
+from esper_core.leyline.stages import BORN, EMPTY, STAGES
 from esper_core.nissa.report.wording import GROUPS, describe, number
 
 MAX_POINTS: Final = 1200
@@ -90,7 +90,7 @@ class SlotHistory:
     def state_at(self, step: int) -> tuple[str, str, float | None]:
         """(stage, blueprint, parameters) at `step`."""
         held = next((s for s in reversed(self.segments) if s[0] <= step), None)
-        return (held[2], held[3], held[4]) if held else (Stage.DORMANT.value, "", 0)
+        return (held[2], held[3], held[4]) if held else (EMPTY.value, "", 0)
 
 
 class RunDigest:
@@ -213,8 +213,11 @@ class RunDigest:
             "unreadable": self.unreadable,
             "config": manifest,
             "compare": compare if isinstance(compare, dict) else None,
-            "stages": {s.stage.value: {"colour": s.colour, "summary": s.summary, "isolated": s.isolated,
-                                       "contributes": s.contributes} for s in STAGES.values()},
+            "stages": {stage.value: {"colour": spec.colour, "summary": spec.summary, "occupied": spec.occupied,
+                                     "isolated": spec.isolated, "contributes": spec.contributes,
+                                     "permanent": spec.permanent, "ramping": spec.ramping, "leaving": spec.leaving,
+                                     "empty": stage is EMPTY, "born": stage is BORN}
+                       for stage, spec in STAGES.items()},
         }  # fmt: skip
 
     def _slot_dict(self, slot: SlotHistory) -> dict[str, Any]:

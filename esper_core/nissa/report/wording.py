@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from esper_core.leyline.stages import BORN
+
 Record = Mapping[str, Any]
 
 GROUPS: Final[Mapping[str, str]] = {
@@ -74,9 +76,9 @@ def _because(e: Record) -> str:
 
 
 def _stage(e: Record) -> str:
-    if e.get("after") == "germinated":
+    if e.get("after") == BORN:
         seed = f"{e.get('blueprint')}, {quantity(e.get('params'))} parameters"
-        return f"{e.get('slot')} → germinated with {seed}{_because(e)}"
+        return f"{e.get('slot')} → {BORN} with {seed}{_because(e)}"
     return f"{e.get('slot')} {e.get('before')} → {e.get('after')}{_because(e)}"
 
 
