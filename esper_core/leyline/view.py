@@ -99,6 +99,25 @@ class SlotView:
 
 
 @attrs.frozen
+class Course:
+    """Where a run stands that has a budget of FLOPs.
+
+    Attributes:
+        budget: FLOPs of the whole run. spent: so far; training, probes and growth.
+        targets: that it was trained on so far: one of a classified example, one a position of a text.
+    """
+
+    budget: float
+    spent: float
+    targets: int
+
+    @property
+    def share(self) -> float:
+        """Share of the budget that is spent."""
+        return self.spent / self.budget
+
+
+@attrs.frozen
 class RunView:
     """The whole run as a controller sees it at a decision step.
 
@@ -114,6 +133,7 @@ class RunView:
         learning_rate: of the host, as a share of its peak.
         governor: `calm`, `watching` or `recovering`. rollbacks: so far.
         slots: every slot in depth order. blends: the blends that commands may name.
+        course: how much of its budget of FLOPs is spent; None where the run goes by epochs.
     """
 
     decision: int
@@ -136,6 +156,12 @@ class RunView:
     rollbacks: int
     slots: tuple[SlotView, ...]
     blends: tuple[str, ...]
+    course: Course | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the run that is done: of its budget, or else of its epochs."""
+        return self.course.share if self.course is not None else self.epoch / max(1, self.epochs)
 
     @property
     def excess_params_ratio(self) -> float:

@@ -4,7 +4,7 @@ TOML or JSON; in TOML:
 
     advance = true            # move every seed on as soon as its gates pass (default)
     [[steps]]
-    epoch = 2                 # or `decision = 4`, counted from 0
+    epoch = 2                 # or `decision = 4`, counted from 0, or `share = 0.3` of the run
     op = "germinate"
     slot = "block2"           # `*` stands for every slot
     blueprint = "depthwise"
@@ -34,12 +34,13 @@ _LIMIT_BYTES = 1 << 20
 
 @attrs.frozen
 class ScheduledStep:
-    """One step: due at `decision`, or else at `epoch` (fractions allowed)."""
+    """One step: due at `decision`, or else at a `share` of the run, or else at `epoch` (fractions allowed)."""
 
     op: Op = attrs.field(converter=Op)
     slot: str = attrs.field(validator=attrs.validators.instance_of(str))
     epoch: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     decision: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
+    share: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     blueprint: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
     blend: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
     tempo: Tempo = attrs.field(default=Tempo.STANDARD, converter=Tempo)
@@ -48,6 +49,8 @@ class ScheduledStep:
         """Whether its time has come."""
         if self.decision is not None:
             return view.decision >= self.decision
+        if self.share is not None:
+            return view.share >= self.share
         return self.epoch is not None and view.epoch >= self.epoch
 
     def covers(self, slot: SlotView) -> bool:
@@ -58,17 +61,17 @@ class ScheduledStep:
 def _parse_step(raw: object, index: int, path: Path) -> ScheduledStep:
     where = f"step {index} of {path}"
     if not isinstance(raw, Mapping):
-        raise BadFile(f"{where} is {raw!r}", "a table of op, slot and epoch or decision")
+        raise BadFile(f"{where} is {raw!r}", "a table of op, slot and epoch, decision or share")
     known = [field.name for field in attrs.fields(ScheduledStep)]
     for key in raw:
         if key not in known:
             raise BadFile(f"{where} has an unknown key {key!r}", ", ".join(known), did_you_mean(str(key), known))
-    if raw.get("epoch") is None and raw.get("decision") is None:
-        raise BadFile(f"{where} has no time", "epoch or decision")
+    if all(raw.get(time) is None for time in ("epoch", "decision", "share")):
+        raise BadFile(f"{where} has no time", "epoch, decision or share")
     try:
         step = ScheduledStep(**raw)
     except (TypeError, ValueError) as error:
-        raise BadFile(f"{where} cannot be read: {error}", "op, slot and epoch or decision") from error
+        raise BadFile(f"{where} cannot be read: {error}", "op, slot and epoch, decision or share") from error
     if step.op is Op.GERMINATE and not step.blueprint:
         raise BadFile(f"{where} germinates nothing", "a blueprint")
     return step

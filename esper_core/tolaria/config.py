@@ -83,6 +83,13 @@ class RunConfig:
         2048, "validation examples read at a decision; 0: all of them", group="growth", minimum=0
     )
     epochs: int = _option(20, "passes over the training split", group="training", minimum=1)
+    budget_total: str = _option(
+        "", "FLOPs of the whole run, growth and probes included, in place of epochs", group="training"
+    )
+    minutes: float = _option(
+        0.0, "the same as the minutes that the host would take here; about, since growth changes the speed",
+        group="training", minimum=0.0,
+    )  # fmt: skip
     steps_per_epoch: int = _option(0, "batches in an epoch; 0: the whole training split", group="training", minimum=0)
     batch_size: int = _option(64, "examples in a batch", group="training", minimum=1)
     optimizer: str = _option("adamw", "how weights are updated", group="training", choices=("adamw", "sgd"))

@@ -21,6 +21,7 @@ from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.flop_budget import budget_of, decisions_in, resolve_budget
 from esper_core.tolaria.model_file import describe_origin, load_plane
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.trainer import RunResult, Trainer, decisions_per_epoch, steps_per_epoch
@@ -56,22 +57,31 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
     for note in (*getattr(task, "notes", ()), *getattr(host, "notes", ())):
         notify(note)
     host.module.to(device).train()
-    steps = steps_per_epoch(config, task) * config.epochs
     flops = assembly.host_flops(host, task, device)
+    config, told = resolve_budget(config, host, task, flops, steps_per_epoch(config, task), str(device))
+    for note in told:
+        notify(note)
+    steps = steps_per_epoch(config, task) * config.epochs
     plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps)
     return _Ground(config, registry, device, task, name, plane)
 
 
 def _build_trainer(
-    ground: _Ground, sinks: Mapping[str, Sink], open_folder: Callable[[], RunFolder | None] = lambda: None
+    ground: _Ground,
+    sinks: Mapping[str, Sink],
+    open_folder: Callable[[], RunFolder | None] = lambda: None,
+    *,
+    test: bool = True,
 ) -> Trainer:
     """Everything that can be refused is built before the folder, so that a refused run leaves none behind."""
     config, registry, task = ground.config, ground.registry, ground.task
-    steps = steps_per_epoch(config, task)
+    each, budget = steps_per_epoch(config, task), budget_of(config)
+    steps = each * config.epochs
+    decisions = decisions_per_epoch(config, each) * config.epochs if budget is None else decisions_in(config, steps)
     tolaria = assembly.build_tolaria(
-        config, registry, ground.plane, task.outputs, lambda event: hub.emit(event),
-        steps=steps * config.epochs, decisions=decisions_per_epoch(config, steps) * config.epochs,
-    )  # fmt: skip
+        config, registry, ground.plane, task.outputs, lambda event: hub.emit(event), steps=steps, decisions=decisions
+    )
+    tolaria.budget = budget
     names = dict.fromkeys(("jsonl", *config.sinks))
     for name in names:
         registry.load(registry.find("sink", name))
@@ -83,7 +93,7 @@ def _build_trainer(
             )
     hub = Hub(found, registry)
     about = describe_origin(attrs.evolve(config, task=ground.task_name), task)
-    return Trainer(config, tolaria, task, hub, folder, device=ground.device, about=about)
+    return Trainer(config, tolaria, task, hub, folder, device=ground.device, about=about, test=test)
 
 
 def start_run(
@@ -93,21 +103,22 @@ def start_run(
     registry: Registry | None = None,
     notify: Notify = _silent,
     keep: bool = True,
+    test: bool = True,
 ) -> RunResult:
     """Train from the beginning.
 
     Args:
         sinks: further places for events, by name, such as the live view; closed at the end.
         notify: told what the user should know before training, such as a task that was chosen for them.
-        keep: whether the run gets a folder.
+        keep: whether the run gets a folder. test: whether the test split is read at the end.
 
     Raises:
         EsperError: something in the configuration cannot be used; nothing was trained.
         RunFailed: the run could not go on; its last good model was saved.
     """
     ground = _lay(config, registry, notify)
-    create = partial(RunFolder.create, config, ground.task_name, ground.registry)
-    trainer = _build_trainer(ground, sinks or {}, create if keep else lambda: None)
+    create = partial(RunFolder.create, ground.config, ground.task_name, ground.registry)
+    trainer = _build_trainer(ground, sinks or {}, create if keep else lambda: None, test=test)
     if trainer.folder is not None:
         notify(f"run folder: {trainer.folder.path}")
     return _run(trainer)
@@ -238,7 +249,7 @@ def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Not
     trainer.hub.close()
     plane, task = ground.plane, ground.task
     return Plan(
-        config=attrs.evolve(config, task=ground.task_name),
+        config=attrs.evolve(ground.config, task=ground.task_name),
         task=task.name,
         outputs=task.outputs,
         device=str(ground.device),

@@ -32,7 +32,7 @@ from esper_core.leyline.events import (
 from esper_core.leyline.host import Batch
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage, find_transition
-from esper_core.leyline.view import Controller, Interval, RunView
+from esper_core.leyline.view import Controller, Course, Interval, RunView
 from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.governor import Alarm, Governor
 from esper_core.tolaria.optimizer import GrowthOptimizer
@@ -41,7 +41,10 @@ from esper_core.tolaria.snapshot import Snapshot
 
 @attrs.define
 class Clock:
-    """Where a run stands. Steps are optimizer steps; FLOPs are the run's total, probes and isolated seeds included."""
+    """Where a run stands. Steps are optimizer steps; FLOPs are the run's total, probes and isolated seeds included.
+
+    Targets are those of all training examples seen: one of a classified example, one a position of a text.
+    """
 
     step: int = 0
     decision: int = 0
@@ -51,10 +54,13 @@ class Clock:
     epoch_loss_sum: float = 0.0
     epoch_loss_count: int = 0
     history: list[tuple[float | None, float | None, float | None]] = attrs.Factory(list)
+    targets: int = 0
 
 
 class Tolaria:
     """Grows what stands on a plane while someone trains it, under a governor.
+
+    `budget`: FLOPs of the whole run, or None where it goes by epochs.
 
     In a loop: `after_backward()`, the optimizer's step, `after_step(loss)`; and now and then `decide(batches)`.
 
@@ -90,6 +96,7 @@ class Tolaria:
         self.fossils_every = max(1, fossils_every)
         self.clock, self.snapshot = Clock(), Snapshot()
         self.batches: Iterable[Batch] = ()
+        self.budget: float | None = None
         self._deaths, self._churn = 0, dict[str, float]()
         self._flops_each: float | None = None  # a training step's for one example; None once the structure changed
         self._probe_flops: dict[object, float] = {}
@@ -257,6 +264,7 @@ class Tolaria:
             rollbacks=self.governor.rollbacks,
             slots=tuple(slots),
             blends=tuple(plane.blends),
+            course=None if self.budget is None else Course(self.budget, clock.total_flops, clock.targets),
         )
 
     @property

@@ -24,6 +24,7 @@ from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.hub import Hub
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.faults import without_the_guilty
+from esper_core.tolaria.flop_budget import budget_of
 from esper_core.tolaria.model_file import save_model
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.schedules import learning_rate_share
@@ -103,6 +104,7 @@ class Trainer:
         self.device, self.about, self.test, self.position = device, about, test, Position()
         self.steps_per_epoch = steps_per_epoch(config, task)
         self.total_steps = self.steps_per_epoch * config.epochs
+        self.budget = budget_of(config)
         count = decisions_per_epoch(config, self.steps_per_epoch)
         self._due = {round((i + 1) * self.steps_per_epoch / count) for i in range(count)}
         self._amp = choose_amp(config.amp, device)
@@ -124,7 +126,7 @@ class Trainer:
             if self.tolaria.clock.step == 0:
                 self._announce()
             try:
-                while self.position.epoch < self.config.epochs:
+                while self.position.epoch < self.config.epochs and not self._spent():
                     if not self._epoch():
                         return self._interrupted()
                 return self._finish()
@@ -142,9 +144,9 @@ class Trainer:
         for batch in self._batches():
             self.step(batch)
             self.position.batch += 1
-            last = self.position.batch >= self.steps_per_epoch
-            if self.position.batch in self._due:
+            if self._decision_due():
                 self.decide()
+            last = self.position.batch >= self.steps_per_epoch or self._spent()
             if last:
                 self._end_epoch(began, first)
             if self._signal:
@@ -154,10 +156,27 @@ class Trainer:
                 return True
         if self.position.batch == 0:
             raise BadOption("the training split gave no batch", "at least one", "a smaller --batch-size")
-        if self.position.batch not in self._due:
+        if self.budget is None and self.position.batch not in self._due:
             self.decide()
         self._end_epoch(began, first)
         return True
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done: of its FLOPs where it has a budget, else of its steps."""
+        if self.budget is not None:
+            return self.tolaria.clock.total_flops / self.budget
+        return self.tolaria.clock.step / self.total_steps
+
+    def _spent(self) -> bool:
+        return self.budget is not None and self.progress >= 1.0
+
+    def _decision_due(self) -> bool:
+        if self.budget is None:
+            return self.position.batch in self._due
+        unmeasured = self.position.batch >= self.steps_per_epoch and self.position.validation_loss is None
+        due = self.progress * self.tolaria.decisions >= self.tolaria.clock.decision + 1
+        return due or unmeasured or self._spent()
 
     def _batches(self) -> Iterator[Batch]:
         position = self.position
@@ -180,8 +199,8 @@ class Trainer:
 
     def step(self, batch: Batch) -> None:
         """Train on one batch. Waits for nothing on the device."""
-        tolaria, progress = self.tolaria, self.tolaria.clock.step / self.total_steps
-        share = learning_rate_share(self.config.schedule, progress, self.config.warmup)
+        tolaria = self.tolaria
+        share = learning_rate_share(self.config.schedule, self.progress, self.config.warmup)
         rate = self.position.learning_rate = self.config.learning_rate * share * tolaria.governor.caution
         try:
             loss = self._backward(batch)
@@ -195,6 +214,7 @@ class Trainer:
             self._scaled_step(self._scaler, rate)
         tolaria.optimizer.zero_grad()
         tolaria.after_step(loss, batch.size)
+        tolaria.clock.targets += batch.targets.numel()
 
     def _backward(self, batch: Batch) -> Tensor:
         with self.autocast():

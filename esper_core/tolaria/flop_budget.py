@@ -1,0 +1,117 @@
+"""Runs that end when a number of FLOPs is spent, in place of a number of epochs.
+
+Training, probes and growth all count. The share of the budget that is spent takes the place of the share of steps that
+are done: the learning rate, the decisions and the end of the run go by it, so that a network that grows has the
+schedule of its budget and not that of its steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+import torch
+
+from esper_core.kasmina.scoring import training_loss
+from esper_core.leyline.errors import BadOption
+from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
+from esper_core.tolaria.config import RunConfig
+
+DECISIONS: Final = 50
+"""Decision steps of a run with a budget, unless it says otherwise."""
+
+_PROBES: Final = 0.01
+"""Share of the budget that reading the validation split at decisions may take."""
+_TRIAL_SECONDS: Final = 1.5
+
+
+def budget_of(config: RunConfig) -> float | None:
+    """FLOPs that the whole run may spend; None where it goes by epochs.
+
+    Raises:
+        BadOption: no positive number.
+    """
+    if not config.budget_total:
+        return None
+    try:
+        budget = float(config.budget_total.replace("_", ""))
+    except ValueError:
+        budget = math.nan
+    if not (math.isfinite(budget) and budget > 0):
+        raise BadOption(
+            f"budget_total={config.budget_total!r} cannot be read", "FLOPs of the whole run", "--budget-total 1e13"
+        )
+    return budget
+
+
+def resolve_budget(
+    config: RunConfig, host: HostProtocol, task: TaskProtocol, host_flops: int, steps_per_epoch: int, device: str
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with what follows from a budget, and what the user should know of it.
+
+    `minutes` become FLOPs at the speed that the host is measured to have; epochs become as many as the host alone would
+    take, which is the most that there can be; fewer validation examples are read at decisions if they would take more
+    than a hundredth of the budget.
+    """
+    notes: list[str] = []
+    if config.minutes and not config.budget_total:
+        speed = measure_speed(host, task, host_flops, config.batch_size, device)
+        config = attrs.evolve(config, budget_total=f"{60 * config.minutes * speed:.3g}")
+        notes.append(
+            f"--minutes {config.minutes:g} at {speed / 1e9:,.3g} GFLOP/s: a budget of {config.budget_total} FLOP"
+        )
+    budget = budget_of(config)
+    if budget is None:
+        return config, notes
+    steps = max(1, math.ceil(budget / (3.0 * host_flops * config.batch_size)))
+    decisions = config.decisions_per_epoch * math.ceil(steps / steps_per_epoch) or min(DECISIONS, steps)
+    most = max(2, int(_PROBES * budget / (decisions * 2.0 * host_flops)))  # a probe of a slot reads them twice
+    if not config.decision_examples or config.decision_examples > most:
+        config = attrs.evolve(config, decision_examples=most)
+        notes.append(f"decisions read {most} validation examples, which takes a hundredth of the budget")
+    return attrs.evolve(config, epochs=math.ceil(steps / steps_per_epoch)), notes
+
+
+def decisions_in(config: RunConfig, total_steps: int) -> int:
+    """Decision steps of a run with a budget."""
+    return config.decisions_per_epoch * config.epochs or min(DECISIONS, max(1, total_steps))
+
+
+def measure_speed(
+    host: HostProtocol,
+    task: TaskProtocol,
+    host_flops: int,
+    batch_size: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """FLOPs a second at which the host trains here, without the optimizer. Nothing of the host or of torch changes."""
+    module = host.module
+    kept = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    devices = [device] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):
+        batch: Batch = next(iter(task.train.batches(batch_size, shuffle=True, device=device)))
+        _train_once(host, batch)
+        _wait(device)
+        began, count = clock(), 0
+        while clock() - began < _TRIAL_SECONDS:
+            _train_once(host, batch)
+            count += 1
+            _wait(device)
+        seconds = clock() - began
+    module.load_state_dict(kept)
+    module.zero_grad(set_to_none=True)
+    return 3.0 * host_flops * batch.size * count / seconds
+
+
+def _train_once(host: HostProtocol, batch: Batch) -> None:
+    host.module.zero_grad(set_to_none=True)
+    training_loss(host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

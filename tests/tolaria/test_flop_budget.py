@@ -1,0 +1,78 @@
+"""A run with a budget of FLOPs ends when it is spent, and goes by its share in all that went by steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from esper_core.leyline.errors import BadOption
+from esper_core.tolaria import flop_budget
+from esper_core.tolaria.run import resume_run, start_run
+from esper_core.tolaria.run_folder import RunFolder
+from tests.tolaria import ground
+from tests.tolaria.test_resume import Interrupter
+
+BUDGET = 4e9
+
+
+def spent(folder) -> float:
+    return ground.events(folder, "epoch_ended")[-1]["total_flops"]
+
+
+def test_growing_spends_the_same_in_fewer_steps(tmp_path):
+    grow = ground.schedule(tmp_path / "plan.json", {"share": 0.2, "op": "germinate", "slot": "*", "blueprint": "plain"})
+    runs = {}
+    for name, controller in (("alone", "wait"), ("grown", grow)):
+        config = ground.config(tmp_path / name, controller=controller, budget_total=f"{BUDGET:g}", epochs=1)
+        runs[name] = start_run(config, registry=ground.registry(), test=False)
+        assert BUDGET <= spent(tmp_path / name) < 1.02 * BUDGET
+        assert runs[name].test_loss is None and runs[name].validation_loss is not None
+    assert runs["grown"].steps < runs["alone"].steps
+    born = next(e for e in ground.events(tmp_path / "grown", "stage_changed") if e["after"] == "germinated")
+    assert 0.15 * runs["alone"].steps < born["step"] < 0.25 * runs["alone"].steps
+    rates = [e["learning_rate"] for e in ground.events(tmp_path / "grown", "epoch_ended")]
+    assert rates[-1] < 0.05 * max(rates)
+
+
+def test_a_budgeted_run_resumes_bit_for_bit(tmp_path):
+    def config(name):
+        return ground.config(tmp_path / name, controller="wait", budget_total=f"{BUDGET:g}", checkpoint_every=5)
+
+    assert start_run(config("whole"), registry=ground.registry()).status == "finished"
+    stopped = {"stop": Interrupter(15, 6)}
+    assert start_run(config("cut"), stopped, registry=ground.registry()).status == "interrupted"
+    assert resume_run(tmp_path / "cut", registry=ground.registry()).status == "finished"
+    assert ground.fingerprint(tmp_path / "cut") == ground.fingerprint(tmp_path / "whole")
+
+
+def test_minutes_become_a_budget_that_a_resumed_run_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(flop_budget, "measure_speed", lambda *args: BUDGET / 60)
+    told: list[str] = []
+    config = ground.config(tmp_path / "run", controller="wait", minutes=1.0)
+    start_run(config, registry=ground.registry(), notify=told.append, test=False)
+    assert any("a budget of 4e+09 FLOP" in line for line in told)
+    assert RunFolder.open(tmp_path / "run")[1].budget_total == "4e+09"
+    assert BUDGET <= spent(tmp_path / "run") < 1.02 * BUDGET
+
+
+def test_measuring_the_speed_leaves_no_trace(tmp_path):
+    reference = ground.config(tmp_path / "a", controller="wait", budget_total=f"{BUDGET:g}")
+    start_run(reference, registry=ground.registry())
+    seen = ground.events(tmp_path / "a", "decided")
+    speed = flop_budget.measure_speed
+
+    def measured(*args):
+        assert speed(*args) > 0
+        return BUDGET / 60
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flop_budget, "_TRIAL_SECONDS", 0.01)
+        patch.setattr(flop_budget, "measure_speed", measured)
+        config = ground.config(tmp_path / "b", controller="wait", minutes=1.0)
+        start_run(config, registry=ground.registry())
+    assert ground.events(tmp_path / "b", "decided") == seen
+
+
+@pytest.mark.parametrize("text", ["much", "-1e9", "0", "nan", "inf"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(BadOption, match="budget_total"):
+        flop_budget.budget_of(ground.config(budget_total=text))
