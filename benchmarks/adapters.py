@@ -15,13 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from esper_core.kasmina.tensor_file import write_json_file
-from esper_core.simic.curriculum import load_curriculum
-from esper_core.simic.evaluation import EvaluationPlan, evaluate
-from esper_core.simic.statistics import paired_interval
+from esper_core.simic.learning.curriculum import load_curriculum
+from esper_core.simic.learning.evaluation import EvaluationPlan, evaluate
+from esper_core.storage.tensor_file import write_json_file
 from esper_core.tamiyo.adapter import load_adapter
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tamiyo.learned import load_agent
+from esper_core.trials.intervals import paired_interval
 
 BAR = 0.95
 """Share of full fine-tuning's gain that is asked of an adapter."""

@@ -14,8 +14,8 @@ from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.host import Batch
 from esper_core.registry import Registry, load_registry
-from esper_core.simic.cuda_engine import StackedPopulation
-from esper_core.simic.stacks import StackedAdamW, StackedSGD
+from esper_core.simic.gym.cuda_engine import StackedPopulation
+from esper_core.simic.gym.stacks import StackedAdamW, StackedSGD
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_hosts.cnn import cnn

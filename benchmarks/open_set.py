@@ -27,13 +27,13 @@ from esper_core.leyline.specs import BlueprintSpec
 from esper_core.leyline.stages import STAGES, Op
 from esper_core.leyline.view import Controller
 from esper_core.registry import Registry, load_registry
-from esper_core.simic.cpu_engine import one_thread
-from esper_core.simic.curriculum import load_curriculum
-from esper_core.simic.environment import EpisodeGroup, Ground
-from esper_core.simic.statistics import paired_interval
+from esper_core.simic.gym.cpu_engine import one_thread
+from esper_core.simic.gym.environment import EpisodeGroup, Ground
+from esper_core.simic.learning.curriculum import load_curriculum
 from esper_core.tamiyo.learned import LearnedController, load_agent
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
+from esper_core.trials.intervals import paired_interval
 
 EXAMPLE: Final = Path(__file__).parent.parent / "examples/third_party_blueprint/src"
 OFFER: Final = ("large_kernel", "ballast", "impostor", "depthwise", "bottleneck")

@@ -27,9 +27,10 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Op
 from esper_core.registry import load_registry
-from esper_core.simic.cpu_engine import ProcessPopulation, one_thread
-from esper_core.simic.curriculum import load_curriculum
-from esper_core.simic.environment import EpisodeGroup, Ground
+from esper_core.simic.gym.cpu_engine import one_thread
+from esper_core.simic.gym.environment import EpisodeGroup, Ground
+from esper_core.simic.gym.population import ProcessPopulation
+from esper_core.simic.learning.curriculum import load_curriculum
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig

@@ -36,10 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.growth.arms import say
 from esper_core import accompany, load_registry
 from esper_core.kasmina.scoring import example_scores, training_loss
-from esper_core.kasmina.tensor_file import read_json_file, read_tensor_file, write_json_file, write_tensor_file
 from esper_core.leyline.host import Batch
-from esper_core.simic.statistics import paired_interval
+from esper_core.storage.tensor_file import read_json_file, read_tensor_file, write_json_file, write_tensor_file
 from esper_core.tolaria.schedules import learning_rate_share
+from esper_core.trials.intervals import paired_interval
 from esper_plugins.tasks.splits import ResidentSplit
 
 MODEL: Final = "resnet10t"

@@ -16,12 +16,12 @@ from typing import Any
 import attrs
 
 from benchmarks.growth.language_arms import LANGUAGE_ARMS, outcome_of
-from esper_core.kasmina.tensor_file import read_json_file, write_json_file
-from esper_core.simic.compare import CompareConfig, compare_run
-from esper_core.simic.statistics import paired_interval
+from esper_core.storage.tensor_file import read_json_file, write_json_file
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
+from esper_core.trials.compare import CompareConfig, compare_run
+from esper_core.trials.intervals import paired_interval
 
 HERE = Path(__file__).parent
 _SEPARATORS = re.compile(r"\W+")

@@ -25,10 +25,10 @@ import attrs
 import torch
 
 from benchmarks.growth.arms import say
-from esper_core.kasmina.tensor_file import read_json_file, write_json_file
-from esper_core.simic.statistics import paired_interval
+from esper_core.storage.tensor_file import read_json_file, write_json_file
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import start_run
+from esper_core.trials.intervals import paired_interval
 
 SEEDS: Final = 5
 LIGHT, HEAVY = "depthwise", "conv_enhance"

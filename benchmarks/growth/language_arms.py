@@ -25,11 +25,11 @@ from esper_core.kasmina.counterfactual import measure_counterfactuals
 from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.host import Batch
 from esper_core.registry import load_registry
-from esper_core.simic.static import Ground, Organ, batches_of, implant, lay_ground, train_static
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.schedules import learning_rate_share
+from esper_core.trials.static import Ground, Organ, batches_of, implant, lay_ground, train_static
 
 LANGUAGE_ARMS: Final = ("one-shot stacking", "deeper GPT", "static@FLOPs, own rate", "host@FLOPs")
 OWN_RATE: Final = 0.002

@@ -52,7 +52,7 @@ def print_arms(
 
     from esper_core.cli.arms import show_arms
     from esper_core.nissa.report import write_report
-    from esper_core.simic.compare import ARMS, CompareConfig, compare_run
+    from esper_core.trials.compare import ARMS, CompareConfig, compare_run
 
     config = CompareConfig(seeds=seeds, arms=arms or ARMS, candidates=candidates, workers=workers, disabled=disabled)
     summary = compare_run(run, config, notify=lambda text: click.echo(text, err=True))
@@ -66,7 +66,7 @@ def print_arms(
 def compare_after_run(folder: Path, seeds: int, display: Display) -> Mapping[str, Any]:
     """Compare a run that has just finished; the table goes where the display's lines go."""
     from esper_core.cli.arms import show_arms
-    from esper_core.simic.compare import CompareConfig, compare_run
+    from esper_core.trials.compare import CompareConfig, compare_run
 
     settings = click.get_current_context().find_object(Settings) or Settings()
     config = CompareConfig(seeds=seeds, disabled=settings.disabled)

@@ -12,7 +12,7 @@ from esper_core.cli.arguments import RUNS
 from esper_core.cli.output import print_json
 
 if TYPE_CHECKING:
-    from esper_core.simic.training import Training
+    from esper_core.simic.learning.training import Training
     from esper_core.tamiyo.core import TamiyoCore
 
 Function = Callable[..., Any]
@@ -67,7 +67,7 @@ def train(
     quiet: bool, json_lines: bool,
 ) -> None:  # fmt: skip
     """Train a core on a curriculum. Stop it whenever you like; `esper tamiyo resume` goes on bit for bit."""
-    from esper_core.simic.training import Training, new_manifest
+    from esper_core.simic.learning.training import Training, new_manifest
 
     manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain)
     _carry_on(Training.start(_folder(out, curriculum), manifest, base), workers, quiet, json_lines)
@@ -79,7 +79,7 @@ def train(
 @_shown
 def resume(folder: str, workers: int, quiet: bool, json_lines: bool) -> None:
     """Go on with the training in FOLDER from its newest checkpoint, bit for bit as if it had not stopped."""
-    from esper_core.simic.training import Training
+    from esper_core.simic.learning.training import Training
 
     _carry_on(Training.resume(folder), workers, quiet, json_lines)
 
@@ -95,7 +95,7 @@ def adapt(
 ) -> None:  # fmt: skip
     """Train an adapter for one domain on a frozen core; the core's own weights never move."""
     from esper_core.cli.context import current_registry
-    from esper_core.simic.training import Training, new_manifest
+    from esper_core.simic.learning.training import Training, new_manifest
     from esper_core.tamiyo.learned import agent_path
 
     current_registry().find("adapter", kind)
@@ -128,10 +128,10 @@ def evaluate(
     FILE is an agent; without one, it is the one that ships with Esper.
     """
     from esper_core.cli.tamiyo_view import show_evaluation
-    from esper_core.kasmina.tensor_file import write_json_file
-    from esper_core.simic.curriculum import load_curriculum
-    from esper_core.simic.evaluation import EvaluationPlan
-    from esper_core.simic.evaluation import evaluate as play
+    from esper_core.simic.learning.curriculum import load_curriculum
+    from esper_core.simic.learning.evaluation import EvaluationPlan
+    from esper_core.simic.learning.evaluation import evaluate as play
+    from esper_core.storage.tensor_file import write_json_file
 
     plan = load_curriculum(curriculum)
     names = plan.controllers if controllers is None else [c.strip() for c in controllers.split(",") if c.strip()]

@@ -19,7 +19,7 @@ from esper_core.cli.output import make_console, make_table
 from esper_core.nissa.report.wording import printable, quantity
 
 if TYPE_CHECKING:
-    from esper_core.simic.training import Training
+    from esper_core.simic.learning.training import Training
 
 Record = Mapping[str, Any]
 
@@ -139,7 +139,7 @@ def describe_product(path: Path) -> dict[str, Any]:
     Raises:
         BadFile: it is neither, or damaged.
     """
-    from esper_core.kasmina.tensor_file import read_tensor_file
+    from esper_core.storage.tensor_file import read_tensor_file
     from esper_core.tamiyo.adapter import FORMAT as ADAPTER
     from esper_core.tamiyo.adapter import load_adapter
     from esper_core.tamiyo.core import TamiyoCore

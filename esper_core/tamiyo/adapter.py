@@ -15,9 +15,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from esper_core.kasmina.tensor_file import read_tensor_file, write_tensor_file
 from esper_core.leyline.errors import BadFile, UnknownName, did_you_mean
 from esper_core.registry import Registry, load_registry
+from esper_core.storage.tensor_file import read_tensor_file, write_tensor_file
 
 if TYPE_CHECKING:
     from esper_core.tamiyo.core import TamiyoCore

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 import torch
 
-from esper_core.kasmina.tensor_file import read_tensor_file, write_tensor_file
 from esper_core.leyline.errors import BadFile
+from esper_core.storage.tensor_file import read_tensor_file, write_tensor_file
 from esper_core.tamiyo.features import schema
 
 if TYPE_CHECKING:
-    from esper_core.tamiyo.core import TamiyoCore
+    from esper_core.tamiyo.core import CoreConfig, TamiyoCore
 
 FORMAT = "esper-agent-1"
 Core = TypeVar("Core", bound="TamiyoCore")
@@ -56,13 +56,11 @@ def read_agent(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     return tensors, header
 
 
-def load_core(cls: type[Core], path: str | Path) -> Core:
+def load_core(cls: type[Core], config_class: type[CoreConfig], path: str | Path) -> Core:
     """Read an agent file into a core; see `TamiyoCore.load`."""
-    from esper_core.tamiyo.core import CoreConfig
-
     tensors, header = read_agent(path)
     try:
-        config = CoreConfig(**header["config"])
+        config = config_class(**header["config"])
         if not all(isinstance(v, int) and 0 < v <= 4096 for v in attrs.astuple(config)):
             raise ValueError(header["config"])
         core = cls(config)

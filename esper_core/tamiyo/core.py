@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esper_core.leyline.stages import Op
+from esper_core.tamiyo.agent_file import fingerprint_of, load_core, save_core
 from esper_core.tamiyo.features import TABLES
 from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Normaliser, ObservationBatch
 
@@ -196,8 +197,6 @@ class TamiyoCore(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over configuration, names, shapes and bytes of the core's own state; adapters do not change it."""
-        from esper_core.tamiyo.agent_file import fingerprint_of
-
         return fingerprint_of(self)
 
     @classmethod
@@ -207,14 +206,10 @@ class TamiyoCore(nn.Module):
         Raises:
             BadFile: damaged, hostile, or written for another feature table.
         """
-        from esper_core.tamiyo.agent_file import load_core
-
-        return load_core(cls, path)
+        return load_core(cls, CoreConfig, path)
 
     def save(self, path: str | Path) -> None:
         """Write an agent file with this core's lineage."""
-        from esper_core.tamiyo.agent_file import save_core
-
         save_core(self, path)
 
     def attach(self, adapter: Adapter | AdapterFile, domain: str | None = None) -> Adapter:

@@ -14,14 +14,14 @@ from typing import Any, Final
 import attrs
 from torch import Tensor
 
-from esper_core.kasmina.tensor_file import (
+from esper_core.leyline.errors import BadFile
+from esper_core.storage.tensor_file import (
     expect_well_formed,
     read_json_file,
     read_tensor_file,
     write_json_file,
     write_tensor_file,
 )
-from esper_core.leyline.errors import BadFile
 
 FORMAT: Final = "esper-checkpoint-1"
 _MANIFEST: Final = re.compile(r"step-(\d{10})\.json")

@@ -12,10 +12,10 @@ from torch import nn
 
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
 from esper_core.leyline.errors import BadFile
 from esper_core.leyline.host import TaskProtocol
 from esper_core.registry import Registry, load_registry
+from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.snapshot import load_model as load_weights

@@ -10,9 +10,9 @@ from typing import IO, Any, Final
 
 import torch
 
-from esper_core.kasmina.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.registry import Registry
+from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tolaria.checkpoint import Checkpoints
 from esper_core.tolaria.config import RunConfig
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.tensor_file import expect_well_formed
 from esper_core.leyline.errors import BadFile
+from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria.optimizer import GrowthOptimizer
 
 

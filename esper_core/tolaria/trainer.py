@@ -16,12 +16,12 @@ from torch import Tensor
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.kasmina.scoring import IGNORED, training_loss
-from esper_core.kasmina.tensor_file import expect_well_formed
 from esper_core.leyline.errors import BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, HostRead, RunEnded, RunStarted
 from esper_core.leyline.host import Batch, TaskProtocol
 from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.hub import Hub
+from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.faults import without_the_guilty
 from esper_core.tolaria.flop_budget import budget_of

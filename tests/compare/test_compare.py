@@ -12,11 +12,11 @@ import pytest
 from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.leyline.stages import Stage
 from esper_core.registry import load_registry
-from esper_core.simic.compare import ARMS, CompareConfig, compare_run, draw_organs, training_flops
-from esper_core.simic.static import Organ, implant, lay_ground, organs_of, train_static
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import start_run
+from esper_core.trials.compare import ARMS, CompareConfig, compare_run, draw_organs, training_flops
+from esper_core.trials.static import Organ, implant, lay_ground, organs_of, train_static
 
 CONFIG = RunConfig(
     host="cnn", task="digits", blueprints=("conv", "depthwise"), budget_params="200%", epochs=4, batch_size=64,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from esper_core.simic.statistics import paired_interval, t_quantile
+from esper_core.trials.intervals import paired_interval, t_quantile
 
 
 @pytest.mark.parametrize(

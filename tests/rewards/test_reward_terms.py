@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import STAGES, stages_where
-from esper_core.simic.reward import (
+from esper_core.simic.gym.reward import (
     LOSS_CAP,
     OutcomeMeter,
     Standing,

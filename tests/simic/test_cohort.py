@@ -12,8 +12,8 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.stages import STAGES, Op
 from esper_core.leyline.view import RunView
 from esper_core.registry import load_registry
-from esper_core.simic.environment import EpisodeGroup, Ground
-from esper_core.simic.member import Member
+from esper_core.simic.gym.environment import EpisodeGroup, Ground
+from esper_core.simic.gym.member import Member
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import _build_trainer, _lay

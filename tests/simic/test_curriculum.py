@@ -9,7 +9,7 @@ import pytest
 
 from esper_core.leyline.errors import BadFile, UnknownName
 from esper_core.registry import load_registry, split_reference
-from esper_core.simic.curriculum import load_curriculum, parse_curriculum, stages
+from esper_core.simic.learning.curriculum import load_curriculum, parse_curriculum, stages
 
 from .tiny import TOML
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from esper_core.leyline.errors import BadOption
-from esper_core.simic.curriculum import parse_curriculum
-from esper_core.simic.evaluation import EvaluationPlan, evaluate
+from esper_core.simic.learning.curriculum import parse_curriculum
+from esper_core.simic.learning.evaluation import EvaluationPlan, evaluate
 from esper_core.tamiyo.core import TamiyoCore
 
 from .tiny import TOML

@@ -10,10 +10,10 @@ from tamiyo.views import BLENDS, make_view
 
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op, Stage
-from esper_core.simic.curriculum import parse_curriculum
-from esper_core.simic.imitation import ImitationConfig, Scribe, demonstration_weights, imitate
-from esper_core.simic.ppo import CorePolicy, Episode
-from esper_core.simic.rollout import demonstrate
+from esper_core.simic.learning.curriculum import parse_curriculum
+from esper_core.simic.learning.imitation import ImitationConfig, Scribe, demonstration_weights, imitate
+from esper_core.simic.learning.ppo import CorePolicy, Episode
+from esper_core.simic.learning.rollout import demonstrate
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
 from esper_core.tamiyo.observation import OPS, Observation, observe
 

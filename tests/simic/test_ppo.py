@@ -14,7 +14,7 @@ from torch import nn
 
 from esper_core.leyline.stages import Stage
 from esper_core.simic import ppo
-from esper_core.simic.ppo import CorePolicy, Episode, PPOConfig
+from esper_core.simic.learning.ppo import CorePolicy, Episode, PPOConfig
 from esper_core.tamiyo.core import CoreConfig, Decision, TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, Observation, collate, observe
 

@@ -12,8 +12,8 @@ import torch
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.stages import Op
-from esper_core.simic.cpu_engine import WORKER_ENVIRONMENT, ProcessPopulation, WorkerFailed, WorkerPool
-from esper_core.simic.population import LocalPopulation, make_population
+from esper_core.simic.gym.cpu_engine import WORKER_ENVIRONMENT, WorkerFailed, WorkerPool
+from esper_core.simic.gym.population import LocalPopulation, ProcessPopulation, make_population
 
 from .test_cohort import CONFIG
 

@@ -13,8 +13,8 @@ from esper_core.leyline.errors import EsperError, IllegalCommand
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Op, Stage
 from esper_core.registry import load_registry
-from esper_core.simic.cuda_engine import StackedPopulation
-from esper_core.simic.stacks import StackedSGD
+from esper_core.simic.gym.cuda_engine import StackedPopulation
+from esper_core.simic.gym.stacks import StackedSGD
 
 from .lab import RATE, Alone, batches, difference, grow, make_plane
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_core.registry import load_registry
-from esper_core.simic.stacked_slots import vmapped
-from esper_core.simic.stacks import Arena, Stack, StackedAdamW
+from esper_core.simic.gym.stacked_slots import vmapped
+from esper_core.simic.gym.stacks import Arena, Stack, StackedAdamW
 
 from .lab import batches, grow
 from .test_stacked import population

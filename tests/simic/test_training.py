@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from esper_core.leyline.errors import BadFile, BadOption, UnknownName
-from esper_core.simic.training import Manifest, Training
+from esper_core.simic.learning.training import Manifest, Training
 from esper_core.tamiyo.adapter import load_adapter
 from esper_core.tamiyo.core import TamiyoCore
 

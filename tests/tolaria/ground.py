@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper_core.kasmina.tensor_file import read_tensor_file
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.specs import BlueprintSpec
 from esper_core.registry import Registry, load_registry
+from esper_core.storage.tensor_file import read_tensor_file
 from esper_core.tolaria.config import RunConfig
 
 

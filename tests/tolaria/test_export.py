@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esper_core.kasmina.tensor_file import read_tensor_file
 from esper_core.leyline.stages import STAGES, Stage
+from esper_core.storage.tensor_file import read_tensor_file
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.export import export_run
 from esper_core.tolaria.model_file import load_model

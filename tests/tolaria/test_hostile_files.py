@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esper_core.kasmina.tensor_file import (
+from esper_core.leyline.errors import BadFile, EsperError
+from esper_core.storage.tensor_file import (
     HEADER_KEY,
     parse_json,
     read_json_file,
@@ -21,7 +22,6 @@ from esper_core.kasmina.tensor_file import (
     write_json_file,
     write_tensor_file,
 )
-from esper_core.leyline.errors import BadFile, EsperError
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
 from esper_core.tolaria.checkpoint import Checkpoints
 from esper_core.tolaria.model_file import load_plane

@@ -30,8 +30,8 @@ from esper_core.kasmina.slot import Mode
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch, HostProtocol
-from esper_core.simic.stacked_slots import Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
-from esper_core.simic.stacks import BLEND, Arena, Stack, StackedAdamW, StackedOptimizer
+from esper_core.simic.gym.stacked_slots import Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
+from esper_core.simic.gym.stacks import BLEND, Arena, Stack, StackedAdamW, StackedOptimizer
 
 Inputs = Tensor | Mapping[str, Tensor]
 _Place = tuple[int, str]

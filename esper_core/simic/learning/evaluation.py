@@ -10,11 +10,11 @@ from typing import Any
 import attrs
 
 from esper_core.leyline.errors import BadOption, RunFailed
-from esper_core.simic.cpu_engine import make_pool, one_thread
-from esper_core.simic.curriculum import Curriculum
-from esper_core.simic.rollout import Packed, Played, contest
-from esper_core.simic.statistics import paired_interval
+from esper_core.simic.gym.cpu_engine import make_pool, one_thread
+from esper_core.simic.learning.curriculum import Curriculum
+from esper_core.simic.learning.rollout import Packed, Played, contest
 from esper_core.tamiyo.core import TamiyoCore
+from esper_core.trials.intervals import paired_interval
 
 
 @attrs.frozen(kw_only=True)

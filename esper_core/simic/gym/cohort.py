@@ -19,7 +19,7 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import Batch
 from esper_core.leyline.view import RunView
-from esper_core.simic.member import LentSensors, Member
+from esper_core.simic.gym.member import LentSensors, Member
 
 
 class Cohort:

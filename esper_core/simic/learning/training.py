@@ -25,13 +25,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from esper_core.kasmina.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.leyline.errors import BadFile, BadOption, RunFailed
-from esper_core.simic.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
-from esper_core.simic.curriculum import Curriculum, curriculum_text, parse_curriculum
-from esper_core.simic.imitation import imitate
-from esper_core.simic.ppo import CorePolicy, Episode, PPOConfig, update, update_normalisers
-from esper_core.simic.rollout import Packed, Played, demonstrate, rollout
+from esper_core.simic.gym.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
+from esper_core.simic.learning.curriculum import Curriculum, curriculum_text, parse_curriculum
+from esper_core.simic.learning.imitation import imitate
+from esper_core.simic.learning.ppo import CorePolicy, Episode, PPOConfig, update, update_normalisers
+from esper_core.simic.learning.rollout import Packed, Played, demonstrate, rollout
+from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tamiyo.adapter import Adapter, build_adapter
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tolaria.run_folder import RunFolder
@@ -272,7 +272,7 @@ class Training:
 
     def write_product(self) -> None:
         """Write agent or adapter as it is now, with its lineage, and the report."""
-        from esper_core.simic.curve_report import write_curve_report
+        from esper_core.simic.learning.curve_report import write_curve_report
 
         lineage = self.lineage()
         if self.adapter is not None:

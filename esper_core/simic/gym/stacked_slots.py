@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.kasmina.straight_through import pull, size_of
 from esper_core.leyline.errors import EsperError
-from esper_core.simic.stacked_layers import StackedLayers
-from esper_core.simic.stacks import Stack
+from esper_core.simic.gym.stacked_layers import StackedLayers
+from esper_core.simic.gym.stacks import Stack
 
 _FIRST_BATCHES = 2
 

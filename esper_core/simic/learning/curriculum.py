@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import attrs
 
 from esper_core.leyline.errors import BadFile, UnknownName, did_you_mean
-from esper_core.simic.imitation import ImitationConfig
-from esper_core.simic.ppo import PPOConfig
+from esper_core.simic.learning.imitation import ImitationConfig
+from esper_core.simic.learning.ppo import PPOConfig
 from esper_core.tamiyo.core import CoreConfig
 from esper_core.tolaria.config import RunConfig
 

@@ -16,21 +16,14 @@ from typing import Any, Final
 
 import torch
 import torch.multiprocessing as processes
-from torch import Tensor
 
-from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
-from esper_core.leyline.host import Batch
-from esper_core.leyline.view import RunView
 
 WORKER_ENVIRONMENT: Final[Mapping[str, str]] = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
 }  # fmt: skip
 """What a worker starts with; `MALLOC_*` are glibc's own."""
-
-_RING: Final = 8
-"""Batches that may be on their way to the workers at once."""
 
 Task = Callable[..., Any]
 """A module's function, called as `task(state, *arguments)`; `state` is a dict that the worker keeps between calls."""
@@ -193,116 +186,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class ProcessPopulation:
-    """A population over worker processes; see `simic.population`.
-
-    `step` writes the batch into a ring in shared memory and returns: workers read it there, train, and write losses
-    into `losses` (steps of the ring, N). It waits only when the ring is full.
-    """
-
-    def __init__(self, config: Any, size: int, *, workers: int = 0, share: bool = True) -> None:
-        self.pool = WorkerPool(min(workers or len(os.sched_getaffinity(0)), size))
-        self.size, self.steps = size, 0
-        self._ring: list[Batch] = []
-        self._owed = [0] * len(self.pool)
-        self.losses: Tensor = torch.zeros(_RING, size).share_memory_()  # type: ignore[no-untyped-call]
-        bounds = [round(i * size / len(self.pool)) for i in range(len(self.pool) + 1)]
-        self._places = [(w, k - bounds[w]) for w in range(len(self.pool)) for k in range(bounds[w], bounds[w + 1])]
-        for worker in range(len(self.pool)):
-            span = (bounds[worker], bounds[worker + 1])
-            self.pool.send(worker, _build, config, span, share, self.losses)
-        for worker in range(len(self.pool)):
-            self.pool.receive(worker)
-
-    def step(self, batch: Batch, learning_rate: float) -> None:
-        """Every environment trains on `batch`."""
-        place = self.steps % _RING
-        if len(self._ring) <= place:
-            self._ring.append(_shared(batch))
-            self.wait()
-            self.pool.everywhere(_add_batch, self._ring[-1])
-        for worker in range(len(self.pool)):
-            if self._owed[worker] >= _RING - 1:
-                self.pool.receive(worker)
-                self._owed[worker] -= 1
-        for target, source in zip(_leaves(self._ring[place]), _leaves(batch), strict=True):
-            target[: len(source)].copy_(source)
-        for worker in range(len(self.pool)):
-            self.pool.send(worker, _step, place, batch.size, learning_rate)
-            self._owed[worker] += 1
-        self.steps += 1
-
-    def wait(self) -> None:
-        """Until every worker has trained on every batch."""
-        for worker, owed in enumerate(self._owed):
-            for _ in range(owed):
-                self.pool.receive(worker)
-            self._owed[worker] = 0
-
-    def observe(self, epoch: float) -> list[RunView]:
-        """What every environment sees now, on the validation split."""
-        self.wait()
-        return [view for views in self.pool.everywhere(_observe, epoch) for view in views]
-
-    def act(self, k: int, commands: Sequence[Command]) -> list[Command]:
-        """Have environment k carry out what is legal of `commands`; the commands that were."""
-        self.wait()
-        worker, number = self._places[k]
-        self.pool.send(worker, _act, number, list(commands))
-        done: list[Command] = self.pool.receive(worker)
-        return done
-
-    def close(self) -> None:
-        """End the workers."""
-        self.pool.close()
-
-
-def _leaves(batch: Batch) -> list[Tensor]:
-    inputs = batch.inputs
-    return [*([inputs] if isinstance(inputs, Tensor) else inputs.values()), batch.targets]
-
-
-def _shared(batch: Batch) -> Batch:
-    def share(tensor: Tensor) -> Tensor:
-        copy: Tensor = tensor.clone().share_memory_()  # type: ignore[no-untyped-call]
-        return copy
-
-    inputs = batch.inputs
-    shared = share(inputs) if isinstance(inputs, Tensor) else {name: share(value) for name, value in inputs.items()}
-    return Batch(shared, share(batch.targets))
-
-
-# --- Tasks that run in a worker ---
-
-
-def _build(state: dict[str, Any], config: Any, span: tuple[int, int], share: bool, losses: Tensor) -> None:
-    from esper_core.registry import load_registry
-    from esper_core.simic.population import LocalPopulation
-
-    state["population"] = LocalPopulation(config, span[1] - span[0], registry=load_registry(), share=share)
-    state["losses"], state["ring"] = losses[:, span[0] : span[1]], []
-
-
-def _add_batch(state: dict[str, Any], batch: Batch) -> None:
-    state["ring"].append(batch)
-
-
-def _step(state: dict[str, Any], place: int, size: int, learning_rate: float) -> None:
-    batch = state["ring"][place]
-    inputs = batch.inputs
-    cut = inputs[:size] if isinstance(inputs, Tensor) else {name: value[:size] for name, value in inputs.items()}
-    population = state["population"]
-    population.step(Batch(cut, batch.targets[:size]), learning_rate)
-    state["losses"][place] = population.losses
-
-
-def _observe(state: dict[str, Any], epoch: float) -> list[RunView]:
-    views: list[RunView] = state["population"].observe(epoch)
-    return views
-
-
-def _act(state: dict[str, Any], k: int, commands: list[Command]) -> list[Command]:
-    done: list[Command] = state["population"].act(k, commands)
-    return done

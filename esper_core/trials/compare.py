@@ -24,15 +24,15 @@ import attrs
 import torch
 
 from esper_core.kasmina.counterfactual import measure_counterfactuals
-from esper_core.kasmina.tensor_file import parse_json, read_json_file, write_json_file
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
 from esper_core.registry import Registry, load_registry
-from esper_core.simic.static import Ground, Organ, StaticResult, implant, lay_ground, organs_of, train_static
-from esper_core.simic.statistics import paired_interval
+from esper_core.storage.tensor_file import parse_json, read_json_file, write_json_file
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
+from esper_core.trials.intervals import paired_interval
+from esper_core.trials.static import Ground, Organ, StaticResult, implant, lay_ground, organs_of, train_static
 
 ARMS: Final = ("grown", "host", "static", "static@FLOPs", "random search", "random controller")
 """Every arm, in the order of tables."""

@@ -1,7 +1,7 @@
 """An episode: a group of environments and their WAIT twin, from the first batch to the last decision.
 
 The group shares initial weights, batches and order, so that a reward is a paired difference, and so that its hosts can
-be computed once while they are equal (`simic.cohort`). `EsperEnv` is a group of one with Gymnasium's interface.
+be computed once while they are equal (`simic.gym.cohort`). `EsperEnv` is a group of one with Gymnasium's interface.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
 from esper_core.registry import Registry, load_registry
-from esper_core.simic.cohort import Cohort
-from esper_core.simic.member import LentSensors, LentTolaria, Member, Puppet
-from esper_core.simic.reward import OutcomeMeter, Standing, compute_shaped_reward, slot_credits
+from esper_core.simic.gym.cohort import Cohort
+from esper_core.simic.gym.member import LentSensors, LentTolaria, Member, Puppet
+from esper_core.simic.gym.reward import OutcomeMeter, Standing, compute_shaped_reward, slot_credits
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.observation import FIELDS, OPS, Observation, observe
 from esper_core.tolaria import assembly

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op
-from esper_core.simic.ppo import Episode, Policy
+from esper_core.simic.learning.ppo import Episode, Policy
 from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Observation
 
 

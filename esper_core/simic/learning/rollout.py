@@ -1,7 +1,7 @@
 """Playing episode groups: with the policy that is being trained, or with controllers side by side.
 
-These run in worker processes (`simic.cpu_engine`); `state` is what a worker keeps. Everything follows from the job, so
-the answer is the same whichever worker gives it.
+These run in worker processes (`simic.gym.cpu_engine`); `state` is what a worker keeps. Everything follows from the job,
+so the answer is the same whichever worker gives it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import Controller, RunView
 from esper_core.registry import Registry, load_registry, split_reference
-from esper_core.simic.curriculum import World
-from esper_core.simic.environment import EpisodeGroup, Ground, Paid
-from esper_core.simic.imitation import ImitationConfig, Scribe
-from esper_core.simic.ppo import Episode
+from esper_core.simic.gym.environment import EpisodeGroup, Ground, Paid
+from esper_core.simic.learning.curriculum import World
+from esper_core.simic.learning.imitation import ImitationConfig, Scribe
+from esper_core.simic.learning.ppo import Episode
 from esper_core.tamiyo.adapter import build_adapter
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore

@@ -1,0 +1,1 @@
+"""Learning: demonstrations, rollouts, PPO, and the curriculum that they draw from."""
