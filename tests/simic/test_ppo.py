@@ -13,7 +13,7 @@ from tamiyo.views import BLENDS, make_view
 from torch import nn
 
 from esper_core.leyline.stages import Stage
-from esper_core.simic import ppo
+from esper_core.simic.learning import ppo
 from esper_core.simic.learning.ppo import CorePolicy, Episode, PPOConfig
 from esper_core.tamiyo.core import CoreConfig, Decision, TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, Observation, collate, observe

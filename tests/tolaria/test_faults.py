@@ -175,7 +175,7 @@ def test_a_sink_that_hangs_is_dropped(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
-    from esper_core.kasmina import tensor_file
+    from esper_core.storage import tensor_file
 
     original, calls = tensor_file._sync_and_hash, 0
 

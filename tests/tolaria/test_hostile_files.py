@@ -279,7 +279,7 @@ def test_what_is_written_is_read(tmp_path):
 
 @pytest.mark.parametrize("write", [write_tensor_file, write_json_file])
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, write):
-    from esper_core.kasmina import tensor_file
+    from esper_core.storage import tensor_file
 
     rest = ({"a": torch.ones(3)}, {}) if write is write_tensor_file else ({"a": 1},)
     write(tmp_path / "x", *rest)

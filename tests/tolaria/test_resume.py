@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from esper_core.kasmina import tensor_file
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.storage import tensor_file
 from esper_core.tolaria import checkpoint, trainer
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
