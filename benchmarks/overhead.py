@@ -70,7 +70,8 @@ def by_hand(trainer: Trainer, model: nn.Module, config: RunConfig) -> None:
         losses, hits = [], []
         for batch in task.train.batches(config.batch_size, seed=config.seed, epoch=epoch, shuffle=True):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * learning_rate_share(config.schedule, step / total, config.warmup)
+                share = learning_rate_share(config.schedule, step / total, config.warmup, config.decay)
+                group["lr"] = config.learning_rate * share
             optimizer.zero_grad()
             logits = model(batch.inputs)
             loss = F.cross_entropy(logits, batch.targets)

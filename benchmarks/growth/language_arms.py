@@ -117,4 +117,6 @@ def _train(ground: Ground, batches: Iterator[Batch], start: int, stop: int, step
     for step, batch in zip(range(start, stop), batches, strict=False):
         optimizer.zero_grad()
         training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step(config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup))
+        optimizer.step(
+            config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup, config.decay)
+        )

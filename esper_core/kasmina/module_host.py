@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from esper_core.kasmina.block_compile import compile_blocks
 from esper_core.kasmina.causality import find_causal
 from esper_core.kasmina.feature_trace import (
     Inputs,
@@ -148,6 +149,10 @@ class ModuleHost:
             with unfused():
                 return self._to_logits(call(self.module, inputs))
         return self._to_logits(call(self.module, inputs))
+
+    def compile_blocks(self) -> list[str]:
+        """Train the submodules behind which points stand by compiled code; their paths."""
+        return compile_blocks(self.module, self._paths.values())
 
     def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
         """An independent copy of the model, without hooks, that passes each point's feature through `grown[point]`.

@@ -105,11 +105,13 @@ class Course:
     Attributes:
         budget: FLOPs of the whole run. spent: so far; training, probes and growth.
         targets: that it was trained on so far: one of a classified example, one a position of a text.
+        targets_each: of one example, on average; 0 before there was any.
     """
 
     budget: float
     spent: float
     targets: int
+    targets_each: float
 
     @property
     def share(self) -> float:

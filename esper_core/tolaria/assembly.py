@@ -287,6 +287,18 @@ def host_flops(host: HostProtocol, task: TaskProtocol, device: torch.device) -> 
     return flops
 
 
+def compile_host(host: HostProtocol) -> None:
+    """Train the host's blocks by compiled code.
+
+    Raises:
+        BadOption: the host does not say what its blocks are.
+    """
+    compile_blocks = getattr(host, "compile_blocks", None)
+    if compile_blocks is None:
+        raise BadOption(f"{type(host).__name__} cannot be compiled block by block", "a ModuleHost", "--compile off")
+    compile_blocks()
+
+
 def make_deterministic(seed: int) -> None:
     """Seed torch and have it compute the same each time, as far as it can; it warns where it cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -99,11 +99,15 @@ class RunConfig:
         "trapezoid",
         "course of the learning rate",
         group="training",
-        choices=("trapezoid", "cosine", "constant", "linear", "one-cycle"),
+        choices=("trapezoid", "wsd", "cosine", "constant", "linear", "one-cycle"),
     )
     warmup: float = _option(
         0.05, "share of the run in which the learning rate rises", group="training", minimum=0.0, maximum=1.0
     )
+    decay: float = _option(
+        0.4, "share of the run, at its end, in which wsd lets the rate fall to zero; constant before", group="training",
+        minimum=0.0, maximum=1.0,
+    )  # fmt: skip
     seed_learning_rate_factor: float = _option(
         1.0, "learning rate of seeds over the host's", group="training", minimum=0.0
     )
@@ -118,6 +122,10 @@ class RunConfig:
         group="machine",
         choices=("auto", "off", "bf16", "fp16"),
     )
+    compile: str = _option(
+        "off", "blocks: train the host's blocks, and their copies, by compiled code", group="machine",
+        choices=("off", "blocks"),
+    )  # fmt: skip
     out: str = _option("", "the run's folder; empty: runs/<host>-<task>-<n>", group="output")
     checkpoint_every: int = _option(
         0,

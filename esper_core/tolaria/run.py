@@ -63,6 +63,8 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
         notify(note)
     steps = steps_per_epoch(config, task) * config.epochs
     plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps)
+    if config.compile == "blocks":
+        assembly.compile_host(host)
     return _Ground(config, registry, device, task, name, plane)
 
 

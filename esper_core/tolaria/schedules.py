@@ -36,18 +36,22 @@ SCHEDULES: Final[Mapping[str, Callable[[float], float]]] = MappingProxyType(
         "trapezoid": _trapezoid,
     }
 )
-"""Progress of the run in [0, 1] to a share of the peak learning rate."""
+"""Progress of the run in [0, 1] to a share of the peak learning rate; `wsd` also depends on its share of decay."""
 
 
-def learning_rate_share(schedule: str, progress: float, warmup: float = 0.0) -> float:
+def learning_rate_share(schedule: str, progress: float, warmup: float = 0.0, decay: float = 0.4) -> float:
     """Share of the peak learning rate at `progress`.
 
     Args:
         schedule: a key of `SCHEDULES`.
         progress: share of the run that is done; beyond 1 counts as 1.
         warmup: share of the run over which the rate rises linearly; `one-cycle` has its own.
+        decay: share of the run, at its end, in which `wsd` lets the rate fall linearly to zero.
     """
     progress = min(max(progress, 0.0), 1.0)
+    if schedule == "wsd":
+        rising = max(progress, 1e-3 * warmup) / warmup if progress < warmup else 1.0
+        return min(rising, (1.0 - progress) / decay if decay > 0 else 1.0)
     if schedule == "one-cycle" or warmup <= 0:
         return SCHEDULES[schedule](progress)
     if progress < warmup:

@@ -55,6 +55,7 @@ class Clock:
     epoch_loss_count: int = 0
     history: list[tuple[float | None, float | None, float | None]] = attrs.Factory(list)
     targets: int = 0
+    examples: int = 0
 
 
 class Tolaria:
@@ -264,8 +265,12 @@ class Tolaria:
             rollbacks=self.governor.rollbacks,
             slots=tuple(slots),
             blends=tuple(plane.blends),
-            course=None if self.budget is None else Course(self.budget, clock.total_flops, clock.targets),
+            course=None if self.budget is None else self._course(self.budget),
         )
+
+    def _course(self, budget: float) -> Course:
+        clock = self.clock
+        return Course(budget, clock.total_flops, clock.targets, clock.targets / max(1, clock.examples))
 
     @property
     def status(self) -> str:

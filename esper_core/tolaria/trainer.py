@@ -200,7 +200,7 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Train on one batch. Waits for nothing on the device."""
         tolaria = self.tolaria
-        share = learning_rate_share(self.config.schedule, self.progress, self.config.warmup)
+        share = learning_rate_share(self.config.schedule, self.progress, self.config.warmup, self.config.decay)
         rate = self.position.learning_rate = self.config.learning_rate * share * tolaria.governor.caution
         try:
             loss = self._backward(batch)
@@ -215,6 +215,7 @@ class Trainer:
         tolaria.optimizer.zero_grad()
         tolaria.after_step(loss, batch.size)
         tolaria.clock.targets += batch.targets.numel()
+        tolaria.clock.examples += batch.size
 
     def _backward(self, batch: Batch) -> Tensor:
         with self.autocast():

@@ -123,7 +123,7 @@ def train_static(ground: Ground, steps: int, *, test: bool = True) -> StaticResu
     optimizer.check(plane)
     flops = ground.step_flops()
     for step, batch in zip(range(steps), batches_of(ground), strict=False):
-        rate = config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup)
+        rate = config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup, config.decay)
         optimizer.zero_grad()
         loss = training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -160,13 +160,15 @@ def test_a_snapshot_keeps_its_buffers():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(sorted(SCHEDULES)), st.floats(0, 1), st.floats(0, 0.5))
-def test_schedules_stay_within_their_peak(schedule, progress, warmup):
-    assert 0.0 <= learning_rate_share(schedule, progress, warmup) <= 1.0
+@given(st.sampled_from([*sorted(SCHEDULES), "wsd"]), st.floats(0, 1), st.floats(0, 0.5), st.floats(0, 1))
+def test_schedules_stay_within_their_peak(schedule, progress, warmup, decay):
+    assert 0.0 <= learning_rate_share(schedule, progress, warmup, decay) <= 1.0
 
 
 def test_schedules_end_and_begin_where_they_should():
     assert learning_rate_share("cosine", 0.05, 0.05) == 1.0 and learning_rate_share("cosine", 1.0, 0.05) < 1e-9
     assert learning_rate_share("linear", 0.5) == 0.5 and learning_rate_share("constant", 1.0) == 1.0
     assert learning_rate_share("one-cycle", 0.3) == 1.0 and learning_rate_share("one-cycle", 0.0) < 0.05
+    wsd = [learning_rate_share("wsd", progress, 0.1, 0.4) for progress in (0.05, 0.1, 0.6, 0.8, 1.0)]
+    assert wsd == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
     assert 0 < learning_rate_share("cosine", 0.0, 0.1) < learning_rate_share("cosine", 0.05, 0.1) < 1

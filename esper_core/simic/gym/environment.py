@@ -99,7 +99,8 @@ class Ground:
             split = self.task.train.batches(config.batch_size, seed=config.seed, epoch=epoch, shuffle=True)
             for number, batch in zip(range(1, self.steps + 1), split, strict=False):
                 progress = (epoch * self.steps + number - 1) / total
-                rate = config.learning_rate * learning_rate_share(config.schedule, progress, config.warmup)
+                share = learning_rate_share(config.schedule, progress, config.warmup, config.decay)
+                rate = config.learning_rate * share
                 yield batch, rate, epoch + number / self.steps, number in self.due
 
     def validation(self) -> list[Batch]:

@@ -1,0 +1,64 @@
+"""Run a frontier protocol: `python -m benchmarks.growth.frontier p9`. Cut off anywhere, it goes on where it stopped.
+
+Rows go to `benchmarks/growth/results/NAME.jsonl`, the summary to `NAME.json` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.growth.frontier.protocols import PROTOCOLS
+from benchmarks.growth.frontier.queue import read_rows, run_queue
+from benchmarks.growth.frontier.table import equal_loss, show, summarise
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main() -> None:
+    """Parse, run, summarise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("protocol", choices=sorted(PROTOCOLS))
+    parser.add_argument("--rows", type=Path, default=None, help="JSONL of finished jobs (results/NAME.jsonl)")
+    parser.add_argument("--data", default=None, help="P8: prefix of the three text files, such as text/english")
+    parser.add_argument("--cuda", type=int, default=0, help="processes on the GPU")
+    parser.add_argument("--cpu", type=int, default=0, help="processes of one thread each")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no job is begun")
+    parser.add_argument("--only", default="", help="budgets by name, with commas, such as p8,p8-1e15")
+    parser.add_argument("--show", action="store_true", help="only summarise the rows there are")
+    args = parser.parse_args()
+    began = time.monotonic()
+    frontiers = PROTOCOLS[args.protocol](**({"data": args.data} if args.data else {}))
+    if args.only:
+        frontiers = [f for f in frontiers if f.name in args.only.split(",")]
+    rows = args.rows or RESULTS / f"{args.protocol}.jsonl"
+    workers = {kind: count for kind, count in (("cuda", args.cuda), ("cpu", args.cpu)) if count} or {"cpu": 2}
+    whole = True
+    for frontier in frontiers if not args.show else ():
+        left = args.limit - (time.monotonic() - began)
+        whole = run_queue(frontier.plan, frontier.base, rows, workers=workers, limit=left) and whole
+    found = read_rows(rows)
+    summaries = [summarise(frontier, found) for frontier in frontiers]
+    for summary in summaries:
+        print(show(summary))
+    told: dict[str, Any] = {
+        "protocol": args.protocol,
+        "command": f"python -m benchmarks.growth.frontier {args.protocol}",
+        "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if args.cuda else 'CPU'}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "whole": whole, "summaries": summaries, "equal_loss": equal_loss(summaries),
+    }  # fmt: skip
+    if not args.show:
+        rows.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print("everything is done" if whole else f"not everything is done; the rows so far are in {rows}")
+
+
+if __name__ == "__main__":
+    main()

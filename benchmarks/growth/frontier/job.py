@@ -1,0 +1,146 @@
+"""One training run of a frontier protocol: a static network, or one that grows, at a budget of FLOPs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from esper_core.storage.tensor_file import parse_json
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.run import eval_run, start_run
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """A run, and what it is for.
+
+    Attributes:
+        arm: its name in tables. stage: what it is for, such as `tune` or `final`.
+        seed: of weights and data. budget: FLOPs.
+        layers, width: of the network at its start. rate: peak learning rate. decay: share of the budget in which the
+            rate falls to zero.
+        grow: (share of the budget, factor) of every growth; empty for a static network.
+        heuristic: the heuristic decides about growth, and `grow` is ignored.
+        order: `stack` or `interleave`. birth, moments: options of the blueprint `copy`. tempo: of the blend.
+        config: further fields of the run's configuration, over those of the protocol.
+        settings: further settings. test: whether the test text is read.
+    """
+
+    arm: str
+    stage: str = "final"
+    seed: int = 0
+    budget: float
+    layers: int
+    width: int
+    rate: float
+    decay: float = 0.4
+    grow: tuple[tuple[float, int], ...] = ()
+    heuristic: bool = False
+    order: str = "stack"
+    birth: str = "copy"
+    moments: bool = True
+    tempo: str = "instant"
+    config: Mapping[str, Any] = attrs.field(factory=dict)
+    settings: Mapping[str, Any] = attrs.field(factory=dict)
+    test: bool = False
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Job:
+        """The job of a row or of a list of jobs."""
+        known = {field.name for field in attrs.fields(cls)}
+        given = {key: value for key, value in values.items() if key in known}
+        return cls(**{**given, "grow": tuple(tuple(step) for step in given.get("grow", ()))})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON-compatible data."""
+        return {**attrs.asdict(self), "grow": [list(step) for step in self.grow]}
+
+    @property
+    def key(self) -> str:
+        """What identifies the run: everything that changes its result, but not its name or purpose."""
+        told = {k: v for k, v in self.to_mapping().items() if k not in ("arm", "stage")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the network keeps its size."""
+        return not self.grow and not self.heuristic
+
+
+def config_of(job: Job, base: Mapping[str, Any], folder: Path) -> RunConfig:
+    """The run's configuration.
+
+    Args:
+        base: fields of the protocol. folder: where run and schedule go.
+    """
+    settings = {
+        "gpt.layers": job.layers, "gpt.width": job.width, "copy.birth": job.birth, "copy.moments": job.moments,
+        **base.get("settings", {}), **job.settings,
+    }  # fmt: skip
+    controller = "wait"
+    if job.heuristic:
+        controller = "heuristic"
+    elif job.grow:
+        plan = folder / "plan.json"
+        plan.write_text(json.dumps({"advance": True, "steps": list(_steps(job))}), encoding="utf-8")
+        controller = f"schedule:{plan}"
+        settings["copy.blocks"] = "all" if job.order == "stack" else "1"
+    values = {
+        "host": "gpt", "blueprints": ("copy",), "budget_params": "", "rent": 0.0, "schedule": "wsd", "warmup": 0.02,
+        "clip": 1.0, "weight_decay": 0.1, **{k: v for k, v in base.items() if k != "settings"}, **job.config,
+        "controller": controller, "seed": job.seed, "learning_rate": job.rate, "decay": job.decay,
+        "budget_total": f"{job.budget:g}",
+        "out": str(folder / "run"), "settings": settings,
+    }  # fmt: skip
+    return RunConfig.from_mapping(values)
+
+
+def _steps(job: Job) -> list[dict[str, Any]]:
+    """Steps of a schedule: a stack grows behind the last block, and the next stack upon it."""
+    steps, height = [], 0
+    for share, factor in job.grow:
+        for _ in range(int(math.log2(factor))):
+            last = f"blocks.{job.layers - 1}" + (f"+{height}" if height else "")
+            slot = "*" if job.order == "interleave" else last
+            steps.append({"op": "germinate", "slot": slot, "share": share, "blueprint": "copy", "tempo": job.tempo})
+            height += 1
+    return steps
+
+
+def run_job(job: Job, base: Mapping[str, Any], scratch: Path | None = None) -> dict[str, Any]:
+    """Train, read the whole validation text at the end, and describe what came of it.
+
+    Returns:
+        The job, with `loss` (nats a token on the whole validation text), `test_loss` (None unless asked for), `params`
+        and `blocks` at the end, `steps`, `flops` (training, probes and growth; the last readings of validation and
+        test text are not training), `curve` of (FLOPs, validation loss on a few examples) and `seconds`.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{job.key}-") as name:
+        folder = Path(name)
+        config = config_of(job, base, folder)
+        result = start_run(config, test=job.test)
+        trained = time.monotonic() - began
+        events = folder / "run" / "events.jsonl"
+        lines = [parse_json(line, events) for line in events.read_text(encoding="utf-8").splitlines()]
+        seen = eval_run(folder / "run", split="validation", device=config.device)
+        spent = [line["total_flops"] for line in lines if line["kind"] == "epoch_ended"][-1]
+        born = [line for line in lines if line["kind"] == "stage_changed" and line["after"] == "germinated"]
+        refused = [line for line in lines if line["kind"] in ("command_refused", "rolled_back")]
+        shutil.rmtree(folder / "run")
+    return {
+        **job.to_mapping(), "key": job.key, "loss": seen.loss, "test_loss": result.test_loss, "params": result.params,
+        "host_params": result.host_params, "steps": result.steps, "flops": spent,
+        "grown_at": [line["step"] / result.steps for line in born], "refused": len(refused),
+        "curve": [[line["step"], line["validation_loss"]] for line in lines if line["kind"] == "decided"],
+        "train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip

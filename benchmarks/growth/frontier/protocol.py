@@ -1,0 +1,117 @@
+"""What a frontier protocol runs, and in which order: every arm is tuned on validation text, then read on test text.
+
+Stages, each a function of the rows so far, so that a queue can be cut off anywhere and go on:
+
+1. `tune`: every static size, the host and every grown arm at each of `rates`, on a seed of its own; an arm whose best
+   rate is the last one tried gets one more on that side, up to `most_rates` for every arm alike.
+2. `decay`: the best sizes and every grown arm at their best rate with the other shares of decay.
+3. `final`: the best sizes, the host and the grown arms, as tuned, on fresh seeds; the test text is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from benchmarks.growth.frontier.job import Job
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@attrs.frozen(kw_only=True)
+class Frontier:
+    """One budget of a protocol.
+
+    Attributes:
+        name: of the protocol. base: configuration of all its runs. budget: FLOPs.
+        sizes: (blocks, width) of the static networks. host: that of the network which is grown.
+        grown: the arms that grow, as jobs without rate, decay and seed; the first is the heuristic's.
+        controls: jobs that show what an operator is worth; they take rate and decay from the first grown arm.
+        rates: tried for every arm. most_rates: tried for an arm at most. decays: shares of the budget.
+        finalists: static sizes that get fresh seeds. seeds: how many. tune_seed: none of them.
+    """
+
+    name: str
+    base: Mapping[str, Any]
+    budget: float
+    sizes: Sequence[tuple[int, int]]
+    host: tuple[int, int]
+    grown: Sequence[Job]
+    controls: Sequence[Job] = ()
+    rates: Sequence[float]
+    most_rates: int = 4
+    decays: Sequence[float] = (0.4, 0.2, 0.6)
+    finalists: int = 2
+    seeds: int = 3
+    tune_seed: int = 100
+
+    def arms(self) -> list[Job]:
+        """Every arm with its first rate and decay: static sizes, the host among them, and grown ones."""
+        sizes = dict.fromkeys((*self.sizes, self.host))
+        statics = [Job(arm=f"static {n}x{w}", budget=self.budget, layers=n, width=w, rate=0.0) for n, w in sizes]
+        start = {"rate": self.rates[0], "decay": self.decays[0], "seed": self.tune_seed, "budget": self.budget}
+        return [attrs.evolve(job, stage="tune", **start) for job in (*self.grown, *statics)]
+
+    def plan(self, rows: Rows) -> Iterator[Job]:
+        """The jobs that are to be done next, most important first."""
+        found = {row["key"]: row for row in rows}
+        arms = self.arms()
+        yield from self._until_done(found, (job for arm in arms for job in self._rate_jobs(arm, found)))
+        if any(job.key not in found for arm in arms for job in self._rate_jobs(arm, found)):
+            return
+        decayed = [job for arm in self._chosen(arms, found) for job in self._decay_jobs(arm, found)]
+        yield from decayed
+        if any(job.key not in found for job in decayed):
+            return
+        yield from self.finals(rows)
+
+    def finals(self, rows: Rows) -> Iterator[Job]:
+        """The jobs on fresh seeds, once everything is tuned; seed by seed, so that few seeds are whole too."""
+        found = {row["key"]: row for row in rows}
+        arms = self.arms()
+        tuned = [self.tuned(arm, found) for arm in self._chosen(arms, found)]
+        first = self.tuned(arms[0], found)
+        controls = [attrs.evolve(job, rate=first.rate, decay=first.decay, budget=self.budget) for job in self.controls]
+        for seed in range(self.seeds):
+            for job in (*tuned, *controls):
+                yield attrs.evolve(job, stage="final", seed=seed, test=True)
+
+    def tuned(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> Job:
+        """The arm at the rate and decay that gave the least validation loss."""
+        tried = [job for job in (*self._rate_jobs(arm, found), *self._decay_jobs(arm, found)) if job.key in found]
+        return min(tried, key=lambda job: found[job.key]["loss"])
+
+    def _until_done(self, found: Mapping[str, Any], jobs: Iterable[Job]) -> Iterator[Job]:
+        yield from sorted(jobs, key=lambda job: self.rates.index(job.rate) if job.rate in self.rates else 99)
+
+    def _rate_jobs(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+        """The arm at every rate, and beyond the last on a side where the best is the last."""
+        jobs = [attrs.evolve(arm, rate=rate) for rate in self.rates]
+        while len(jobs) < self.most_rates and all(job.key in found for job in jobs):
+            best = min(jobs, key=lambda job: found[job.key]["loss"]).rate
+            known = sorted(job.rate for job in jobs)
+            if best not in (known[0], known[-1]):
+                break
+            jobs.append(attrs.evolve(arm, rate=_round(best / 2 if best == known[0] else best * 2)))
+        return jobs
+
+    def _decay_jobs(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+        rated = [job for job in self._rate_jobs(arm, found) if job.key in found]
+        if not rated:
+            return []
+        best = min(rated, key=lambda job: found[job.key]["loss"])
+        return [attrs.evolve(best, decay=decay, stage="decay") for decay in self.decays[1:]]
+
+    def _chosen(self, arms: Sequence[Job], found: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+        """Grown arms, the host, and the best static sizes by tuned validation loss."""
+        grown = [arm for arm in arms if not arm.is_static]
+        static = [arm for arm in arms if arm.is_static]
+        host = [arm for arm in static if (arm.layers, arm.width) == self.host]
+        best = sorted(static, key=lambda arm: min(found[j.key]["loss"] for j in self._rate_jobs(arm, found)))
+        return list({arm.key: arm for arm in (*grown, *best[: self.finalists], *host)}.values())
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.3g}")

@@ -1,0 +1,88 @@
+"""The frontier protocols by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from benchmarks.growth.frontier.job import Job
+from benchmarks.growth.frontier.protocol import Frontier
+
+_ADAMW: Final = {"optimizer.beta2": 0.95}
+_STDLIB: Final = {
+    "task": "stdlib", "batch_size": 32, "device": "cpu",
+    "settings": {**_ADAMW, "stdlib.length": 128, "sensors.every": 1000},
+}  # fmt: skip
+
+
+def _grown(arm: str, layers: int, width: int, *grow: tuple[float, int], **more: Any) -> Job:
+    return Job(arm=arm, budget=1.0, layers=layers, width=width, rate=0.0, grow=grow, **more)
+
+
+def p9(quick: bool = False) -> list[Frontier]:
+    """Two cores, the standard library's text: 5 seeds of all arms, or 2 seeds of fewer on fewer FLOPs."""
+    heuristic = _grown("heuristic", 1, 64, heuristic=True)
+    by_hand = _grown("by hand 1-2 at 0.2", 1, 64, (0.2, 2))
+    zero = _grown("zero output 1-2 at 0.2", 1, 64, (0.2, 2), birth="zero")
+    if quick:
+        return [
+            Frontier(
+                name="p9-quick", base=_STDLIB, budget=2e12, host=(1, 64), sizes=((2, 64), (3, 64), (2, 48), (1, 96)),
+                grown=(heuristic,), controls=(zero,), rates=(0.008, 0.016), most_rates=2, decays=(0.4,), seeds=2,
+            )
+        ]  # fmt: skip
+    sizes = ((2, 64), (3, 64), (4, 64), (2, 48), (3, 48), (4, 48), (1, 96), (2, 96), (1, 128), (3, 32))
+    return [
+        Frontier(
+            name="p9", base=_STDLIB, budget=5e12, host=(1, 64), sizes=sizes, grown=(heuristic, by_hand),
+            controls=(zero,), rates=(0.008, 0.016, 0.004), seeds=5,
+        )
+    ]  # fmt: skip
+
+
+def _debian(tokens: str, data: str) -> Mapping[str, Any]:
+    settings = {**_ADAMW, "text.length": 256, "text.sampling": "crops", "gpt.qk_norm": True, "sensors.every": 1000}
+    if tokens == "bpe":
+        settings |= {"text.tokens": "uint16", "text.vocabulary": 4096}
+    return {
+        "task": f"text:{data}", "batch_size": 64, "device": "cuda", "compile": "blocks", "settings": settings,
+    }  # fmt: skip
+
+
+P8_SIZES: Final = (
+    (6, 192), (8, 192), (5, 256), (6, 256), (7, 256), (10, 192), (4, 256), (8, 160), (10, 160), (12, 160), (4, 320),
+    (8, 256), (3, 384), (12, 192),
+)  # fmt: skip
+
+
+def p8(data: str = "text/english") -> list[Frontier]:
+    """One GPU, Debian's documentation: the budget of the bar first, then a third of it and three times it."""
+    base = _debian("byte", data)
+    by_hand = (
+        _grown("by hand 3-6-12x192", 3, 192, (0.07, 2), (0.28, 2)),
+        _grown("by hand 2-4-8x256", 2, 256, (0.07, 2), (0.3, 2)),
+    )
+    zero = _grown("zero output 3-6-12x192", 3, 192, (0.07, 2), (0.28, 2), birth="zero")
+    middle = Frontier(
+        name="p8", base=base, budget=3e15, host=(3, 192), sizes=P8_SIZES,
+        grown=(_grown("heuristic 3x192", 3, 192, heuristic=True), *by_hand), controls=(zero,),
+        rates=(0.003, 0.0015, 0.006), most_rates=3, finalists=2, seeds=3,
+    )  # fmt: skip
+    small = Frontier(
+        name="p8-1e15", base=base, budget=1e15, host=(3, 192),
+        sizes=((4, 192), (6, 192), (4, 256), (5, 256), (6, 160), (8, 160), (6, 128), (8, 128)),
+        grown=(_grown("heuristic 3x192", 3, 192, heuristic=True),),
+        rates=(0.003, 0.006), most_rates=3, decays=(0.4,), finalists=2, seeds=2,
+    )  # fmt: skip
+    large = Frontier(
+        name="p8-1e16", base=base, budget=1e16, host=(3, 256), sizes=((10, 256), (12, 256), (8, 320), (12, 192)),
+        grown=(_grown("heuristic 3x256", 3, 256, heuristic=True),),
+        rates=(0.002,), most_rates=1, decays=(0.4,), finalists=1, seeds=1,
+    )  # fmt: skip
+    return [middle, small, large]
+
+
+PROTOCOLS: Final[Mapping[str, Callable[..., Sequence[Frontier]]]] = {
+    "p9": p9, "p9-quick": lambda: p9(quick=True), "p8": p8,
+}  # fmt: skip
+"""Name to what makes its frontiers."""

@@ -1,0 +1,121 @@
+"""What a frontier protocol found: the arms on fresh seeds beside the best static network, and the isoFLOP curve."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import attrs
+
+from benchmarks.growth.frontier.protocol import Frontier
+from esper_core.trials.intervals import paired_interval
+from esper_core.trials.isoflop import fit_isoflop, flops_to_reach
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def summarise(frontier: Frontier, rows: Rows) -> dict[str, Any]:
+    """Tuning, finals, paired differences and the isoFLOP fit of one budget, from every row there is."""
+    found = {row["key"]: row for row in rows}
+    arms = frontier.arms()
+    tuned = {}
+    for arm in arms:
+        tried = [j for j in (*frontier._rate_jobs(arm, found), *frontier._decay_jobs(arm, found)) if j.key in found]
+        if tried:
+            best = min(tried, key=lambda job: found[job.key]["loss"])
+            tuned[arm.arm] = {
+                "rate": best.rate, "decay": best.decay, "validation_loss": found[best.key]["loss"],
+                "params": found[best.key]["params"], "tried": len(tried), "static": arm.is_static,
+            }  # fmt: skip
+    statics = [t for t in tuned.values() if t["static"]]
+    fit = fit_isoflop([t["params"] for t in statics], [t["validation_loss"] for t in statics]) if statics else None
+    whole = statics and all(arm.arm in tuned for arm in arms)
+    finals = defaultdict(dict[int, Mapping[str, Any]])
+    for job in frontier.finals(rows) if whole else ():
+        if job.key in found:
+            finals[job.arm][job.seed] = found[job.key]
+    table = [
+        {
+            "name": name, "seeds": sorted(by_seed), "params": fmean(row["params"] for row in by_seed.values()),
+            "flops": fmean(row["flops"] for row in by_seed.values()),
+            "seconds": fmean(row["train_seconds"] for row in by_seed.values()),
+            "rate": next(iter(by_seed.values()))["rate"], "decay": next(iter(by_seed.values()))["decay"],
+            "grown_at": next(iter(by_seed.values()))["grown_at"],
+            "loss": [by_seed[seed]["test_loss"] for seed in sorted(by_seed)],
+            "validation_loss": [by_seed[seed]["loss"] for seed in sorted(by_seed)],
+            "static": not (next(iter(by_seed.values()))["grow"] or next(iter(by_seed.values()))["heuristic"]),
+        }
+        for name, by_seed in finals.items()
+    ]  # fmt: skip
+    return {
+        "name": frontier.name, "budget": frontier.budget, "tuned": tuned, "arms": table,
+        "isoflop": None if fit is None else attrs.asdict(fit), "paired": _pairs(table),
+        "host": f"static {frontier.host[0]}x{frontier.host[1]}",
+    }  # fmt: skip
+
+
+def _pairs(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each arm against the static arm with the least validation loss on the same seeds, as a share of its test loss."""
+    statics = [arm for arm in table if arm["static"]]
+    if not statics:
+        return []
+    best = min(statics, key=lambda arm: fmean(arm["validation_loss"]))
+    pairs = []
+    for arm in table:
+        both = [seed for seed in arm["seeds"] if seed in best["seeds"]]
+        if arm is best or not both:
+            continue
+        mine, other = ([side["loss"][side["seeds"].index(seed)] for seed in both] for side in (arm, best))
+        mean, low, high = paired_interval([a / b - 1 for a, b in zip(mine, other, strict=True)], [0.0] * len(both))
+        ends = {k: v if math.isfinite(v) else None for k, v in (("low", low), ("high", high))}
+        pairs.append({"arm": arm["name"], "minus": best["name"], "share": mean, **ends, "n": len(both)})
+    return pairs
+
+
+def equal_loss(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """FLOPs that the best static networks need for each grown arm's loss, over the arm's own, by budget and arm.
+
+    Along the validation losses of the best static size at every budget; needs two budgets.
+    """
+    best = {
+        s["budget"]: min(t["validation_loss"] for t in s["tuned"].values() if t["static"])
+        for s in summaries
+        if any(t["static"] for t in s["tuned"].values())
+    }
+    return {
+        f"{s['budget']:g}": {
+            name: s["budget"] / flops_to_reach(t["validation_loss"], best)
+            for name, t in s["tuned"].items()
+            if not t["static"]
+        }
+        for s in summaries
+        if len(best) > 1
+    }
+
+
+def show(summary: Mapping[str, Any]) -> str:
+    """The summary as text."""
+    lines = [f"== {summary['name']}: {summary['budget']:.3g} FLOP"]
+    for name, t in sorted(summary["tuned"].items(), key=lambda item: item[1]["validation_loss"]):
+        lines.append(
+            f"  tuned {name:26s} validation {t['validation_loss']:.4f} at rate {t['rate']:g}, decay {t['decay']:g}"
+            f" ({t['tried']} tried, {t['params']:,} parameters)"
+        )
+    if summary["isoflop"]:
+        fit = summary["isoflop"]
+        kind = "fitted minimum" if fit["fitted"] else "best run (no fit)"
+        lines.append(f"  isoFLOP {kind}: {fit['loss']:.4f} at {fit['params']:,.0f} parameters")
+    for arm in summary["arms"]:
+        losses = " ".join(f"{loss:.4f}" for loss in arm["loss"])
+        lines.append(
+            f"  final {arm['name']:26s} test {fmean(arm['loss']):.4f} ({losses}), {arm['seconds']:.0f} s a run"
+        )
+    for pair in summary["paired"]:
+        low, high = (f"{100 * pair[k]:+.2f}" if pair[k] is not None else "?" for k in ("low", "high"))
+        lines.append(
+            f"  {pair['arm']:26s} {100 * pair['share']:+.2f}% [{low}, {high}] of {pair['minus']}, {pair['n']} seeds"
+        )
+    return "\n".join(lines)
