@@ -45,7 +45,6 @@ from benchmarks.timing import machine, ratio  # noqa: E402
 from esper_core.kasmina.compose import compose  # noqa: E402
 from esper_core.kasmina.module_host import host_from_module  # noqa: E402
 from esper_core.kasmina.plane import Plane  # noqa: E402
-from esper_core.kasmina.scoring import training_loss  # noqa: E402
 from esper_core.leyline.actions import Command  # noqa: E402
 from esper_core.leyline.host import Batch  # noqa: E402
 from esper_core.leyline.stages import Op  # noqa: E402
@@ -54,6 +53,7 @@ from esper_core.tolaria.governor import GovernorConfig  # noqa: E402
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig  # noqa: E402
 from esper_core.tolaria.snapshot import Snapshot  # noqa: E402
 from esper_hosts.cnn import cnn  # noqa: E402
+from esper_plugins.objectives.shared import token_loss  # noqa: E402
 
 # --- 1. Correctness ---
 
@@ -148,7 +148,7 @@ def invariants(s: Settings, dtype: torch.dtype) -> dict[str, Any]:
         def run(plane: Plane = plane, x: Tensor = x, y: Tensor = y) -> tuple[Tensor, list[Tensor]]:
             plane.host.module.zero_grad()
             logits = plane.host.forward_with_slots(x)
-            training_loss(logits, y).backward()
+            token_loss(logits, y).backward()
             return logits.detach().clone(), [p.grad.clone() for p in plane.host.module.parameters()]
 
         tried += 1
@@ -397,7 +397,7 @@ def waits(s: Settings) -> dict[str, Any]:
     def run_of_one(batch: Batch) -> None:
         plane, optimizer = loop.planes[0], loop.optimizers[0]
         optimizer.zero_grad()
-        training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()
+        token_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()
         sensors.after_backward()
         optimizer.step(RATE)
         sensors.after_step()
@@ -435,7 +435,7 @@ def snapshots(s: Settings) -> dict[str, Any]:
 
     def step() -> None:
         optimizer.zero_grad()
-        training_loss(host.forward_with_slots(x), targets).backward()
+        token_loss(host.forward_with_slots(x), targets).backward()
         optimizer.step(1e-4)
 
     snapshot = Snapshot()

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.host import Batch
 from esper_core.registry import Registry, load_registry
 from esper_core.simic.gym.cuda_engine import StackedPopulation
@@ -19,6 +18,8 @@ from esper_core.simic.gym.stacks import StackedAdamW, StackedSGD
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_hosts.cnn import cnn
+from esper_plugins.objectives.classes import Classification
+from esper_plugins.objectives.shared import token_loss
 
 WIDTHS = "16,24,64"  # 0.28 GFLOP for one forward pass of 64 images of 3×32×32
 RATES = {"adamw": 1e-3, "sgd": 0.05}
@@ -109,14 +110,19 @@ class Loop:
         optimizer.zero_grad()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             logits = plane.host.forward_with_slots(batch.inputs)
-        training_loss(logits, batch.targets).backward()
+        token_loss(logits, batch.targets).backward()
         optimizer.step(self.rate)
 
 
 def stacked(s: Settings, planes: Sequence[Plane], *, rule: str = "adamw", **options: Any) -> StackedPopulation:
     optimizer = StackedAdamW(seed_warmup=1) if rule == "adamw" else StackedSGD(seed_warmup=1)
     return StackedPopulation(
-        [copy.deepcopy(p) for p in planes], device=s.device, optimizer=optimizer, bucket=2, **options
+        [copy.deepcopy(p) for p in planes],
+        Classification(outputs=None),
+        device=s.device,
+        optimizer=optimizer,
+        bucket=2,
+        **options,
     )
 
 

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import machine, ratio
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.actions import Command
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Op
@@ -34,6 +33,7 @@ from esper_core.simic.learning.curriculum import load_curriculum
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
+from esper_plugins.objectives.shared import token_loss
 
 SEEDS: Final = ("depthwise", "conv", "bottleneck")
 CONFIG: Final = RunConfig(
@@ -70,7 +70,7 @@ class Loop:
         """One optimizer step of every environment."""
         for plane, optimizer in self.environments:
             optimizer.zero_grad()
-            training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()
+            token_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()
             optimizer.step(CONFIG.learning_rate)
             plane.step()
 

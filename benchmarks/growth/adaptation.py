@@ -35,11 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.growth.arms import say
 from esper_core import accompany, load_registry
-from esper_core.kasmina.scoring import example_scores, training_loss
 from esper_core.leyline.host import Batch
 from esper_core.storage.tensor_file import read_json_file, read_tensor_file, write_json_file, write_tensor_file
 from esper_core.tolaria.schedules import learning_rate_share
 from esper_core.trials.intervals import paired_interval
+from esper_plugins.objectives.shared import token_loss, token_scores
 from esper_plugins.tasks.splits import ResidentSplit
 
 MODEL: Final = "resnet10t"
@@ -166,7 +166,7 @@ def evaluate(model: nn.Module, split: ResidentSplit) -> tuple[float, float]:
     """Loss (nats) and accuracy (share of 1)."""
     training = model.training
     model.eval()
-    scores = [torch.stack(example_scores(model(b.inputs), b.targets)) for b in split.batches(256)]
+    scores = [torch.stack(token_scores(model(b.inputs), b.targets)) for b in split.batches(256)]
     model.train(training)
     loss, accuracy = torch.cat(scores, dim=1).double().mean(1).tolist()
     return loss, accuracy
@@ -186,7 +186,7 @@ def pretrain(job: tuple[Path, int]) -> Path:
     for number, batch in steps_of(split, seed, count):
         set_rate(optimizer, number / count)
         optimizer.zero_grad()
-        training_loss(model(batch.inputs), batch.targets).backward()
+        token_loss(model(batch.inputs), batch.targets).backward()
         optimizer.step()
     loss, accuracy = evaluate(model, split)
     write_tensor_file(path, model.state_dict(), {"loss": loss, "accuracy": accuracy})
@@ -233,7 +233,7 @@ def step_flops(model: nn.Module, split: ResidentSplit) -> float:
     """What one training step costs: forward and backward, as torch counts them."""
     batch = next(iter(split.batches(BATCH)))
     with FlopCounterMode(display=False) as counter:
-        training_loss(model(batch.inputs), batch.targets).backward()
+        token_loss(model(batch.inputs), batch.targets).backward()
     model.zero_grad()
     return float(counter.get_total_flops())
 
@@ -270,7 +270,7 @@ def _train(model: nn.Module, groups: list[dict[str, Any]], train: ResidentSplit,
     for number, batch in steps_of(train, seed, count):
         set_rate(optimizer, number / count)
         optimizer.zero_grad()
-        training_loss(model(batch.inputs), batch.targets).backward()
+        token_loss(model(batch.inputs), batch.targets).backward()
         optimizer.step()
 
 
@@ -286,7 +286,7 @@ def _grow(
     )
     for number, batch in steps_of(train, job.seed, count):
         set_rate(optimizer, number / count)
-        loss = training_loss(model(batch.inputs), batch.targets)
+        loss = token_loss(model(batch.inputs), batch.targets)
         loss.backward()
         optimizer.step()
         tolaria.step(loss, BATCH)

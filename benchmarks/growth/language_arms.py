@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.counterfactual import measure_counterfactuals
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.host import Batch
 from esper_core.registry import load_registry
 from esper_core.tolaria import assembly
@@ -30,6 +29,7 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.schedules import learning_rate_share
 from esper_core.trials.static import Ground, Organ, batches_of, implant, lay_ground, train_static
+from esper_plugins.objectives.shared import token_loss
 
 LANGUAGE_ARMS: Final = ("one-shot stacking", "deeper GPT", "static@FLOPs, own rate", "host@FLOPs")
 OWN_RATE: Final = 0.002
@@ -82,12 +82,16 @@ def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, An
         deep.plane.host.module.load_state_dict(stack_once(shallow.plane.host.module.state_dict(), layers))
     _train(deep, islice(batches_of(deep), first, None), first, steps, steps)
     found = measure_counterfactuals(
-        deep.plane, deep.task.test.batches(config.batch_size, device=str(deep.device)), paths=[], count_cost=False
+        deep.plane,
+        deep.task.test.batches(config.batch_size, device=str(deep.device)),
+        deep.objective,
+        paths=[],
+        count_cost=False,
     )
     return {
         "seed": config.seed,
         "loss": found.loss,
-        "accuracy": found.accuracy,
+        "accuracy": found.score,
         "params": deep.plane.host_params,
         "flops": first * shallow.step_flops() + (steps - first) * deep.step_flops(),
         "steps": steps,
@@ -116,7 +120,7 @@ def _train(ground: Ground, batches: Iterator[Batch], start: int, stop: int, step
     )
     for step, batch in zip(range(start, stop), batches, strict=False):
         optimizer.zero_grad()
-        training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+        token_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step(
             config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup, config.decay)
         )

@@ -21,12 +21,13 @@ RUNS: Final = Path("runs")
 
 KINDS: Final = {
     "host": "host", "blueprints": "blueprint", "blends": "blend", "task": "task", "controller": "controller",
-    "overseers": "controller", "rewards": "reward", "sinks": "sink",
+    "overseers": "controller", "rewards": "reward", "sinks": "sink", "objective": "objective",
 }  # fmt: skip
 """Fields of `RunConfig` that name plugins, by which a shell completes them."""
 
 _METAVARS: Final = {int: "N", float: "X", str: "TEXT", tuple: "A,B,…"}
-_NAMED: Final = {"host": "HOST", "task": "TASK", "controller": "NAME", "out": "FOLDER", "device": "DEVICE",
+_NAMED: Final = {"host": "HOST", "task": "TASK", "controller": "NAME", "objective": "NAME", "out": "FOLDER",
+                 "device": "DEVICE",
                  "budget_params": "SHARE", "budget_flops": "SHARE", "rewards": "NAME=W,…"}  # fmt: skip
 
 Function = Callable[..., Any]

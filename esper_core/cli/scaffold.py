@@ -15,11 +15,12 @@ import attrs
 
 from esper_core import __version__
 from esper_core.leyline.errors import BadOption, EsperError
-from esper_core.leyline.specs import SPEC_KINDS
+from esper_core.leyline.specs import API_VERSION, SPEC_KINDS
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _SPECS: Final = {spec.kind: spec for spec in SPEC_KINDS}
 _CONFORMANCE: Final = {"blend": "CombinationConformance"}
+_OWN_TESTS: Final = {"objective": "objective/test.py"}
 
 
 @attrs.frozen
@@ -84,7 +85,7 @@ class Scaffold:
             f"{source}/py.typed": "",
             f"{source}/plugin.py": self._fill("common/plugin.py"),
             f"{source}/{self.part}.py": self._fill(f"{self.kind}/part.py"),
-            f"tests/test_{self.part}.py": self._fill("common/test.py"),
+            f"tests/test_{self.part}.py": self._fill(_OWN_TESTS.get(self.kind, "common/test.py")),
         }
 
     def _class(self) -> str:
@@ -103,6 +104,7 @@ class Scaffold:
             "plugin": self.distribution.removeprefix("esper-"),
             "core": ".".join(__version__.split(".")[:2]),
             "Class": self._class(),
+            "api": str(API_VERSION),
             "Spec": spec.__name__,
             "Conformance": _CONFORMANCE.get(self.kind, f"{self.kind.capitalize()}Conformance"),
             "example": _example(self.kind, self.part),
@@ -122,6 +124,7 @@ def _example(kind: str, part: str) -> str:
         "adapter": f"esper tamiyo adapt --kind {part} --domain language",
         "task": f"esper run --host mlp --task {part}",
         "controller": f"esper run --host cnn --controller {part}",
+        "objective": f"esper run --host mlp --task diabetes --objective {part}",
         "reward": f"esper run --host cnn --rewards accuracy=1,{part}=1",
     }
     return use.get(kind, f"esper run --host cnn --{kind}s {part}")

@@ -15,7 +15,7 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import Event
 from esper_core.leyline.host import Batch
-from esper_core.tolaria.grow import ToBatch, accompany, move, to_batch
+from esper_core.tolaria.grow import ToBatch, accompany, to_batch
 from esper_core.tolaria.model_file import save_growth
 from esper_core.tolaria.session import Tolaria
 
@@ -120,5 +120,5 @@ class _Again:
 
     def __iter__(self) -> Any:
         for item in self.batches:
-            batch: Batch = move(self.convert(item), self.device)
+            batch: Batch = self.convert(item).to(self.device, non_blocking=True)
             yield batch

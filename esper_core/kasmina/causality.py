@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from esper_core.kasmina.feature_trace import Inputs, call, eval_mode, feature_of
+from esper_core.kasmina.feature_trace import call, eval_mode, feature_of
 from esper_core.kasmina.feature_view import FeatureView
+from esper_core.leyline.host import list_tensors, map_tensors
+
+if TYPE_CHECKING:
+    from esper_core.leyline.host import Inputs
 
 
 def find_causal(model: nn.Module, example: Inputs, views: Mapping[str, FeatureView]) -> frozenset[str]:
@@ -23,18 +27,19 @@ def find_causal(model: nn.Module, example: Inputs, views: Mapping[str, FeatureVi
         example: a batch of one or more examples.
         views: path of a submodule to the view in which its feature is (N, L, D).
     """
-    named = {"": example} if isinstance(example, Tensor) else example
-    tokens = {name: value for name, value in named.items() if value.dim() == 2 and value.dtype == torch.long}
+    inputs = list_tensors(example)
+    tokens = {i: value for i, value in enumerate(inputs) if value.dim() == 2 and value.dtype == torch.long}
     if not views or not any(value.shape[1] > 1 for value in tokens.values()):
         return frozenset()
     base = _features(model, example, views)
     causal: set[str] = set()
-    for name, value in tokens.items():
+    for place, value in tokens.items():
         for at in (-1, -2):
             changed = value.clone()
             changed[:, at] = torch.where(changed[:, at] == 0, 1, changed[:, at] - 1)
             try:
-                after = _features(model, changed if isinstance(example, Tensor) else {**example, name: changed}, views)
+                others = iter([*inputs[:place], changed, *inputs[place + 1 :]])
+                after = _features(model, map_tensors(lambda _: next(others), example), views)  # noqa: B023 - used at once
                 break
             except Exception:
                 if at < -1:  # a model may want its end token, and says so in any way it likes

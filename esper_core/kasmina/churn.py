@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.host import Batch
+from esper_core.leyline.objective import Objective
 
 
-def measure_churn(plane: Plane, batches: Iterable[Batch], path: str) -> Measurement:
+def measure_churn(plane: Plane, batches: Iterable[Batch], objective: Objective, path: str) -> Measurement:
     """Measure the seed at `path` as if its alpha were 1; its `worth` is the churn: loss without it minus with it.
 
     Both sides use the weights as they are now, after host and other seeds had the whole withering to get used to the
@@ -25,6 +26,6 @@ def measure_churn(plane: Plane, batches: Iterable[Batch], path: str) -> Measurem
     alpha = slot.alpha.clone()
     try:
         slot.alpha.fill_(1.0)
-        return measure_counterfactuals(plane, batches, paths=[path])
+        return measure_counterfactuals(plane, batches, objective, paths=[path])
     finally:
         slot.alpha.copy_(alpha)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import combinations
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import torch
@@ -15,19 +15,26 @@ from torch import Tensor
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.prefix_tree import Mask, PrefixTree
-from esper_core.kasmina.scoring import example_scores
 from esper_core.leyline.host import Batch, HostProtocol
+from esper_core.leyline.objective import Objective
 from esper_core.leyline.view import Interval
+
+if TYPE_CHECKING:
+    from esper_core.leyline.host import Inputs
 
 _Z: Final = 1.959963984540054
 
 
 @attrs.frozen
 class Worth:
-    """One slot's counterfactual. `loss`: without minus with (nats); `accuracy`: with minus without (share of 1)."""
+    """One slot's counterfactual: how much worse loss and metric are without it. Positive: the slot helps.
+
+    Attributes:
+        loss: without minus with. score: the objective's metric, in its own unit.
+    """
 
     loss: Interval
-    accuracy: Interval
+    score: Interval
 
 
 @attrs.frozen
@@ -35,15 +42,15 @@ class Measurement:
     """One reading of the validation split.
 
     Attributes:
-        loss, accuracy: of the model as it is.
+        loss, score: of the model as it is; the score is the objective's metric.
         examples: how many were read.
         worth: path to counterfactual, for every slot asked for that the forward pass reached.
-        masks: mask to (loss, accuracy), for every mask that was evaluated.
+        masks: mask to (loss, score), for every mask that was evaluated.
         flops: what the reading cost in all, FLOPs.
     """
 
     loss: float
-    accuracy: float
+    score: float
     examples: int
     worth: dict[str, Worth]
     masks: dict[Mask, tuple[float, float]]
@@ -64,6 +71,7 @@ def every_mask(paths: Sequence[str]) -> list[Mask]:
 def measure_counterfactuals(
     plane: Plane,
     batches: Iterable[Batch],
+    objective: Objective,
     *,
     paths: Sequence[str] | None = None,
     every: bool = False,
@@ -76,6 +84,7 @@ def measure_counterfactuals(
     Args:
         plane: the plane whose slots are muted in turn.
         batches: validation batches.
+        objective: judges each example.
         paths: slots to measure; None for every one that contributes to the output.
         every: evaluate all 2^k masks instead of k.
         count_cost: also count FLOPs, on one example.
@@ -95,16 +104,16 @@ def measure_counterfactuals(
         with PrefixTree(plane.host, plane.slots) if chosen else _Bare(plane.host) as tree:
             for batch in batches:
                 if not examples:
-                    sample = _head(batch, 1)
+                    sample = batch.head(1)
                     tree.observe(sample.inputs)
                     if count_cost:
                         flops_each = count_flops(lambda: list(tree.run(sample.inputs, masks)))  # noqa: B023 - run here
                 examples += batch.size
                 base: tuple[Tensor, Tensor] | None = None
-                for mask, logits in tree.run(batch.inputs, masks):
-                    scores = example_scores(logits, batch.targets)
+                for mask, outputs in tree.run(batch.inputs, masks):
+                    scores = objective.scores(outputs, batch.targets)
                     base = base or scores
-                    moments = _moments(base, scores)
+                    moments = _moments(base, scores, objective.metric.higher_is_better)
                     sums[mask] = sums[mask] + moments if mask in sums else moments
     finally:
         for module, training in modes:
@@ -116,12 +125,10 @@ def measure_counterfactuals(
     worth = {}
     for path, mask in zip(chosen, leave_one_out(chosen), strict=True):
         if mask in table:
-            _, _, loss, loss_squares, accuracy, accuracy_squares = table[mask]
-            worth[path] = Worth(
-                _interval(loss, loss_squares, examples), _interval(accuracy, accuracy_squares, examples)
-            )
-    loss, accuracy = means[frozenset()]
-    return Measurement(loss, accuracy, examples, worth, means, float(flops_each) * examples)
+            _, _, loss, loss_squares, score, score_squares = table[mask]
+            worth[path] = Worth(_interval(loss, loss_squares, examples), _interval(score, score_squares, examples))
+    loss, score = means[frozenset()]
+    return Measurement(loss, score, examples, worth, means, float(flops_each) * examples)
 
 
 class _Bare(nullcontext["_Bare"]):
@@ -131,19 +138,19 @@ class _Bare(nullcontext["_Bare"]):
         super().__init__(self)
         self.host = host
 
-    def observe(self, inputs: Tensor | Mapping[str, Tensor]) -> None:
+    def observe(self, inputs: Inputs) -> None:
         """There is no order to learn."""
 
-    def run(self, inputs: Tensor | Mapping[str, Tensor], masks: Iterable[Mask]) -> Iterator[tuple[Mask, Tensor]]:
+    def run(self, inputs: Inputs, masks: Iterable[Mask]) -> Iterator[tuple[Mask, Tensor]]:
         """The logits under the empty mask."""
         yield frozenset(), self.host.forward_with_slots(inputs)
 
 
-def _moments(base: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor]) -> Tensor:
-    """Sums over a batch: loss, accuracy, then each paired gain and its square; float64 of shape (6,)."""
+def _moments(base: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor], higher_is_better: bool) -> Tensor:
+    """Sums over a batch: loss, score, then each paired gain of the base and its square; float64 of shape (6,)."""
     loss_gain = (scores[0] - base[0]).double()
-    accuracy_gain = (base[1] - scores[1]).double()
-    rows = (scores[0].double(), scores[1].double(), loss_gain, loss_gain**2, accuracy_gain, accuracy_gain**2)
+    score_gain = (base[1] - scores[1]).double() if higher_is_better else (scores[1] - base[1]).double()
+    rows = (scores[0].double(), scores[1].double(), loss_gain, loss_gain**2, score_gain, score_gain**2)
     return torch.stack([row.sum() for row in rows])
 
 
@@ -157,9 +164,3 @@ def _interval(total: float, squares: float, count: int) -> Interval:
     variance = max(0.0, (squares - count * mean * mean) / freedom)
     half = quantile * math.sqrt(variance / count)
     return Interval(mean, mean - half, mean + half, count)
-
-
-def _head(batch: Batch, count: int) -> Batch:
-    inputs = batch.inputs
-    cut = inputs[:count] if isinstance(inputs, Tensor) else {name: value[:count] for name, value in inputs.items()}
-    return Batch(cut, batch.targets[:count])

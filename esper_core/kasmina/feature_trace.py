@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import torch
@@ -18,7 +18,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-Inputs = Tensor | Mapping[str, Tensor]
+from esper_core.leyline.host import map_tensors
+
+if TYPE_CHECKING:
+    from esper_core.leyline.host import Inputs
+
 _ATTENTION: Final = (functional.scaled_dot_product_attention, functional.multi_head_attention_forward)
 _SOFTMAX: Final = (functional.softmax, torch.softmax, Tensor.softmax)
 _FAKE_FROM: Final = 50_000_000
@@ -123,8 +127,10 @@ def pick_logits(output: Any) -> Tensor:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run `model` on a tensor, or on a mapping as keyword arguments."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    """Run `model` on a tensor, on a mapping as keyword arguments, or on a tuple or list as positional ones."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 @contextmanager
@@ -140,9 +146,8 @@ def unfused() -> Iterator[None]:
 
 def repeat_example(inputs: Inputs, count: int) -> Inputs:
     """The first example of `inputs`, `count` times."""
-    if isinstance(inputs, Tensor):
-        return torch.cat([inputs[:1]] * count)
-    return {name: torch.cat([value[:1]] * count) for name, value in inputs.items()}
+    repeated: Inputs = map_tensors(lambda t: torch.cat([t[:1]] * count), inputs)
+    return repeated
 
 
 def trace_features(model: nn.Module, example: Inputs, to_logits: Any = pick_logits) -> Trace:
@@ -168,12 +173,7 @@ def _trace_fake(model: nn.Module, example: Inputs, to_logits: Any) -> Trace:
     memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
     twin = copy.deepcopy(model, memo).eval()
 
-    def fake(inputs: Inputs) -> Inputs:
-        if isinstance(inputs, Tensor):
-            return mode.from_tensor(inputs)
-        return {name: mode.from_tensor(value) for name, value in inputs.items()}
-
-    single, double = fake(repeat_example(example, 1)), fake(repeat_example(example, 2))
+    single, double = (map_tensors(mode.from_tensor, repeat_example(example, count)) for count in (1, 2))
     with mode:
         return _trace(twin, single, double, to_logits)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from esper_core.kasmina.block_compile import compile_blocks
 from esper_core.kasmina.causality import find_causal
 from esper_core.kasmina.feature_trace import (
-    Inputs,
     Trace,
     call,
     feature_of,
@@ -26,10 +25,11 @@ from esper_core.kasmina.feature_trace import (
 from esper_core.kasmina.feature_view import FeatureView
 from esper_core.kasmina.point_discovery import Found, discover, view_of
 from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName, did_you_mean
+from esper_core.leyline.host import list_tensors
 from esper_core.leyline.injection import InjectionSpec
 
 if TYPE_CHECKING:
-    from esper_core.leyline.host import SlotModule
+    from esper_core.leyline.host import Inputs, SlotModule
 
 _PLAIN = FeatureView("NCHW", 1, (), 2)
 
@@ -143,7 +143,7 @@ class ModuleHost:
             self._hooks.pop(name)[1].remove()
 
     def forward_with_slots(self, inputs: Inputs) -> Tensor:
-        """Logits of a batch: a tensor is the first argument of the module, a mapping its keyword arguments."""
+        """Outputs of a batch; a mapping of inputs gives keyword arguments, a tuple positional ones."""
         inputs = self._prepare(inputs) if self._prepare else inputs
         if self.fuses and not torch.compiler.is_compiling():
             with unfused():
@@ -320,7 +320,7 @@ def _spec(found: Found, order: int, inputs: Inputs, causal: bool) -> InjectionSp
     shape = found.traced.single_shape
     assert shape is not None
     seen = tuple(found.view.see(torch.empty(shape, device="meta")).shape[1:])
-    first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+    first = list_tensors(inputs)[0]
     stride = 1
     if first.dim() == 4 and found.view.layout != "NLD":
         height = seen[1] if found.view.layout == "NCHW" else seen[0]

@@ -8,7 +8,7 @@ bit for bit. Nothing needs to be known of the host: what ran before what is obse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from esper_core.kasmina.slot import SeedSlot
-from esper_core.leyline.host import HostProtocol
+from esper_core.leyline.host import HostProtocol, map_tensors
+
+if TYPE_CHECKING:
+    from esper_core.leyline.host import Inputs
 
 Mask = frozenset[str]
 """Paths of the slots that are muted."""
@@ -97,7 +100,7 @@ class PrefixTree:
         self._finished_at = {}
 
     @torch.no_grad()
-    def observe(self, inputs: Tensor | Mapping[str, Tensor]) -> list[str]:
+    def observe(self, inputs: Inputs) -> list[str]:
         """Learn from a small batch the order of the slots and which modules cannot be answered from memory.
 
         Returns:
@@ -132,7 +135,7 @@ class PrefixTree:
         return list(self._order)
 
     @torch.no_grad()
-    def run(self, inputs: Tensor | Mapping[str, Tensor], masks: Iterable[Mask]) -> Iterator[tuple[Mask, Tensor]]:
+    def run(self, inputs: Inputs, masks: Iterable[Mask]) -> Iterator[tuple[Mask, Tensor]]:
         """Logits under the empty mask and under every mask of `masks`, each once; `observe` must have run.
 
         Args:
@@ -146,7 +149,7 @@ class PrefixTree:
 
     def _explore(
         self,
-        inputs: Tensor | Mapping[str, Tensor],
+        inputs: Inputs,
         muted: tuple[str, ...],
         answers: dict[_Node, Any],
         wanted: set[tuple[str, ...]],
@@ -166,7 +169,7 @@ class PrefixTree:
 
     def _forward(
         self,
-        inputs: Tensor | Mapping[str, Tensor],
+        inputs: Inputs,
         muted: Mask,
         answers: dict[_Node, Any],
         keep: frozenset[str] = frozenset(),
@@ -183,8 +186,9 @@ class PrefixTree:
             self._finished_at[slot.path] = [entry for frame in self.frames for entry in frame.finished]
 
 
-def _copy(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
-    return inputs.clone() if isinstance(inputs, Tensor) else {name: value.clone() for name, value in inputs.items()}
+def _copy(inputs: Inputs) -> Inputs:
+    copied: Inputs = map_tensors(torch.clone, inputs)
+    return copied
 
 
 def _clone(output: Any) -> Any:

@@ -1,40 +1,150 @@
-"""How a prediction is scored, example by example."""
+"""Objectives at work: whether one fits a model and its targets, and one made of a user's own functions."""
 
 from __future__ import annotations
 
-from typing import Final
+import copy
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
-from torch.nn import functional as F
+import torch
+from torch import Tensor, nn
 
-IGNORED: Final = -100
-"""The target that neither loss nor accuracy counts."""
+from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.host import list_tensors, map_tensors
+from esper_core.leyline.objective import Metric, Objective
 
-
-def training_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, 0-dim.
-
-    Args:
-        logits: (N, classes), or (N, L, vocabulary).
-        targets: (N,) or (N, L).
-    """
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED)
+Function = Callable[[Tensor, Any], Tensor]
+"""Maps outputs (N, …) and targets to one value for each example, (N,) or (N, …), or to their mean, 0-dim."""
 
 
-def example_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example's cross-entropy (nats) and accuracy (share of 1), averaged over its positions.
+def refuse_misfit(objective: Objective, outputs: Tensor, targets: Any) -> None:
+    """Make sure that `objective` can judge such outputs by such targets; nothing is trained.
 
     Args:
-        logits: (N, classes), or (N, L, vocabulary).
-        targets: (N,) or (N, L).
+        outputs: of the model, (N, …). targets: of the same examples.
 
-    Returns:
-        Two float tensors of shape (N,).
+    Raises:
+        EsperError: it cannot, or what it computes is not what an objective computes.
     """
-    flat = targets.flatten()
-    losses = F.cross_entropy(logits.flatten(0, -2).float(), flat, ignore_index=IGNORED, reduction="none")
-    hits = (logits.argmax(-1).flatten() == flat).float()
-    counted = (flat != IGNORED).float().view(targets.shape[0], -1)
-    positions = counted.sum(1).clamp(min=1)
-    per_example = losses.view_as(counted).sum(1) / positions
-    return per_example, (hits.view_as(counted) * counted).sum(1) / positions
+    objective.check(outputs, targets)
+    count, name = len(outputs), describe(objective)
+    given = f"on outputs {_words(outputs)} and targets {', '.join(map(_words, list_tensors(targets)))}"
+    with torch.enable_grad():
+        leaf = outputs.detach().clone().requires_grad_()
+        loss = _call(f"{name} {given}: the loss", lambda: objective.loss(leaf, targets))
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise BadOption(f"{name} {given}: the loss is {_words(loss)}", "one number, 0-dim")
+    if not loss.requires_grad:
+        raise BadOption(
+            f"{name} {given}: the loss has no gradient", "a loss that torch can differentiate by the outputs"
+        )
+    with torch.no_grad():
+        scores = _call(f"{name} {given}: the scores", lambda: objective.scores(outputs.detach(), targets))
+    for what, each in zip(("loss", "metric"), scores, strict=True):
+        if not isinstance(each, Tensor) or each.shape != (count,):
+            raise BadOption(f"{name} {given}: the {what} of each example is {_words(each)}", f"shape ({count},)")
+
+
+def describe(objective: Objective) -> str:
+    """The objective in an error message."""
+    return str(getattr(objective, "name", "") or f"objective {type(objective).__name__}")
+
+
+class OwnObjective:
+    """An objective made of functions.
+
+    A function answers with one value for each example, (N,) or (N, …), or with their mean, 0-dim. One that gives the
+    mean only is called once for each example where examples are paired; a `torch.nn` loss is asked not to reduce.
+
+    Args:
+        loss: trains. Replaced by `base`'s where there is one.
+        metric: judges beside the loss; None for the loss itself.
+        higher_is_better: of the metric. base: an objective of which only the metric is replaced.
+    """
+
+    def __init__(
+        self,
+        loss: Function | None = None,
+        metric: Function | None = None,
+        *,
+        higher_is_better: bool = True,
+        base: Objective | None = None,
+    ) -> None:
+        if (loss is None) == (base is None):
+            raise ValueError("either a loss or a base")
+        self._loss, self._metric, self._base = loss, metric, base
+        unit = base.metric.loss_unit if base is not None else ""
+        self.metric = (
+            Metric(_name(metric), higher_is_better, share=False, loss_unit=unit)
+            if metric is not None
+            else Metric("loss", higher_is_better=False, share=False, loss_unit=unit)
+        )
+        self.name = describe(base) if base is not None else f"loss {_name(loss)}"
+
+    @property
+    def chance(self) -> float | None:
+        """Unknown for a loss of one's own."""
+        return self._base.chance if self._base is not None else None
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Whatever the functions take is fine; `refuse_misfit` calls them."""
+        if self._base is not None:
+            self._base.check(outputs, targets)
+
+    def loss(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The mean of what the function gives, 0-dim."""
+        if self._base is not None:
+            return self._base.loss(outputs, targets)
+        assert self._loss is not None
+        value = self._loss(outputs, targets)
+        return value.mean() if isinstance(value, Tensor) and value.dim() else value
+
+    def scores(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """Loss and metric of each example, (N,) each."""
+        if self._base is not None:
+            losses = self._base.scores(outputs, targets)[0]
+        else:
+            assert self._loss is not None
+            losses = _of_each(self._loss, outputs, targets)
+        return losses, losses if self._metric is None else _of_each(self._metric, outputs, targets)
+
+    def tally(self, outputs: Tensor, targets: Any) -> None:
+        """Not counted in training: nothing is known of what the functions cost."""
+
+
+def _of_each(function: Function, outputs: Tensor, targets: Any) -> Tensor:
+    """The function's value for each example, float32 (N,)."""
+    if isinstance(function, nn.Module) and getattr(function, "reduction", "none") != "none":
+        whole = copy.copy(function)
+        whole.reduction = "none"  # type: ignore[assignment]
+        values = whole(outputs, targets).flatten(1) if len(outputs) else outputs.new_zeros(0, 1)
+        return (values.mean(1) if function.reduction == "mean" else values.sum(1)).float()
+    value = function(outputs, targets)
+    if isinstance(value, Tensor) and value.dim():
+        return value.float() if value.dim() == 1 else value.flatten(1).mean(1).float()
+    each = [
+        torch.as_tensor(function(outputs[i : i + 1], map_tensors(lambda t, i=i: t[i : i + 1], targets)))  # type: ignore[misc]
+        for i in range(len(outputs))
+    ]
+    return torch.stack(each).to(outputs.device).float()
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__name__", "") or type(function).__name__)
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"a {type(value).__name__}"
+
+
+def _call(what: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except EsperError:
+        raise
+    except Exception as error:  # objectives are other people's code, and this is its first call
+        raise BadOption(
+            f"{what} raised {type(error).__name__}: {error}", "an objective that fits model and targets"
+        ) from error

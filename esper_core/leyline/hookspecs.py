@@ -64,6 +64,11 @@ def esper_sinks() -> Sequence[specs.SinkSpec]:
 
 
 @hookspec
+def esper_objectives() -> Sequence[specs.ObjectiveSpec]:
+    """Objectives, a training loss with a loss and a metric for each example, that this plugin offers. (API 2)"""
+
+
+@hookspec
 def esper_event(event: Event) -> None:
     """An event of a run was emitted. (API 1)"""
 

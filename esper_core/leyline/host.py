@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import attrs
 
 from esper_core.leyline.injection import InjectionSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
 
-    Inputs = Tensor | Mapping[str, Tensor]
+    Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
     SlotModule = Callable[[Tensor], Tensor]
+
+IGNORED: Final = -100
+"""The integer target that neither a loss nor a metric counts."""
+
+
+def map_tensors(function: Callable[[Any], Any], nest: Any) -> Any:
+    """`nest` with `function` applied to every tensor in it.
+
+    Args:
+        function: takes a tensor.
+        nest: a tensor, or mappings, tuples and lists that hold tensors at any depth. A mapping becomes a dict; whatever
+            has no shape (None, a number, a flag) stays as it is.
+    """
+    if isinstance(nest, Mapping):
+        return {key: map_tensors(function, value) for key, value in nest.items()}
+    if isinstance(nest, tuple | list):
+        items = [map_tensors(function, value) for value in nest]
+        return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
+    return function(nest) if hasattr(nest, "shape") else nest
+
+
+def list_tensors(nest: Any) -> list[Tensor]:
+    """The tensors in `nest`, in the order in which `map_tensors` meets them."""
+    found: list[Tensor] = []
+    map_tensors(found.append, nest)
+    return found
 
 
 @runtime_checkable
@@ -46,14 +70,18 @@ class HostProtocol(Protocol):
         """Take the slot at `name` out again; the host then computes what it did before."""
 
     def forward_with_slots(self, inputs: Inputs) -> Tensor:
-        """Run host and slots. Returns logits: (N, classes), or (N, L, vocabulary) for language models."""
+        """Run host and slots. Returns what the objective judges, examples first: (N, classes), (N, L, vocabulary), …"""
 
 
 @attrs.frozen
 class Batch:
-    """One batch: `inputs` (N, …), or a mapping of such tensors, and integer `targets` (N,) or (N, L).
+    """One batch, examples first.
 
-    A target of -100 is ignored by the loss and by the metrics.
+    Attributes:
+        inputs: a tensor (N, …), or a mapping, tuple or list of such tensors, nested at any depth. A model gets a
+            mapping as keyword arguments and a tuple as positional ones.
+        targets: what the objective takes, such as integers (N,) or (N, L), or floats (N, K). An integer target of
+            `IGNORED` counts neither in the loss nor in the metric.
     """
 
     inputs: Inputs
@@ -62,7 +90,23 @@ class Batch:
     @property
     def size(self) -> int:
         """Examples in the batch."""
-        return int(self.targets.shape[0])
+        return int(list_tensors(self.targets)[0].shape[0])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor: those of the inputs in order, then those of the targets."""
+        return [*list_tensors(self.inputs), *list_tensors(self.targets)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `function` applied to every tensor."""
+        return Batch(map_tensors(function, self.inputs), map_tensors(function, self.targets))
+
+    def to(self, device: object, *, non_blocking: bool = False, copy: bool = False) -> Batch:
+        """The batch on a device; `copy` makes new tensors even where they are there already."""
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking, copy=copy))  # type: ignore[call-overload]
+
+    def head(self, count: int) -> Batch:
+        """The first `count` examples, as views."""
+        return self.map(lambda t: t[:count])
 
 
 class Split(Protocol):
@@ -97,11 +141,18 @@ class TaskProtocol(Protocol):
 
     @property
     def kind(self) -> str:
-        """`classification` or `language-modelling`."""
+        """What kind of learning it is, as a tag: `classification`, `language-modelling`, `regression`, …"""
+
+    @property
+    def objective(self) -> str:
+        """Name of the objective by which it is learnt unless the user chooses another. (API 2)
+
+        A task of API 1 has none; its kind decides: see `leyline.objective.default_objective`.
+        """
 
     @property
     def outputs(self) -> int:
-        """Classes or vocabulary size: the last dimension of the logits."""
+        """Classes, vocabulary size or values to predict, for each example or position."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:

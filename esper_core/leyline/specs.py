@@ -12,7 +12,7 @@ from esper_core.leyline.errors import EsperError
 from esper_core.leyline.options import Option
 from esper_core.leyline.tags import LAYOUTS, is_tag
 
-API_VERSION: Final = 1
+API_VERSION: Final = 2
 """The plugin API of this core. Specs written for it or for the version before it are accepted."""
 
 OLDEST_API_VERSION: Final = max(1, API_VERSION - 1)
@@ -272,6 +272,21 @@ class TaskSpec(PluginSpec):
         return f"esper run --host {host} --task {self.name}{':' + self.argument if self.argument else ''}"
 
 
+class ObjectiveSpec(PluginSpec):
+    """What is minimised and judged. `factory(*, outputs, **options) -> Objective` (see `leyline.objective`).
+
+    `outputs` is the task's number of classes, tokens or values, or None where it is unknown.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "objective"
+    factory_signature: ClassVar[str] = "factory(*, outputs, **options) -> Objective"
+
+    @property
+    def example(self) -> str:
+        return f"esper run --host cnn --objective {self.name}"
+
+
 class SinkSpec(PluginSpec):
     """A place to which events go. `factory(folder, **options) -> Sink` with `write(event)`, `flush()`, `close()`."""
 
@@ -286,6 +301,7 @@ class SinkSpec(PluginSpec):
 
 SPEC_KINDS: Final[tuple[type[PluginSpec], ...]] = (
     HostSpec, BlueprintSpec, BlendSpec, RewardSpec, ControllerSpec, AdapterSpec, TaskSpec, SinkSpec,
+    ObjectiveSpec,
 )  # fmt: skip
 """Every kind of spec; the hook `esper_<kind>s` returns specs of that kind."""
 

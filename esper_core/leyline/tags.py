@@ -23,7 +23,17 @@ TAGS: Final = MappingProxyType(
         "learned": "holds parameters of its own that train",
     }
 )
-"""Every tag that a spec may use, and what it promises. Plugins may add tags with an `x-` prefix."""
+"""Every tag of a point or part, and what it promises. Plugins may add tags with an `x-` prefix."""
+
+TASK_TAGS: Final = MappingProxyType(
+    {
+        "regression": "numbers for each example",
+        "multilabel": "any number of labels for each example",
+        "segmentation": "one label for each position",
+        "masked-language": "the tokens that were masked",
+    }
+)
+"""Further kinds of tasks. They are no features of a controller, so its files do not depend on them."""
 
 LAYOUT_TAGS: Final = MappingProxyType({"NCHW": "spatial", "NHWC": "spatial", "NLD": "sequence"})
 """The tag that a layout implies."""
@@ -31,4 +41,4 @@ LAYOUT_TAGS: Final = MappingProxyType({"NCHW": "spatial", "NHWC": "spatial", "NL
 
 def is_tag(tag: str) -> bool:
     """Whether `tag` is known or a plugin's own (`x-…`)."""
-    return tag in TAGS or tag.startswith("x-")
+    return tag in TAGS or tag in TASK_TAGS or tag.startswith("x-")

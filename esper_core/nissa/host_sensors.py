@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.scoring import training_loss
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.leyline.host import Batch
+from esper_core.leyline.objective import Objective
 
 EXAMPLES: Final = 8
 """Examples on which the host is read."""
@@ -40,7 +40,7 @@ _BRANCH: Final = "after_"
 _SOFTMAX: Final = (F.softmax, torch.softmax, Tensor.softmax)
 
 
-def read_host(plane: Plane, batch: Batch, *, examples: int = EXAMPLES) -> dict[str, float]:
+def read_host(plane: Plane, batch: Batch, objective: Objective, *, examples: int = EXAMPLES) -> dict[str, float]:
     """Readings of the host on the first `examples` of `batch`, in evaluation mode. One forward and one backward pass.
 
     `attention_entropy.K` is the mean entropy (nats) of the host's K-th attention in the order of the forward pass, and
@@ -51,11 +51,11 @@ def read_host(plane: Plane, batch: Batch, *, examples: int = EXAMPLES) -> dict[s
 
     Nothing in the model changes: no gradient is accumulated, no buffer and no random state moves.
     """
-    watch = _Watch()
+    watch, few = _Watch(), batch.head(examples)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _quiet(plane), _tapped(plane, watch) as features:
         with watch:
-            logits = plane.host.forward_with_slots(_first(batch.inputs, examples))
-        loss = training_loss(logits, batch.targets[:examples])
+            outputs = plane.host.forward_with_slots(few.inputs)
+        loss = objective.loss(outputs, few.targets)
         taps = {path: out for path, out in features.items() if out.requires_grad}
         pulls = torch.autograd.grad(loss, list(taps.values()), allow_unused=True) if taps else ()
     readings = {f"attention_entropy.{name}": value for name, value in watch.entropies.items()}
@@ -177,9 +177,3 @@ def _quiet(plane: Plane) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-def _first(inputs: Tensor | Mapping[str, Tensor], count: int) -> Tensor | dict[str, Tensor]:
-    if isinstance(inputs, Tensor):
-        return inputs[:count]
-    return {key: value[:count] for key, value in inputs.items()}

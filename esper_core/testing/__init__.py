@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from esper_core.testing.blueprint import BlueprintConformance
     from esper_core.testing.controller import ControllerConformance
     from esper_core.testing.host import HostConformance
+    from esper_core.testing.objective import ObjectiveConformance
     from esper_core.testing.reward import RewardConformance
     from esper_core.testing.sink import SinkConformance
     from esper_core.testing.task import TaskConformance
@@ -35,6 +36,7 @@ _HOMES: Final = MappingProxyType(
         "ControllerConformance": "controller",
         "CurveConformance": "blend",
         "HostConformance": "host",
+        "ObjectiveConformance": "objective",
         "RewardConformance": "reward",
         "SinkConformance": "sink",
         "TaskConformance": "task",
@@ -50,6 +52,7 @@ __all__ = [
     "ControllerConformance",
     "CurveConformance",
     "HostConformance",
+    "ObjectiveConformance",
     "RewardConformance",
     "SinkConformance",
     "TaskConformance",

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from esper_core.kasmina.compose import Composable, compose
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import IllegalCommand, UnknownName
-from esper_core.leyline.host import HostProtocol
+from esper_core.leyline.host import HostProtocol, list_tensors
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.testing.base import Conformance
 from esper_core.testing.cases import installed
 
-Inputs = Tensor | Mapping[str, Tensor]
+Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
 
 class Watch(nn.Module):
@@ -333,7 +333,7 @@ def watch(host: HostProtocol) -> list[tuple[str, Tensor]]:
 
 def batch_size(inputs: Inputs) -> int:
     """Examples in a batch."""
-    return len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+    return len(list_tensors(inputs)[0])
 
 
 def noise(h: Tensor) -> torch.Generator:

@@ -25,8 +25,8 @@ _FEW = 6
 
 def tensors(batch: Batch) -> list[Tensor]:
     """Targets and inputs of a batch, in a fixed order."""
-    inputs = batch.inputs
-    return [batch.targets, *([inputs] if isinstance(inputs, Tensor) else [inputs[key] for key in sorted(inputs)])]
+    *inputs, targets = batch.tensors()
+    return [targets, *inputs]
 
 
 def same(left: Batch, right: Batch) -> bool:

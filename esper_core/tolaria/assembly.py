@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 import torch
@@ -15,9 +15,11 @@ from torch import nn
 
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.plane import Limits, Plane
+from esper_core.kasmina.scoring import refuse_misfit
 from esper_core.leyline.errors import BadOption, did_you_mean
 from esper_core.leyline.events import Event
 from esper_core.leyline.host import HostProtocol, TaskProtocol
+from esper_core.leyline.objective import Objective, default_objective
 from esper_core.leyline.options import options_of, resolve_options
 from esper_core.leyline.specs import HostSpec
 from esper_core.leyline.view import Controller
@@ -27,9 +29,6 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.session import Tolaria
-
-if TYPE_CHECKING:
-    from esper_core.leyline.host import Inputs
 
 
 @attrs.frozen
@@ -148,6 +147,17 @@ def build_task(config: RunConfig, registry: Registry) -> tuple[TaskProtocol, str
     return registry.build("task", kind, argument, seed=config.seed, options=options), name
 
 
+def build_objective(config: RunConfig, registry: Registry, task: TaskProtocol) -> Objective:
+    """The objective of a run: the one that `config` names, or else the task's own.
+
+    Raises:
+        EsperError: no such objective, or an option of it that cannot be used.
+    """
+    name = config.objective or default_objective(task)
+    options = options_for(config, registry, "objective", name)
+    return registry.build("objective", name, outputs=task.outputs, options=options)  # type: ignore[no-any-return]
+
+
 def build_host(config: RunConfig, registry: Registry, outputs: int, input_shape: tuple[int, ...]) -> HostProtocol:
     """The host of a run with its initial weights, on the CPU; two-dimensional convolutions in channels-last layout.
 
@@ -219,8 +229,8 @@ def build_rewards(config: RunConfig, registry: Registry) -> dict[str, tuple[Any,
 
 
 def build_tolaria(
-    config: RunConfig, registry: Registry, plane: Plane, outputs: int, emit: Callable[[Event], None], *, steps: int,
-    decisions: int, optimizer: GrowthOptimizer | None = None,
+    config: RunConfig, registry: Registry, plane: Plane, objective: Objective, emit: Callable[[Event], None], *,
+    steps: int, decisions: int, optimizer: GrowthOptimizer | None = None,
 ) -> Tolaria:  # fmt: skip
     """Growth with everything that watches it. The plane's host is where it will train.
 
@@ -235,7 +245,7 @@ def build_tolaria(
     every = min(sensing.every, max(1, steps // (2 * decisions)))
     return Tolaria(
         plane, optimizer, build_controller(config, registry),
-        Governor(part_config(config, "governor", GovernorConfig), outputs),
+        Governor(part_config(config, "governor", GovernorConfig), objective.chance), objective,
         emit=emit, decisions=decisions, epochs=config.epochs, controller_name=config.controller,
         sensors=SensorArray(plane, every=every), rewards=build_rewards(config, registry),
         fossils_every=sensing.fossils,
@@ -259,24 +269,18 @@ def parse_budget(name: str, text: str, whole: int) -> int | None:
     return round(number / 100 * whole) if match[2] else round(number)
 
 
-def head(inputs: Inputs, count: int = 1) -> Inputs:
-    """The first `count` examples."""
-    if isinstance(inputs, torch.Tensor):
-        return inputs[:count]
-    return {name: value[:count] for name, value in inputs.items()}
-
-
-def host_flops(host: HostProtocol, task: TaskProtocol, device: torch.device) -> int:
-    """Forward FLOPs of the host for one example of the validation split.
+def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, device: torch.device) -> int:
+    """Forward FLOPs of the host for one example of the validation split, on which the objective is tried too.
 
     Raises:
-        BadOption: the host cannot take such examples.
+        EsperError: the host cannot take such examples, or the objective cannot judge its outputs.
     """
+    outputs: list[torch.Tensor] = []
     batch = next(iter(task.validation.batches(1, device=str(device))))
     training = host.module.training
     host.module.eval()
     try:
-        flops = count_flops(lambda: host.forward_with_slots(head(batch.inputs)))
+        flops = count_flops(lambda: outputs.append(host.forward_with_slots(batch.head(1).inputs)))
     except Exception as error:  # hosts are other people's code, and this is its first call
         raise BadOption(
             f"the host cannot take the examples of task {task.name}: {type(error).__name__}: {error}",
@@ -284,6 +288,7 @@ def host_flops(host: HostProtocol, task: TaskProtocol, device: torch.device) -> 
             "leave out --task, and the host's own default is used",
         ) from error
     host.module.train(training)
+    refuse_misfit(objective, outputs[0], batch.head(1).targets)
     return flops
 
 

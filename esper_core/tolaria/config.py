@@ -63,6 +63,7 @@ class RunConfig:
         ("auto",), "injection points to use; `auto`: all that the host offers", group="model"
     )
     task: str = _option("", "what to learn: `name` or `name:argument`; empty: the host's own default", group="data")
+    objective: str = _option("", "what is minimised and judged; empty: the task's own", group="data")
     download: bool = _option(False, "let the task fetch data that is not on this machine", group="data")
     controller: str = _option("heuristic", "who decides: `name` or `name:argument`", group="growth")
     overseers: tuple[str, ...] = _option(

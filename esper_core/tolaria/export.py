@@ -12,9 +12,9 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import torch
@@ -22,15 +22,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esper_core.leyline.errors import BadOption, EsperError, MissingDependency
+from esper_core.leyline.host import list_tensors, map_tensors
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria.assembly import build_task
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.export_source import write_source
 from esper_core.tolaria.model_file import load_model, load_plane
 
+if TYPE_CHECKING:
+    from esper_core.leyline.host import Inputs
+
 FORMATS: Final = ("torch", "torch-export", "onnx")
 TOLERANCE: Final = 1e-4
 _TRACED, _COMPARED = 4, 100
+_PLACE: Final = torch.empty(0)
 
 
 @attrs.frozen
@@ -53,16 +58,16 @@ class Exported:
 
 
 class _Positional(nn.Module):
-    """The model behind positional tensors."""
+    """The model behind positional tensors. `example`: inputs as the model takes them."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, example: Inputs) -> None:
         super().__init__()
-        self.model, self.names = model, tuple(names)
+        self.model, self.example = model, map_tensors(lambda _: _PLACE, example)
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Inputs in the order of `names`, or the one tensor where the model takes one."""
-        inputs = dict(zip(self.names, tensors, strict=True)) if self.names else tensors[0]
-        return self.model(inputs)  # type: ignore[no-any-return]
+        """The tensors of the inputs, in order."""
+        left = iter(tensors)
+        return self.model(map_tensors(lambda _: next(left), self.example))  # type: ignore[no-any-return]
 
 
 def export_run(
@@ -90,9 +95,9 @@ def export_run(
     model = load_model(path, registry=registry)
     task, _ = build_task(RunConfig.from_mapping(header["config"]), registry)
     batch = next(iter(task.validation.batches(_COMPARED))).inputs
-    names = tuple(batch) if not isinstance(batch, Tensor) else ()
-    tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch.values())
-    positional = _Positional(model, names).eval()
+    tensors = tuple(list_tensors(batch))
+    names = _names(batch, len(tensors))
+    positional = _Positional(model, batch).eval()
     with torch.no_grad():
         expected = positional(*tensors)
     program, fixed = _trace(positional, tuple(t[:_TRACED] for t in tensors))
@@ -112,7 +117,7 @@ def export_run(
     difference = float((found - expected[: len(found)]).abs().max())
     if not difference <= TOLERANCE:
         raise EsperError(f"{target} differs from the model by {difference:.2g}", f"at most {TOLERANCE:g}")
-    return Exported(target, form, names or ("inputs",), fixed, difference, len(found))
+    return Exported(target, form, names, fixed, difference, len(found))
 
 
 def _trace(model: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, int | None]:
@@ -169,6 +174,13 @@ def _write_torch(program: torch.export.ExportedProgram, target: Path) -> Callabl
 _WRITERS: Final[dict[str, Callable[[torch.export.ExportedProgram, Path], Callable[..., Tensor]]]] = {
     "torch": _write_torch, "torch-export": _write_pt2, "onnx": _write_onnx,
 }  # fmt: skip
+
+
+def _names(inputs: Inputs, count: int) -> tuple[str, ...]:
+    """A name for each tensor: the keys of a mapping of tensors, or `inputs`, numbered if there are several."""
+    if isinstance(inputs, Mapping) and len(inputs) == count:
+        return tuple(inputs)
+    return ("inputs",) if count == 1 else tuple(f"inputs_{number}" for number in range(count))
 
 
 def _default_name(form: str) -> str:

@@ -37,9 +37,11 @@ class GovernorConfig:
     recent: int = _option(24, "latest batch losses whose median is tested, so that bad batches are no alarm", 1)
     streak: int = _option(8, "latest batch losses which are an alarm if every one of them is beyond the limit", 1)
     warmup: int = _option(
-        40, "batch losses before their own deviation is judged; until then it counts as the loss at chance", 10
+        40,
+        "batch losses before their own deviation is judged; until then it counts as the loss at chance or now",
+        10,
     )
-    floor: float = _option(0.02, "least standard deviation, as a share of the loss at chance", 0.0)
+    floor: float = _option(0.02, "least standard deviation, as a share of the loss at chance or now", 0.0)
     check_every: int = _option(25, "optimizer steps between looks at the losses on the device", 1)
     snapshot_every: int = _option(100, "optimizer steps between snapshots, beside one at each decision", 1)
     embargo: int = _option(4, "decisions for which the guilty command is refused", 1)
@@ -65,13 +67,14 @@ class Governor:
 
     Attributes:
         config: thresholds.
-        outputs: classes or vocabulary; the loss at chance is `ln(outputs)`.
+        chance: the loss of a model that knows nothing; None where that is unknown. Collapse to chance is then no
+            alarm, and deviations are measured by the running loss instead.
         rollbacks: so far. strikes: of these, in a row.
         caution: factor on the learning rate.
     """
 
     config: GovernorConfig
-    outputs: int
+    chance: float | None
     rollbacks: int = 0
     strikes: int = 0
     caution: float = 1.0
@@ -83,11 +86,6 @@ class Governor:
     embargoes: dict[str, int] = attrs.Factory(dict)
     offences: dict[str, int] = attrs.Factory(dict)
     losses: deque[tuple[int, float]] = attrs.Factory(deque)
-
-    @property
-    def chance(self) -> float:
-        """The loss (nats) of a model that knows nothing."""
-        return math.log(max(self.outputs, 2))
 
     # --- What it sees ---
 
@@ -110,11 +108,12 @@ class Governor:
         return alarm
 
     def observe_validation(self, loss: float) -> Alarm | None:
-        """Take in the validation loss (nats) of a decision."""
+        """Take in the validation loss of a decision."""
         if not math.isfinite(loss):
             return Alarm("validation loss is not finite", loss, math.inf)
-        if self.best_validation < 0.8 * self.chance and loss >= 0.97 * self.chance:
-            return Alarm("validation loss has collapsed to chance", loss, 0.97 * self.chance)
+        chance = self.chance
+        if chance is not None and self.best_validation < 0.8 * chance and loss >= 0.97 * chance:
+            return Alarm("validation loss has collapsed to chance", loss, 0.97 * chance)
         self.best_validation = min(self.best_validation, loss)
         return None
 
@@ -154,10 +153,11 @@ class Governor:
     def _level(self) -> tuple[float, float]:
         values = [value for _, value in self.losses]
         centre = median(values)
+        scale = abs(centre) if self.chance is None else self.chance
         if len(values) < self.config.warmup:  # too few to tell noise from news, but not to tell a catastrophe
-            return centre, max(centre, self.chance)
+            return centre, max(centre, scale)
         spread = median(abs(value - centre) for value in values)
-        return centre, max(_MAD_TO_SIGMA * spread, self.config.floor * self.chance)
+        return centre, max(_MAD_TO_SIGMA * spread, self.config.floor * scale)
 
     # --- Whom it blames ---
 
@@ -214,7 +214,7 @@ class Governor:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-compatible data."""
-        names = [f.name for f in attrs.fields(Governor) if f.name not in ("config", "outputs")]
+        names = [f.name for f in attrs.fields(Governor) if f.name not in ("config", "chance")]
         return {name: list(v) if isinstance(v := getattr(self, name), deque) else v for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,5 +223,5 @@ class Governor:
             if name in ("losses", "commands"):
                 pairs = [(int(step), item) for step, item in value]
                 setattr(self, name, deque(pairs) if name == "losses" else pairs)
-            elif name in attrs.fields_dict(Governor) and name not in ("config", "outputs"):
+            elif name in attrs.fields_dict(Governor) and name not in ("config", "chance"):
                 setattr(self, name, value)

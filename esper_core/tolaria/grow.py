@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.flops import count_flops
@@ -16,22 +16,24 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event, Sink
 from esper_core.leyline.host import Batch
+from esper_core.leyline.objective import Objective
 from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
+from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.trainer import RunResult, Trainer, decisions_per_epoch, steps_per_epoch
 
-if TYPE_CHECKING:
-    from esper_core.leyline.host import Inputs
-
 ToBatch = Callable[[Any], Batch]
+Judged = tuple[Loss, Judge, bool]
 
 
 def to_batch(item: Any) -> Batch:
-    """What a loader yields, as a batch: `(inputs, targets)`, or a mapping with `labels`.
+    """What a loader yields, as a batch: `(inputs, …, targets)`, or a mapping with `labels`.
+
+    Several inputs go to the model as its positional arguments.
 
     Labels that are a language model's own `input_ids`, as Hugging Face has them, are shifted to the next token.
 
@@ -46,10 +48,10 @@ def to_batch(item: Any) -> Batch:
         if "input_ids" in inputs and targets.shape == inputs["input_ids"].shape:
             targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], -100)], dim=1)
         return Batch(inputs, targets)
-    if isinstance(item, Sequence) and len(item) == 2:
-        return Batch(item[0], item[1])
+    if isinstance(item, Sequence) and len(item) >= 2:
+        return Batch(item[0] if len(item) == 2 else tuple(item[:-1]), item[-1])
     raise EsperError(
-        f"the loader yields a {type(item).__name__}", "(inputs, targets) or a mapping with labels", "to_batch="
+        f"the loader yields a {type(item).__name__}", "(inputs, targets) or a mapping with labels", "convert="
     )
 
 
@@ -89,20 +91,21 @@ class LoaderSplit:
             sampler.set_epoch(epoch)
         for number, item in enumerate(self.loader):
             if number >= start:
-                yield move(self.convert(item), device)
+                yield self.convert(item).to(device, non_blocking=True)
 
 
 @attrs.frozen
 class LoaderTask:
     """A task made of loaders; without a test split nothing is tested at the end."""
 
-    name: str
-    kind: str
-    outputs: int
-    input_shape: tuple[int, ...]
     train: LoaderSplit
     validation: LoaderSplit
     test: LoaderSplit
+    name: str = "loaders"
+    kind: str = ""
+    objective: str = ""
+    outputs: int = 0
+    input_shape: tuple[int, ...] = ()
 
 
 @attrs.frozen
@@ -144,6 +147,9 @@ def grow(
     train_loader: Iterable[Any],
     val_loader: Iterable[Any],
     *,
+    loss: Loss = None,
+    metric: Judge = None,
+    higher_is_better: bool = True,
     blueprints: Sequence[str] = (),
     points: Sequence[str] | None = None,
     test_loader: Iterable[Any] | None = None,
@@ -156,7 +162,12 @@ def grow(
 
     Args:
         model: any module whose answer is logits, or holds them; it is trained in place.
-        train_loader, val_loader, test_loader: iterables of `(inputs, targets)` or of mappings with `labels`.
+        train_loader, val_loader, test_loader: iterables of `(inputs, …, targets)` or of mappings with `labels`.
+        loss: what is minimised: the name of an objective such as `regression`, or a function of outputs and targets
+            that gives one value for each example or their mean; None: what the targets tell.
+        metric: what is reported beside it and judges seeds with it: the `metric` option of a named objective, or such a
+            function; None: the objective's own.
+        higher_is_better: of a metric that is a function.
         blueprints: what may grow; empty for every blueprint that fits.
         points: paths of the submodules behind which to grow; None to find them.
         convert: turns what the loaders yield into a `Batch`.
@@ -164,7 +175,7 @@ def grow(
         options: fields of `RunConfig`, such as `epochs=10`, `learning_rate=1e-3`, `controller="random"`.
 
     Raises:
-        EsperError: the model cannot grow, or an option cannot be used.
+        EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
         RunFailed: the run is beyond rescue; the model is back in its last good state.
     """
     config = RunConfig.from_mapping(
@@ -175,25 +186,16 @@ def grow(
     assembly.make_deterministic(config.seed)
     device = assembly.choose_device(config.device)
     model.to(device).train()
-    plane, outputs, sample = _ground(model, val_loader, convert, points, config, registry, device)
+    judged = loss, metric, higher_is_better
+    plane, objective = _ground(model, val_loader, convert, points, config, registry, device, judged)
     split, held_out = LoaderSplit(train_loader, convert), LoaderSplit(val_loader, convert)
-    kind = "classification" if sample.targets.dim() == 1 else "language-modelling"
-    shape = tuple(sample.targets.shape[1:])
-    task = LoaderTask(
-        "loaders",
-        kind,
-        outputs,
-        shape,
-        split,
-        held_out,
-        LoaderSplit(() if test_loader is None else test_loader, convert),
-    )
+    task = LoaderTask(split, held_out, LoaderSplit(() if test_loader is None else test_loader, convert))
     steps = steps_per_epoch(config, task)
     decisions = decisions_per_epoch(config, steps)
     _fit_ramp(plane, config, steps * config.epochs)
     hub = Hub({"record": record, **(sinks or {})}, registry)
     tolaria = assembly.build_tolaria(
-        config, registry, plane, outputs, hub.emit, steps=steps * config.epochs, decisions=decisions * config.epochs
+        config, registry, plane, objective, hub.emit, steps=steps * config.epochs, decisions=decisions * config.epochs
     )
     trainer = Trainer(config, tolaria, task, hub, None, device=device, about={}, test=test_loader is not None)
     try:
@@ -210,6 +212,9 @@ def accompany(
     *,
     steps: int,
     decisions: int = 24,
+    loss: Loss = None,
+    metric: Judge = None,
+    higher_is_better: bool = True,
     blueprints: Sequence[str] = (),
     points: Sequence[str] | None = None,
     convert: ToBatch = to_batch,
@@ -234,34 +239,25 @@ def accompany(
     Args:
         model: any module whose answer is logits, or holds them; where it will be trained.
         sample: one item of the loader, by which the model's points are measured.
+        loss, metric, higher_is_better: what the validation batches are judged by; see `grow`.
         steps: optimizer steps of the whole run; decisions: how often the controller will be asked.
         emit: takes every event.
         options: fields of `RunConfig`, such as `controller="heuristic"`, `budget_params="20%"`.
 
     Raises:
-        EsperError: the model cannot grow, or an option cannot be used.
+        EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
     config = RunConfig.from_mapping({**options, "host": "model", "blueprints": tuple(blueprints)})
     registry = registry or load_registry()
     assembly.check_settings(config, registry)
     device = torch.device(_device_of(model))
-    plane, outputs, _ = _ground(model, [sample], convert, points, config, registry, device)
+    judged = loss, metric, higher_is_better
+    plane, objective = _ground(model, [sample], convert, points, config, registry, device, judged)
     _fit_ramp(plane, config, steps)
     seeds = GrowthOptimizer((), config, assembly.part_config(config, "optimizer", OptimizerConfig), others=[optimizer])
     return assembly.build_tolaria(
-        config, registry, plane, outputs, emit, steps=steps, decisions=decisions, optimizer=seeds
+        config, registry, plane, objective, emit, steps=steps, decisions=decisions, optimizer=seeds
     )
-
-
-def move(batch: Batch, device: str) -> Batch:
-    """The batch on a device."""
-    inputs = batch.inputs
-    moved: Inputs = (
-        inputs.to(device, non_blocking=True)
-        if isinstance(inputs, Tensor)
-        else {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
-    )
-    return Batch(moved, batch.targets.to(device, non_blocking=True))
 
 
 def _device_of(model: nn.Module) -> str:
@@ -274,19 +270,20 @@ def _fit_ramp(plane: Plane, config: RunConfig, steps: int) -> None:
 
 def _ground(
     model: nn.Module, loader: Iterable[Any], convert: ToBatch, points: Sequence[str] | None, config: RunConfig,
-    registry: Registry, device: torch.device,
-) -> tuple[Plane, int, Batch]:  # fmt: skip
-    """A plane over the model, the size of its logits, and the batch by which it was measured."""
+    registry: Registry, device: torch.device, judged: Judged,
+) -> tuple[Plane, Objective]:  # fmt: skip
+    """A plane over the model, measured on the first batch, and the objective that it is judged by."""
     first = next(iter(loader), None)
     if first is None:
         raise BadOption("the loader is empty", "at least one batch")
-    sample = move(convert(first), str(device))
-    host = host_from_module(model, points, example=assembly.head(sample.inputs, 2))
+    sample = convert(first).to(device)
+    host = host_from_module(model, points, example=sample.head(2).inputs)
     training = model.training
     model.eval()
-    one = assembly.head(sample.inputs)
+    one = sample.head(1).inputs
     with torch.no_grad():
-        outputs = int(host.forward_with_slots(one).shape[-1])
+        outputs = host.forward_with_slots(one)
     flops = count_flops(lambda: host.forward_with_slots(one))
     model.train(training)
-    return assembly.build_plane(config, registry, host, host_flops=flops, total_steps=1), outputs, sample
+    objective = choose_objective(config, registry, outputs, sample, *judged)
+    return assembly.build_plane(config, registry, host, host_flops=flops, total_steps=1), objective

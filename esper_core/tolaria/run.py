@@ -17,6 +17,7 @@ from esper_core.leyline.errors import BadOption, RunFailed
 from esper_core.leyline.events import Sink
 from esper_core.leyline.host import Batch, TaskProtocol
 from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.objective import Objective
 from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
@@ -42,6 +43,7 @@ class _Ground:
     device: torch.device
     task: TaskProtocol
     task_name: str
+    objective: Objective
     plane: Plane
 
 
@@ -53,11 +55,12 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
     task, name = assembly.build_task(config, registry)
     if not config.task:
         notify(f"no --task given: {config.host} trains on {name}, its default")
+    objective = assembly.build_objective(config, registry, task)
     host = assembly.build_host(config, registry, task.outputs, task.input_shape)
     for note in (*getattr(task, "notes", ()), *getattr(host, "notes", ())):
         notify(note)
     host.module.to(device).train()
-    flops = assembly.host_flops(host, task, device)
+    flops = assembly.host_flops(host, task, objective, device)
     config, told = resolve_budget(config, host, task, flops, steps_per_epoch(config, task), str(device))
     for note in told:
         notify(note)
@@ -65,7 +68,7 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
     plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps)
     if config.compile == "blocks":
         assembly.compile_host(host)
-    return _Ground(config, registry, device, task, name, plane)
+    return _Ground(config, registry, device, task, name, objective, plane)
 
 
 def _build_trainer(
@@ -81,8 +84,9 @@ def _build_trainer(
     steps = each * config.epochs
     decisions = decisions_per_epoch(config, each) * config.epochs if budget is None else decisions_in(config, steps)
     tolaria = assembly.build_tolaria(
-        config, registry, ground.plane, task.outputs, lambda event: hub.emit(event), steps=steps, decisions=decisions
-    )
+        config, registry, ground.plane, ground.objective, lambda event: hub.emit(event), steps=steps,
+        decisions=decisions,
+    )  # fmt: skip
     tolaria.budget = budget
     names = dict.fromkeys(("jsonl", *config.sinks))
     for name in names:
@@ -210,8 +214,9 @@ def eval_run(
     plane.host.module.to(chosen).eval()
     plane.module.to(chosen)
     batches = getattr(task, split).batches(config.batch_size, device=str(chosen))
-    measured = measure_counterfactuals(plane, batches, paths=[], count_cost=False)
-    return Evaluation(split, measured.loss, measured.accuracy, measured.examples)
+    objective = assembly.build_objective(config, registry, task)
+    measured = measure_counterfactuals(plane, batches, objective, paths=[], count_cost=False)
+    return Evaluation(split, measured.loss, measured.score, measured.examples)
 
 
 @attrs.frozen

@@ -30,6 +30,7 @@ from esper_core.leyline.events import (
     StageChanged,
 )
 from esper_core.leyline.host import Batch
+from esper_core.leyline.objective import Objective
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage, find_transition
 from esper_core.leyline.view import Controller, Course, Interval, RunView
@@ -69,6 +70,7 @@ class Tolaria:
         plane: what grows. optimizer: updates the seeds, and the host if it was given the host's parameters.
         controller: decides.
         governor: watches; there is no growth without one.
+        objective: judges what grows.
         emit: takes every event.
         decisions: how many decision steps the run will have. epochs: how many epochs.
         sensors: what the controller's readings come from; None for none.
@@ -82,6 +84,7 @@ class Tolaria:
         optimizer: GrowthOptimizer,
         controller: Controller,
         governor: Governor,
+        objective: Objective,
         *,
         emit: Callable[[Event], None] = lambda event: None,
         decisions: int = 1,
@@ -92,6 +95,7 @@ class Tolaria:
         fossils_every: int = 1,
     ) -> None:
         self.plane, self.optimizer, self.controller, self.governor = plane, optimizer, controller, governor
+        self.objective = objective
         self.emit, self.decisions, self.epochs, self.controller_name = emit, decisions, epochs, controller_name
         self.sensors, self.rewards = sensors, rewards
         self.fossils_every = max(1, fossils_every)
@@ -251,7 +255,7 @@ class Tolaria:
             epochs=self.epochs,
             train_loss=self._train_loss(),
             validation_loss=measured.loss,
-            validation_accuracy=measured.accuracy,
+            validation_accuracy=measured.score,
             history=tuple(clock.history),
             host_params=ledger.host_params,
             host_flops=ledger.host_flops,
@@ -313,11 +317,13 @@ class Tolaria:
         live = self.plane.contributing()
         paths = [path for path in live if fossils_due or not growths[path].stage.spec.permanent]
         key = (tuple((path, growths[path].births) for path in live), tuple(paths))
-        measured = measure_counterfactuals(self.plane, batches, paths=paths, count_cost=key not in self._probe_flops)
+        measured = measure_counterfactuals(
+            self.plane, batches, self.objective, paths=paths, count_cost=key not in self._probe_flops
+        )
         each = self._probe_flops.setdefault(key, measured.flops / measured.examples)
         self.clock.total_flops += each * measured.examples
         for path, worth in measured.worth.items():
-            self.plane.record(path, loss=worth.loss, accuracy=worth.accuracy)
+            self.plane.record(path, loss=worth.loss, accuracy=worth.score)
             self.emit(
                 CounterfactualMeasured(
                     step=self.clock.step,
@@ -325,9 +331,9 @@ class Tolaria:
                     loss_mean=worth.loss.mean,
                     loss_low=worth.loss.low,
                     loss_high=worth.loss.high,
-                    accuracy_mean=worth.accuracy.mean,
-                    accuracy_low=worth.accuracy.low,
-                    accuracy_high=worth.accuracy.high,
+                    accuracy_mean=worth.score.mean,
+                    accuracy_low=worth.score.low,
+                    accuracy_high=worth.score.high,
                     examples=worth.loss.count,
                     rent=self.plane.rent_of(path),
                 )
@@ -344,7 +350,7 @@ class Tolaria:
 
     def _finish_decision(self, measured: Measurement, commands: Sequence[Command], view: RunView | None) -> None:
         clock = self.clock
-        clock.history.append((self._train_loss(), measured.loss, measured.accuracy))
+        clock.history.append((self._train_loss(), measured.loss, measured.score))
         self.emit(
             Decided(
                 step=clock.step,
@@ -352,7 +358,7 @@ class Tolaria:
                 controller=self.controller_name,
                 train_loss=self._train_loss(),
                 validation_loss=measured.loss,
-                validation_accuracy=measured.accuracy,
+                validation_accuracy=measured.score,
                 commands=[{k: str(v) for k, v in attrs.asdict(command).items()} for command in commands],
                 governor=self.status if view is None else view.governor,
             )
@@ -426,7 +432,7 @@ class Tolaria:
 
     def _churn_of(self, path: str) -> Interval:
         """Validation loss without the withered seed at `path` minus with it at full alpha."""
-        measured = measure_churn(self.plane, self.batches, path)
+        measured = measure_churn(self.plane, self.batches, self.objective, path)
         self.clock.total_flops += measured.flops
         self._churn[path] = measured.worth[path].loss.mean
         return measured.worth[path].loss

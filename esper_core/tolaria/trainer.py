@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
-from esper_core.kasmina.scoring import IGNORED, training_loss
 from esper_core.leyline.errors import BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, HostRead, RunEnded, RunStarted
 from esper_core.leyline.host import Batch, TaskProtocol
@@ -110,7 +109,6 @@ class Trainer:
         self._amp = choose_amp(config.amp, device)
         self._scaler = torch.amp.GradScaler(device.type) if self._amp is torch.float16 else None
         self._hits = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-        self._counts_hits = task.kind == "classification"
         self._signal = ""
         self._saved_at, self._save_cost = time.monotonic(), 0.0
 
@@ -219,13 +217,13 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> Tensor:
         with self.autocast():
-            logits = self.tolaria.plane.host.forward_with_slots(batch.inputs)
-            loss = training_loss(logits, batch.targets)
+            outputs = self.tolaria.plane.host.forward_with_slots(batch.inputs)
+            loss = self.tolaria.objective.loss(outputs, batch.targets)
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        if self._counts_hits:
-            with torch.no_grad():
-                hits = (logits.argmax(-1) == batch.targets).sum()
-                self._hits += torch.stack([hits, (batch.targets != IGNORED).sum()])
+        with torch.no_grad():
+            tally = self.tolaria.objective.tally(outputs, batch.targets)
+            if tally is not None:
+                self._hits += torch.stack(tally)
         return loss
 
     def _again(self, batch: Batch) -> Tensor:
@@ -261,7 +259,7 @@ class Trainer:
                 path, _ = without_the_guilty(plane, lambda: self._evaluate(first), error)
                 self.tolaria.cull_faulty(path, error)
                 measured = self.tolaria.decide(batches, epoch)
-        position.validation_loss, position.validation_accuracy = measured.loss, measured.accuracy
+        position.validation_loss, position.validation_accuracy = measured.loss, measured.score
         return measured
 
     @torch.no_grad()
@@ -308,7 +306,7 @@ class Trainer:
         batch = next(iter(_Limited(self.task, self.config, str(self.device))))
         try:
             with self.autocast():
-                readings = read_host(plane, batch)
+                readings = read_host(plane, batch, self.tolaria.objective)
         except Exception:  # noqa: BLE001 - a sensor must not end the run; a seed that raises does so in training too
             return
         ledger = plane.ledger
@@ -339,7 +337,7 @@ class Trainer:
             return self._end("finished", "", None)
         with self.autocast():
             batches = self.task.test.batches(self.config.batch_size, device=str(self.device))
-            test = measure_counterfactuals(self.tolaria.plane, batches, paths=[])
+            test = measure_counterfactuals(self.tolaria.plane, batches, self.tolaria.objective, paths=[])
         self.tolaria.clock.total_flops += test.flops
         return self._end("finished", "", test)
 
@@ -376,7 +374,7 @@ class Trainer:
             validation_loss=position.validation_loss,
             validation_accuracy=position.validation_accuracy,
             test_loss=test.loss if test else None,
-            test_accuracy=test.accuracy if test else None,
+            test_accuracy=test.score if test else None,
             params=plane.host_params + plane.ledger.seed_params,
             host_params=plane.host_params,
             total_flops=clock.total_flops,

@@ -302,8 +302,8 @@ def _search(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, float
     assert best is not None
     ground, result, organs = best
     batches = ground.task.test.batches(unit.config.batch_size, device=str(ground.device))
-    final = measure_counterfactuals(ground.plane, batches, paths=[], count_cost=False)
-    result = attrs.evolve(result, test_loss=final.loss, test_accuracy=final.accuracy)
+    final = measure_counterfactuals(ground.plane, batches, ground.objective, paths=[], count_cost=False)
+    result = attrs.evolve(result, test_loss=final.loss, test_accuracy=final.score)
     return ground, result, spent, organs
 
 

@@ -15,8 +15,8 @@ import torch
 
 from esper_core.kasmina.counterfactual import measure_counterfactuals
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.host import Batch, TaskProtocol
+from esper_core.leyline.objective import Objective
 from esper_core.leyline.stages import STAGES, Stage
 from esper_core.registry import Registry
 from esper_core.tolaria import assembly
@@ -57,6 +57,7 @@ class Ground:
     task: TaskProtocol
     plane: Plane
     device: torch.device
+    objective: Objective
 
     @property
     def epoch_steps(self) -> int:
@@ -75,11 +76,16 @@ def lay_ground(config: RunConfig, registry: Registry) -> Ground:
     assembly.make_deterministic(config.seed)
     task, _ = assembly.build_task(config, registry)
     host = assembly.build_host(config, registry, task.outputs, task.input_shape)
+    objective = assembly.build_objective(config, registry, task)
     host.module.to(device).train()
     steps = steps_per_epoch(config, task) * config.epochs
-    flops = assembly.host_flops(host, task, device)
+    flops = assembly.host_flops(host, task, objective, device)
     return Ground(
-        config, task, assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps), device
+        config,
+        task,
+        assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps),
+        device,
+        objective,
     )
 
 
@@ -125,23 +131,31 @@ def train_static(ground: Ground, steps: int, *, test: bool = True) -> StaticResu
     for step, batch in zip(range(steps), batches_of(ground), strict=False):
         rate = config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup, config.decay)
         optimizer.zero_grad()
-        loss = training_loss(plane.host.forward_with_slots(batch.inputs), batch.targets)
+        loss = ground.objective.loss(plane.host.forward_with_slots(batch.inputs), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step(rate)
     device = str(ground.device)
     seen = measure_counterfactuals(
-        plane, ground.task.validation.batches(config.batch_size, device=device), paths=[], count_cost=False
+        plane,
+        ground.task.validation.batches(config.batch_size, device=device),
+        ground.objective,
+        paths=[],
+        count_cost=False,
     )
     final = None
     if test:
         final = measure_counterfactuals(
-            plane, ground.task.test.batches(config.batch_size, device=device), paths=[], count_cost=False
+            plane,
+            ground.task.test.batches(config.batch_size, device=device),
+            ground.objective,
+            paths=[],
+            count_cost=False,
         )
     return StaticResult(
         validation_loss=seen.loss,
-        validation_accuracy=seen.accuracy,
+        validation_accuracy=seen.score,
         test_loss=final.loss if final else None,
-        test_accuracy=final.accuracy if final else None,
+        test_accuracy=final.score if final else None,
         params=plane.host_params + plane.ledger.seed_params,
         flops=flops * steps,
         steps=steps,

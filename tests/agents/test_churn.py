@@ -12,6 +12,9 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Stage
 from esper_core.registry import load_registry
+from esper_plugins.objectives.classes import Classification
+
+JUDGE = Classification(outputs=None)
 
 
 def grown() -> tuple[Plane, list[Batch]]:
@@ -43,7 +46,7 @@ def test_a_withered_seed_that_the_host_needs_shows_churn_and_alpha_is_put_back()
     for _ in range(2):
         plane.step()
     assert float(plane.slots["1"].alpha) == 0.0
-    churn = measure_churn(plane, batches, "1").worth["1"].loss
+    churn = measure_churn(plane, batches, JUDGE, "1").worth["1"].loss
     assert churn.low > 0 and churn.count == 48
     assert float(plane.slots["1"].alpha) == 0.0
     assert plane.host.module.training and plane.slots["1"].seed is not None
@@ -55,9 +58,9 @@ def test_dead_weight_shows_none() -> None:
     assert seed is not None
     for parameter in seed.parameters():
         nn.init.zeros_(parameter)
-    assert measure_churn(plane, batches, "1").worth["1"].loss.mean == 0.0
+    assert measure_churn(plane, batches, JUDGE, "1").worth["1"].loss.mean == 0.0
     with pytest.raises(ValueError, match="no validation"):
-        measure_churn(plane, [], "1")
+        measure_churn(plane, [], JUDGE, "1")
     assert float(plane.slots["1"].alpha) == 1.0
 
 
@@ -66,4 +69,4 @@ def test_an_empty_slot_has_no_churn() -> None:
     plane.wither("1")
     plane.cull("1", gated=False)
     with pytest.raises(ValueError, match="nothing grows"):
-        measure_churn(plane, batches, "1")
+        measure_churn(plane, batches, JUDGE, "1")

@@ -10,10 +10,12 @@ import torch
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.counterfactual import every_mask, measure_counterfactuals
 from esper_core.kasmina.prefix_tree import PrefixTree
-from esper_core.kasmina.scoring import example_scores
 from esper_core.leyline.host import Batch
+from esper_plugins.objectives.classes import Classification
 from tests.kasmina.small import batch, small_plane
 from tests.kasmina.test_plane import fossilise
+
+JUDGE = Classification(outputs=None)
 
 
 def grown_plane(*, nested: bool = False, stacked: bool = False):
@@ -78,7 +80,7 @@ def test_modules_before_the_slot_run_once() -> None:
 def test_worth_is_the_paired_difference_with_its_interval() -> None:
     plane = grown_plane()
     batches = [Batch(*batch(i, size=20)) for i in range(3)]
-    measured = measure_counterfactuals(plane, batches)
+    measured = measure_counterfactuals(plane, batches, JUDGE)
     for path, slot in plane.slots.items():
         if path not in plane.contributing():
             continue
@@ -86,9 +88,9 @@ def test_worth_is_the_paired_difference_with_its_interval() -> None:
         for b in batches:
             with torch.no_grad():
                 plane.host.module.eval()
-                with_slot, _ = example_scores(plane.host.forward_with_slots(b.inputs.clone()), b.targets)
+                with_slot, _ = JUDGE.scores(plane.host.forward_with_slots(b.inputs.clone()), b.targets)
                 slot.muted = True
-                without, _ = example_scores(plane.host.forward_with_slots(b.inputs.clone()), b.targets)
+                without, _ = JUDGE.scores(plane.host.forward_with_slots(b.inputs.clone()), b.targets)
                 slot.muted = False
             gains += (without - with_slot).double().tolist()
         interval = measured.worth[path].loss
@@ -103,7 +105,7 @@ def test_measuring_leaves_modes_and_random_state_alone() -> None:
     plane.host.module.train()
     plane.host.module.blocks[0].eval()
     state = torch.get_rng_state()
-    measure_counterfactuals(plane, [Batch(*batch())])
+    measure_counterfactuals(plane, [Batch(*batch())], JUDGE)
     assert plane.host.module.training and not plane.host.module.blocks[0].training
     assert plane.host.module.blocks[1].training and torch.equal(state, torch.get_rng_state())
 

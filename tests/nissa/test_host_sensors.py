@@ -13,6 +13,8 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.host import Batch
 from esper_core.nissa.host_sensors import attention_entropy, read_host
 from esper_core.registry import load_registry
+from esper_plugins.objectives.classes import Classification
+from esper_plugins.objectives.tokens import language
 from tests.kasmina.small import batch, small_plane
 
 
@@ -65,7 +67,7 @@ def plane_of(model, example) -> Plane:
 def test_a_transformer_tells_entropy_and_loss_by_layer(implementation: str) -> None:
     batch = tokens()
     plane = plane_of(gpt2(implementation), batch.inputs[:1])
-    got = read_host(plane, batch)
+    got = read_host(plane, batch, language(outputs=None))
     output = gpt2("eager").eval()(batch.inputs, output_attentions=True)
     for layer, probabilities in enumerate(output.attentions):
         expected = torch.special.entr(probabilities).sum(-1).mean()
@@ -81,7 +83,7 @@ def test_layer_loss_is_the_slope_of_the_loss(path: str) -> None:
     """By finite differences: shrink what a block or a branch adds, and the loss moves by that much."""
     batch, model = tokens(), gpt2("eager").double().eval()
     plane = plane_of(model, batch.inputs[:1])
-    got = read_host(plane, batch)
+    got = read_host(plane, batch, language(outputs=None))
 
     def loss(share: float) -> float:
         kept = {}
@@ -106,10 +108,10 @@ def test_layer_loss_is_the_slope_of_the_loss(path: str) -> None:
 def test_a_seed_with_attention_is_told_apart_from_the_host() -> None:
     batch = tokens()
     plane = plane_of(gpt2("sdpa"), batch.inputs[:1])
-    plain = read_host(plane, batch)
+    plain = read_host(plane, batch, language(outputs=None))
     path = next(iter(plane.slots))
     plane.germinate(path, "attention")
-    grown = read_host(plane, batch)
+    grown = read_host(plane, batch, language(outputs=None))
     assert f"attention_entropy.{path}" in grown
     for layer in range(3):
         assert grown[f"attention_entropy.{layer}"] == pytest.approx(plain[f"attention_entropy.{layer}"])
@@ -123,7 +125,7 @@ def test_reading_changes_nothing() -> None:
     modes = [m.training for m in module.modules()]
     state = {k: v.clone() for k, v in module.state_dict().items()}
     generator = torch.get_rng_state()
-    found = read_host(plane, Batch(*batch(0)))
+    found = read_host(plane, Batch(*batch(0)), Classification(outputs=None))
     assert not found, "blocks of three shapes, and no attention: nothing to tell"
     assert modes == [m.training for m in module.modules()]
     assert all(torch.equal(v, module.state_dict()[k]) for k, v in state.items())

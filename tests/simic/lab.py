@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.actions import Command
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Op
@@ -15,6 +14,7 @@ from esper_core.registry import Registry, load_registry
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_hosts.cnn import cnn
+from esper_plugins.objectives.shared import token_loss
 
 RATE = 2e-3
 BLENDS = ("residual:cosine", "gated:linear", "lerp:linear")
@@ -52,7 +52,7 @@ class Alone:
 
     def step(self, batch: Batch, rate: float = RATE) -> None:
         self.optimizer.zero_grad()
-        loss = training_loss(self.plane.host.forward_with_slots(batch.inputs), batch.targets)
+        loss = token_loss(self.plane.host.forward_with_slots(batch.inputs), batch.targets)
         loss.backward()
         self.optimizer.step(rate)
         self.plane.step()

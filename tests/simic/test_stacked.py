@@ -15,8 +15,11 @@ from esper_core.leyline.stages import Op, Stage
 from esper_core.registry import load_registry
 from esper_core.simic.gym.cuda_engine import StackedPopulation
 from esper_core.simic.gym.stacks import StackedSGD
+from esper_plugins.objectives.classes import Classification
 
 from .lab import RATE, Alone, batches, difference, grow, make_plane
+
+JUDGE = Classification(outputs=None)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 COUNT = 5
@@ -30,7 +33,7 @@ def population(
     for plane in planes:
         plane.host.module.to(dtype)
     alone = [Alone(copy.deepcopy(plane), optimizer=rule) for plane in planes]
-    return StackedPopulation(planes, device=device, bucket=2, **options), alone  # type: ignore[arg-type]
+    return StackedPopulation(planes, JUDGE, device=device, bucket=2, **options), alone  # type: ignore[arg-type]
 
 
 def advance(plane: Plane, path: str, blend: str = "") -> None:
@@ -107,7 +110,7 @@ def test_isolated_seeds_leave_the_hosts_alone_even_when_one_is_not_finite() -> N
 
 def test_an_environment_is_the_same_alone_as_among_others() -> None:
     many, _ = population()
-    one = StackedPopulation([make_plane(seed=2)], device="cpu", bucket=2)
+    one = StackedPopulation([make_plane(seed=2)], JUDGE, device="cpu", bucket=2)
     for engine, k in ((many, 2), (one, 0)):
         engine.apply(k, grow("block1", "depthwise"))
         for batch in batches(6):
@@ -167,4 +170,4 @@ def test_refusals_change_nothing_and_foreign_hosts_are_refused() -> None:
         stacked.apply(0, Command(Op.CULL, "block1"))
     assert not stacked._lanes
     with pytest.raises(EsperError, match="different host structure"):
-        StackedPopulation([make_plane(), make_plane(widths="4,6,10")], device="cpu")
+        StackedPopulation([make_plane(), make_plane(widths="4,6,10")], JUDGE, device="cpu")

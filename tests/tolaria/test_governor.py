@@ -39,7 +39,7 @@ def ordinary(draw: random.Random, steps: int, *, level: float, floor: float, noi
 def test_ordinary_noise_is_no_alarm(tight, heavy):
     for seed in range(30):
         draw = random.Random(seed)
-        governor = Governor(GovernorConfig(), outputs=10, tight=tight)
+        governor = Governor(GovernorConfig(), math.log(10), tight=tight)
         floor = draw.choice([0.001, 0.01, 0.1, 0.8])
         losses = ordinary(draw, 2000, level=2.3, floor=floor, noise=draw.choice([0.05, 0.2, 0.4]), heavy=heavy)
         assert feed(governor, losses) is None, seed
@@ -48,7 +48,7 @@ def test_ordinary_noise_is_no_alarm(tight, heavy):
 @pytest.mark.parametrize("jump", [1.0, 3.0, 1e6])
 def test_a_jump_is_an_alarm_within_a_block(jump):
     draw = random.Random(0)
-    governor = Governor(GovernorConfig(), outputs=10)
+    governor = Governor(GovernorConfig(), math.log(10))
     losses = list(ordinary(draw, 1000, level=2.3, floor=0.3, noise=0.1, heavy=False))
     losses[600:] = [loss + jump for loss in losses[600:]]
     step, alarm = feed(governor, losses)
@@ -57,25 +57,25 @@ def test_a_jump_is_an_alarm_within_a_block(jump):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_an_alarm_at_once(value):
-    assert Governor(GovernorConfig(), 10).observe([2.3, value], 2).cause == "training loss is not finite"
-    assert Governor(GovernorConfig(), 10).observe_validation(value).cause == "validation loss is not finite"
+    assert Governor(GovernorConfig(), math.log(10)).observe([2.3, value], 2).cause == "training loss is not finite"
+    assert Governor(GovernorConfig(), math.log(10)).observe_validation(value).cause == "validation loss is not finite"
 
 
 def test_collapse_to_chance_needs_something_to_collapse_from():
-    governor = Governor(GovernorConfig(), 10)
+    governor = Governor(GovernorConfig(), math.log(10))
     assert governor.observe_validation(2.31) is None and governor.observe_validation(2.25) is None
     assert governor.observe_validation(1.0) is None
     assert "chance" in governor.observe_validation(2.30).cause
 
 
 def test_a_catastrophe_before_the_warmup_is_seen():
-    governor = Governor(GovernorConfig(), 10)
+    governor = Governor(GovernorConfig(), math.log(10))
     assert governor.observe([2.3] * 5, 5) is None
     assert governor.observe([500.0] * 8, 13) is not None
 
 
 def test_the_guilty_command_is_the_latest_risky_one():
-    governor = Governor(GovernorConfig(), 10)
+    governor = Governor(GovernorConfig(), math.log(10))
     governor.note(Command(Op.ADVANCE, "a"), 10)
     governor.note(Command(Op.GERMINATE, "b", "conv"), 20)
     alive = {"a": Stage.BLENDING, "b": Stage.TRAINING}
@@ -86,7 +86,7 @@ def test_the_guilty_command_is_the_latest_risky_one():
 
 
 def test_an_embargo_ends():
-    governor = Governor(GovernorConfig(embargo=2), 10)
+    governor = Governor(GovernorConfig(embargo=2), math.log(10))
     governor.roll_back(50, 40, {"op": "advance", "slot": "a"})
     left = []
     for _ in range(3):
@@ -96,7 +96,7 @@ def test_an_embargo_ends():
 
 
 def test_rollbacks_in_a_row_are_beyond_rescue_and_calm_pardons():
-    governor = Governor(GovernorConfig(patience=2, pardon=50), 10)
+    governor = Governor(GovernorConfig(patience=2, pardon=50), math.log(10))
     for step in (10, 20):
         governor.roll_back(step, 5, None)
     assert not governor.beyond_rescue and governor.caution == 0.25
@@ -111,11 +111,11 @@ def test_rollbacks_in_a_row_are_beyond_rescue_and_calm_pardons():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.01, 5), min_size=1, max_size=120), st.integers(1, 119))
 def test_state_survives_json(losses, cut):
-    one = Governor(GovernorConfig(warmup=10), 10)
+    one = Governor(GovernorConfig(warmup=10), math.log(10))
     one.observe(losses[:cut], cut)
     one.note(Command(Op.ADVANCE, "a"), 3)
     one.roll_back(cut, 0, {"op": "advance", "slot": "a"})
-    two = Governor(GovernorConfig(warmup=10), 10)
+    two = Governor(GovernorConfig(warmup=10), math.log(10))
     two.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert two == one
     assert one.observe(losses[cut:], len(losses)) == two.observe(losses[cut:], len(losses)) and two == one

@@ -154,7 +154,7 @@ def test_the_view_tells_what_the_governor_bars():
     path = next(iter(tolaria.plane.slots))
     tolaria.plane.germinate(path, "conv")
     batches = [to_batch(pair) for pair in loaders()[1]]
-    measured = measure_counterfactuals(tolaria.plane, batches)
+    measured = measure_counterfactuals(tolaria.plane, batches, tolaria.objective)
     free = {slot.path: slot for slot in tolaria.view(measured, 0.0).slots}[path]
     assert Op.CULL in free.legal and not free.barred
     tolaria.governor.embargoes[f"{Op.CULL} {path}"] = 2

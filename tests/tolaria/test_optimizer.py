@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.errors import UntrackedParameter
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.schedules import SCHEDULES, learning_rate_share
 from esper_core.tolaria.snapshot import Snapshot, training_tensors
+from esper_plugins.objectives.shared import token_loss
 from tests.kasmina.small import batch, small_plane
 from tests.tolaria import ground
 
@@ -29,7 +29,7 @@ def train(plane, optimizer, steps: int = 1, rate: float = 1e-2, start: int = 0) 
     for number in range(start, start + steps):
         optimizer.zero_grad()
         inputs, targets = batch(number)
-        training_loss(plane.host.forward_with_slots(inputs), targets).backward()
+        token_loss(plane.host.forward_with_slots(inputs), targets).backward()
         optimizer.step(rate)
         plane.step()
 
@@ -93,7 +93,7 @@ def test_the_host_trains_as_with_plain_torch(fused):
     for number in range(3):
         inputs, targets = batch(number)
         plain.zero_grad()
-        training_loss(twin(inputs), targets).backward()
+        token_loss(twin(inputs), targets).backward()
         plain.step()
     train(plane, optimizer, 3)
     for ours, theirs in zip(plane.host.module.parameters(), twin.parameters(), strict=True):
@@ -113,7 +113,7 @@ def test_clipping_a_seed_does_not_throttle_the_host():
     plane, optimizer = grown(clip=1.0)
     plane.germinate("block1", "poly")
     inputs, targets = batch(0)
-    training_loss(plane.host.forward_with_slots(inputs), targets).backward()
+    token_loss(plane.host.forward_with_slots(inputs), targets).backward()
     for parameter in plane.seed_groups()["block1"]:
         parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.step(1e-2)

@@ -21,19 +21,18 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from esper_core.kasmina.blends import parse_blend
 from esper_core.kasmina.plane import Plane, StageChange
-from esper_core.kasmina.scoring import IGNORED, example_scores
 from esper_core.kasmina.slot import Mode
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch, HostProtocol
+from esper_core.leyline.objective import Objective
 from esper_core.simic.gym.stacked_slots import Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
 from esper_core.simic.gym.stacks import BLEND, Arena, Stack, StackedAdamW, StackedOptimizer
 
-Inputs = Tensor | Mapping[str, Tensor]
+Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 _Place = tuple[int, str]
 _ADAMW = StackedAdamW()
 
@@ -81,6 +80,7 @@ class StackedPopulation:
 
     Args:
         planes: one an environment, each on a host of its own on the CPU; seeds are built and checked there.
+        objective: trains and judges all of them.
         device: where the stacks live.
         optimizer: `StackedAdamW` or `StackedSGD`.
         bucket: lanes by which a bucket grows.
@@ -96,6 +96,7 @@ class StackedPopulation:
     def __init__(
         self,
         planes: Sequence[Plane],
+        objective: Objective,
         *,
         device: str | torch.device = "cuda",
         optimizer: StackedOptimizer = _ADAMW,
@@ -110,7 +111,7 @@ class StackedPopulation:
                 raise EsperError("environments of different host structure", "one StackedPopulation a structure")
             if plane.max_stack != 1:
                 raise EsperError(f"planes that stack {plane.max_stack} seeds at a point", "max_stack=1")
-        self.planes, self.device = list(planes), torch.device(device)
+        self.planes, self.objective, self.device = list(planes), objective, torch.device(device)
         self.bucket, self.convolution, self.precision = bucket, convolution, precision
         self.capture = self.device.type == "cuda" if capture is None else capture
         self.learning_rate = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -143,15 +144,15 @@ class StackedPopulation:
         """Every environment trains on `batch`; losses land in `losses[step % history]` (N,) on the device."""
         self.learning_rate.fill_(learning_rate)
         if self.capture:
-            key = tuple((tuple(t.shape), t.dtype) for t in _leaves(batch))
+            key = tuple((tuple(t.shape), t.dtype) for t in batch.tensors())
             if key not in self._graphs:
                 self._graphs[key] = self._record(batch)
             graph, static = self._graphs[key]
-            for target, source in zip(_leaves(static), _leaves(batch), strict=True):
+            for target, source in zip(static.tensors(), batch.tensors(), strict=True):
                 target.copy_(source, non_blocking=True)
             graph.replay()
         else:
-            self._advance(_moved(batch, self.device))
+            self._advance(batch.to(self.device, non_blocking=True))
         self.steps += 1
         self._unsynced += 1
 
@@ -175,14 +176,13 @@ class StackedPopulation:
         return logits
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy (N,) of each environment; their sum's gradient keeps them apart."""
-        wide = targets.expand(len(logits), *targets.shape).reshape(-1)
-        each = F.cross_entropy(logits.flatten(0, -2).float(), wide, ignore_index=IGNORED, reduction="none")
-        return each.view(len(logits), -1).sum(1) / (targets != IGNORED).sum().clamp(min=1)
+        """Training loss (N,) of each environment; their sum's gradient keeps them apart."""
+        losses: Tensor = torch.vmap(self.objective.loss, in_dims=(0, None))(logits, targets)
+        return losses
 
     def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
         """Capture forward, backward, optimizer and ramps for batches shaped like this one; weights stay as they are."""
-        static = _moved(batch, self.device, copy=True)
+        static = batch.to(self.device, non_blocking=True, copy=True)
         arena = self.arena
         state = [arena.theta, arena.momentum, arena.square, arena.age, self.losses, self._cursor]
         state += [t for s in arena.stacks for t in s.buffers.values()] + list(attrs.astuple(self.flags, recurse=False))
@@ -239,8 +239,8 @@ class StackedPopulation:
         if muted:
             self.points[muted].muted = True
         for batch in batches:
-            moved = _moved(batch, self.device)
-            scores = [example_scores(each, moved.targets) for each in self.logits(moved.inputs)]
+            moved = batch.to(self.device, non_blocking=True)
+            scores = [self.objective.scores(each, moved.targets) for each in self.logits(moved.inputs)]
             losses.append(torch.stack([s[0] for s in scores]))
             hits.append(torch.stack([s[1] for s in scores]))
         if muted:
@@ -367,17 +367,3 @@ class StackedPopulation:
             alphas = [growth.ramp_start + span * curve(min(1.0, i / growth.ramp_steps)) for i in range(length)]
         position = growth.ramp_done if growth.ramping else length - 1
         self.flags.set(row, isolated=slot.mode is Mode.ISOLATED, alphas=alphas, position=position)
-
-
-def _leaves(batch: Batch) -> list[Tensor]:
-    inputs = batch.inputs
-    return [*([inputs] if isinstance(inputs, Tensor) else inputs.values()), batch.targets]
-
-
-def _moved(batch: Batch, device: torch.device, *, copy: bool = False) -> Batch:
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True, copy=copy)
-
-    inputs = batch.inputs
-    moved = move(inputs) if isinstance(inputs, Tensor) else {name: move(value) for name, value in inputs.items()}
-    return Batch(moved, move(batch.targets))

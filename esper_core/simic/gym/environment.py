@@ -17,6 +17,7 @@ import torch
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
 from esper_core.leyline.host import Batch, TaskProtocol
+from esper_core.leyline.objective import Objective
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
@@ -49,6 +50,7 @@ class Ground:
     plane: Plane
     steps: int
     due: frozenset[int]
+    objective: Objective
 
     @classmethod
     def lay(cls, config: RunConfig, registry: Registry, task: TaskProtocol | None = None) -> Ground:
@@ -59,13 +61,20 @@ class Ground:
         """
         task = task or assembly.build_task(config, registry)[0]
         host = assembly.build_host(config, registry, task.outputs, task.input_shape)
+        objective = assembly.build_objective(config, registry, task)
         host.module.train()
         steps = steps_per_epoch(config, task)
-        flops = assembly.host_flops(host, task, torch.device("cpu"))
+        flops = assembly.host_flops(host, task, objective, torch.device("cpu"))
         plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps * config.epochs)
         count = decisions_per_epoch(config, steps)
         return cls(
-            config, registry, task, plane, steps, frozenset(round((i + 1) * steps / count) for i in range(count))
+            config,
+            registry,
+            task,
+            plane,
+            steps,
+            frozenset(round((i + 1) * steps / count) for i in range(count)),
+            objective,
         )
 
     @property
@@ -83,7 +92,8 @@ class Ground:
         every = min(wanted, max(1, self.steps * config.epochs // (2 * self.decisions)))
         tolaria = LentTolaria(
             plane, optimizer, Puppet(),
-            Governor(assembly.part_config(config, "governor", GovernorConfig), self.task.outputs),
+            Governor(assembly.part_config(config, "governor", GovernorConfig), self.objective.chance),
+            self.objective,
             decisions=self.decisions, epochs=config.epochs, sensors=LentSensors(plane, every=every),
         )  # fmt: skip
         outer = torch.get_rng_state()
@@ -179,7 +189,7 @@ class EpisodeGroup:
     def _standing(self, member: Member) -> Standing:
         measured, ledger = member.measured, member.plane.ledger
         assert measured is not None
-        return Standing(measured.loss, measured.accuracy, ledger.excess_params_ratio, ledger.excess_flops_ratio)
+        return Standing(measured.loss, measured.score, ledger.excess_params_ratio, ledger.excess_flops_ratio)
 
     def _pay(self, k: int, twin: Standing) -> Paid:
         member, account = self.cohort.members[k], self._accounts[k]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import Batch
@@ -61,9 +60,11 @@ class LentTolaria(Tolaria):
     def _measure(self, batches: Iterable[Batch]) -> Measurement:
         if self.lent is not None and not self.plane.contributing():
             return self.lent
-        measured = measure_counterfactuals(self.plane, batches, count_cost=False)  # nobody here asks for FLOPs
+        measured = measure_counterfactuals(
+            self.plane, batches, self.objective, count_cost=False
+        )  # nobody here asks for FLOPs
         for path, worth in measured.worth.items():
-            self.plane.record(path, loss=worth.loss, accuracy=worth.accuracy)
+            self.plane.record(path, loss=worth.loss, accuracy=worth.score)
         return measured
 
 
@@ -108,7 +109,7 @@ class Member:
         outer = torch.get_rng_state()
         torch.set_rng_state(self.random)
         try:
-            loss = training_loss(self.plane.host.forward_with_slots(batch.inputs), batch.targets)
+            loss = self.tolaria.objective.loss(self.plane.host.forward_with_slots(batch.inputs), batch.targets)
             loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self.random = torch.get_rng_state()

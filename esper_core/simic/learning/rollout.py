@@ -109,8 +109,8 @@ class _Ledger:
         assert member.measured is not None and twin.measured is not None
         grown = Counter(g.blueprint for g in member.plane.growths.values() if g.stage.spec.occupied)
         return Played(
-            sum(self.rewards), dict(self.terms), member.measured.loss, member.measured.accuracy, twin.measured.loss,
-            twin.measured.accuracy, member.plane.ledger.excess_params_ratio, dict(grown), dict(self.commands),
+            sum(self.rewards), dict(self.terms), member.measured.loss, member.measured.score, twin.measured.loss,
+            twin.measured.score, member.plane.ledger.excess_params_ratio, dict(grown), dict(self.commands),
             self.deaths,
         )  # fmt: skip
 

@@ -15,12 +15,16 @@ from esper_plugins.tasks.augment import Augment
 from esper_plugins.tasks.prefetch import prefetch
 from esper_plugins.tasks.randomness import order
 
-Inputs = Tensor | Mapping[str, Tensor]
+Inputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
+_OBJECTIVES = {"classification": "classification", "language-modelling": "language", "regression": "regression"}
 
 
 @attrs.frozen
 class Task:
-    """A finished task (see `leyline.host.TaskProtocol`). `notes` are said aloud when a run begins."""
+    """A finished task (see `leyline.host.TaskProtocol`). `notes` are said aloud when a run begins.
+
+    Its objective is the one that its kind is learnt by.
+    """
 
     name: str
     kind: str
@@ -30,6 +34,11 @@ class Task:
     validation: Split
     test: Split
     notes: tuple[str, ...] = ()
+
+    @property
+    def objective(self) -> str:
+        """Name of the default objective."""
+        return _OBJECTIVES[self.kind]
 
 
 @attrs.frozen
@@ -69,7 +78,7 @@ class Scale:
 
 
 class ExampleSplit(ABC):
-    """Examples with integer targets.
+    """Examples with targets.
 
     With `shuffle=True` a split shows its training face: shuffled by (seed, epoch), augmented by (seed, epoch,
     position). Otherwise examples come in order and as they are.
@@ -125,13 +134,14 @@ class ExampleSplit(ABC):
             span = slice(number * batch_size, (number + 1) * batch_size)
             yield indices[span], None if draws is None else draws[span]
 
-    def _finish(self, inputs: Inputs, targets: Tensor, draws: Tensor | None) -> Batch:
+    def _finish(self, batch: Batch, draws: Tensor | None) -> Batch:
+        inputs = batch.inputs
         if isinstance(inputs, Tensor):
             if self.augment and draws is not None:
                 inputs = self.augment.apply(inputs, draws.to(inputs.device))
             if self.scale:
                 inputs = self.scale.apply(inputs)
-        return Batch(inputs, targets)
+        return Batch(inputs, batch.targets)
 
 
 class ResidentSplit(ExampleSplit):
@@ -144,7 +154,7 @@ class ResidentSplit(ExampleSplit):
     def __init__(self, inputs: Inputs, targets: Tensor, **options: object) -> None:
         super().__init__(targets, **options)  # type: ignore[arg-type]
         self.inputs = inputs
-        self._resident: dict[str, tuple[Inputs, Tensor]] = {"cpu": (inputs, targets)}
+        self._resident = {"cpu": Batch(inputs, targets)}
 
     def batches(
         self,
@@ -159,10 +169,11 @@ class ResidentSplit(ExampleSplit):
         """See `leyline.host.Split`. The first use on a device copies the split there."""
         device = str(device)
         if device not in self._resident:
-            self._resident[device] = _to(self.inputs, device), self.targets.to(device)
-        inputs, targets = self._resident[device]
+            self._resident[device] = Batch(self.inputs, self.targets).to(device)
+        resident = self._resident[device]
         for indices, draws in self._positions(batch_size, seed, epoch, start, shuffle, device):
-            yield self._finish(_select(inputs, indices), targets.index_select(0, indices), draws)
+            chosen = resident.map(lambda t: t.index_select(0, indices))  # noqa: B023 - called at once
+            yield self._finish(chosen, draws)
 
 
 class StreamedSplit(ExampleSplit):
@@ -191,21 +202,9 @@ class StreamedSplit(ExampleSplit):
     ) -> Iterator[Batch]:
         """See `leyline.host.Split`. What `load` raises is raised here, at the batch that it concerns."""
 
-        def loaded() -> Iterator[tuple[Inputs, Tensor, Tensor | None]]:
+        def loaded() -> Iterator[tuple[Batch, Tensor | None]]:
             for indices, draws in self._positions(batch_size, seed, epoch, start, shuffle, "cpu"):
-                yield self.load(indices), self.targets.index_select(0, indices), draws
+                yield Batch(self.load(indices), self.targets.index_select(0, indices)), draws
 
-        for inputs, targets, draws in prefetch(loaded, self.ahead):
-            yield self._finish(_to(inputs, str(device)), targets.to(device), draws)
-
-
-def _select(inputs: Inputs, indices: Tensor) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs.index_select(0, indices)
-    return {key: value.index_select(0, indices) for key, value in inputs.items()}
-
-
-def _to(inputs: Inputs, device: str) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    return {key: value.to(device) for key, value in inputs.items()}
+        for batch, draws in prefetch(loaded, self.ahead):
+            yield self._finish(batch.to(str(device)), draws)

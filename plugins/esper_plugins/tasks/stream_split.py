@@ -8,7 +8,6 @@ from typing import Final
 
 import attrs
 import torch
-from torch import Tensor
 
 from esper_core.leyline.host import Batch
 from esper_plugins.tasks.cutters import Cutter, Row, groups
@@ -64,7 +63,7 @@ class StreamSplit:
                     yield self.cutter.stack(group)
 
         for batch in prefetch(made, self.ahead):
-            yield _to(batch, str(device))
+            yield batch.to(str(device))
 
     def _documents(self, seed: int, epoch: int, shuffle: bool) -> Iterator[Row]:
         rows = self._from(self._skip(epoch)) if self.endless else self.rows()
@@ -104,9 +103,3 @@ class StreamSplit:
             held[place] = row
         for place in torch.randperm(len(held), generator=source).tolist():
             yield held[place]
-
-
-def _to(batch: Batch, device: str) -> Batch:
-    inputs = batch.inputs
-    moved = inputs.to(device) if isinstance(inputs, Tensor) else {k: v.to(device) for k, v in inputs.items()}
-    return Batch(moved, batch.targets.to(device))
