@@ -15,9 +15,9 @@ from typing import Final
 import attrs
 import torch
 
-from esper_core.kasmina.scoring import training_loss
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
+from esper_core.leyline.objective import Objective
 from esper_core.tolaria.config import RunConfig
 
 DECISIONS: Final = 50
@@ -48,8 +48,9 @@ def budget_of(config: RunConfig) -> float | None:
 
 
 def resolve_budget(
-    config: RunConfig, host: HostProtocol, task: TaskProtocol, host_flops: int, steps_per_epoch: int, device: str
-) -> tuple[RunConfig, list[str]]:
+    config: RunConfig, host: HostProtocol, task: TaskProtocol, objective: Objective, host_flops: int,
+    steps_per_epoch: int, device: str,
+) -> tuple[RunConfig, list[str]]:  # fmt: skip
     """The configuration with what follows from a budget, and what the user should know of it.
 
     `minutes` become FLOPs at the speed that the host is measured to have; epochs become as many as the host alone would
@@ -58,7 +59,7 @@ def resolve_budget(
     """
     notes: list[str] = []
     if config.minutes and not config.budget_total:
-        speed = measure_speed(host, task, host_flops, config.batch_size, device)
+        speed = measure_speed(host, task, objective, host_flops, config.batch_size, device)
         config = attrs.evolve(config, budget_total=f"{60 * config.minutes * speed:.3g}")
         notes.append(
             f"--minutes {config.minutes:g} at {speed / 1e9:,.3g} GFLOP/s: a budget of {config.budget_total} FLOP"
@@ -83,6 +84,7 @@ def decisions_in(config: RunConfig, total_steps: int) -> int:
 def measure_speed(
     host: HostProtocol,
     task: TaskProtocol,
+    objective: Objective,
     host_flops: int,
     batch_size: int,
     device: str,
@@ -94,11 +96,11 @@ def measure_speed(
     devices = [device] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):
         batch: Batch = next(iter(task.train.batches(batch_size, shuffle=True, device=device)))
-        _train_once(host, batch)
+        _train_once(host, objective, batch)
         _wait(device)
         began, count = clock(), 0
         while clock() - began < _TRIAL_SECONDS:
-            _train_once(host, batch)
+            _train_once(host, objective, batch)
             count += 1
             _wait(device)
         seconds = clock() - began
@@ -107,9 +109,9 @@ def measure_speed(
     return 3.0 * host_flops * batch.size * count / seconds
 
 
-def _train_once(host: HostProtocol, batch: Batch) -> None:
+def _train_once(host: HostProtocol, objective: Objective, batch: Batch) -> None:
     host.module.zero_grad(set_to_none=True)
-    training_loss(host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+    objective.loss(host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
 
 
 def _wait(device: str) -> None:

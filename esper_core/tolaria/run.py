@@ -61,7 +61,7 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
         notify(note)
     host.module.to(device).train()
     flops = assembly.host_flops(host, task, objective, device)
-    config, told = resolve_budget(config, host, task, flops, steps_per_epoch(config, task), str(device))
+    config, told = resolve_budget(config, host, task, objective, flops, steps_per_epoch(config, task), str(device))
     for note in told:
         notify(note)
     steps = steps_per_epoch(config, task) * config.epochs
