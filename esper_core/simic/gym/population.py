@@ -113,7 +113,7 @@ class ProcessPopulation:
             if self._owed[worker] >= _RING - 1:
                 self.pool.receive(worker)
                 self._owed[worker] -= 1
-        for target, source in zip(_leaves(self._ring[place]), _leaves(batch), strict=True):
+        for target, source in zip(self._ring[place].tensors(), batch.tensors(), strict=True):
             target[: len(source)].copy_(source)
         for worker in range(len(self.pool)):
             self.pool.send(worker, _step, place, batch.size, learning_rate)
@@ -145,19 +145,8 @@ class ProcessPopulation:
         self.pool.close()
 
 
-def _leaves(batch: Batch) -> list[Tensor]:
-    inputs = batch.inputs
-    return [*([inputs] if isinstance(inputs, Tensor) else inputs.values()), batch.targets]
-
-
 def _shared(batch: Batch) -> Batch:
-    def share(tensor: Tensor) -> Tensor:
-        copy: Tensor = tensor.clone().share_memory_()  # type: ignore[no-untyped-call]
-        return copy
-
-    inputs = batch.inputs
-    shared = share(inputs) if isinstance(inputs, Tensor) else {name: share(value) for name, value in inputs.items()}
-    return Batch(shared, share(batch.targets))
+    return batch.map(lambda t: t.clone().share_memory_())  # type: ignore[no-untyped-call]
 
 
 # --- Tasks that run in a worker ---
@@ -173,11 +162,8 @@ def _add_batch(state: dict[str, Any], batch: Batch) -> None:
 
 
 def _step(state: dict[str, Any], place: int, size: int, learning_rate: float) -> None:
-    batch = state["ring"][place]
-    inputs = batch.inputs
-    cut = inputs[:size] if isinstance(inputs, Tensor) else {name: value[:size] for name, value in inputs.items()}
     population = state["population"]
-    population.step(Batch(cut, batch.targets[:size]), learning_rate)
+    population.step(state["ring"][place].head(size), learning_rate)
     state["losses"][place] = population.losses
 
 
