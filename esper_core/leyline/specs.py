@@ -144,6 +144,9 @@ class HostSpec(PluginSpec):
     Attributes:
         argument: what the argument means, or empty if the host takes none.
         default_task: the task of a run that names none.
+        sizes: the options that set its size, the number of blocks first; a sweep of static sizes varies them.
+        start: where a function is, as `package.module:name`, that maps the parameters in blocks with which a network is
+            to end to the options with which it should start; empty if its size is always the user's.
     """
 
     kind: ClassVar[str] = "host"
@@ -151,6 +154,8 @@ class HostSpec(PluginSpec):
     factory_signature: ClassVar[str] = "factory(argument, *, outputs, input_shape, seed, **options) -> HostProtocol"
     argument: str = ""
     default_task: str = "digits"
+    sizes: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    start: str = attrs.field(default="", validator=attrs.validators.or_(attrs.validators.in_(("",)), _check_factory))
 
     @property
     def example(self) -> str:

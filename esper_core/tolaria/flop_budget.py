@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import attrs
 import torch
@@ -18,6 +18,8 @@ import torch
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
 from esper_core.leyline.objective import Objective
+from esper_core.leyline.scaling import params_fed_by
+from esper_core.leyline.specs import HostSpec
 from esper_core.tolaria.config import RunConfig
 
 DECISIONS: Final = 50
@@ -47,23 +49,23 @@ def budget_of(config: RunConfig) -> float | None:
     return budget
 
 
-def resolve_budget(
-    config: RunConfig, host: HostProtocol, task: TaskProtocol, objective: Objective, host_flops: int,
-    steps_per_epoch: int, device: str,
-) -> tuple[RunConfig, list[str]]:  # fmt: skip
+def budget_of_minutes(config: RunConfig, speed: float) -> tuple[RunConfig, str]:
+    """The configuration with its minutes as FLOPs at a speed (FLOP/s), and what the user should know of it."""
+    config = attrs.evolve(config, budget_total=f"{60 * config.minutes * speed:.3g}")
+    told = f"--minutes {config.minutes:g} at {speed / 1e9:,.3g} GFLOP/s: a budget of {config.budget_total} FLOP"
+    return config, told
+
+
+def resolve_budget(config: RunConfig, host_flops: int, steps_per_epoch: int) -> tuple[RunConfig, list[str]]:
     """The configuration with what follows from a budget, and what the user should know of it.
 
-    `minutes` become FLOPs at the speed that the host is measured to have; epochs become as many as the host alone would
-    take, which is the most that there can be; fewer validation examples are read at decisions if they would take more
-    than a hundredth of the budget.
+    Epochs become as many as the host alone would take, which is the most that there can be; fewer validation examples
+    are read at decisions if they would take more than a hundredth of the budget.
+
+    Args:
+        host_flops: of a forward pass for one example.
     """
     notes: list[str] = []
-    if config.minutes and not config.budget_total:
-        speed = measure_speed(host, task, objective, host_flops, config.batch_size, device)
-        config = attrs.evolve(config, budget_total=f"{60 * config.minutes * speed:.3g}")
-        notes.append(
-            f"--minutes {config.minutes:g} at {speed / 1e9:,.3g} GFLOP/s: a budget of {config.budget_total} FLOP"
-        )
     budget = budget_of(config)
     if budget is None:
         return config, notes
@@ -74,6 +76,46 @@ def resolve_budget(
         config = attrs.evolve(config, decision_examples=most)
         notes.append(f"decisions read {most} validation examples, which takes a hundredth of the budget")
     return attrs.evolve(config, epochs=math.ceil(steps / steps_per_epoch)), notes
+
+
+def fit_to_budget(config: RunConfig, spec: HostSpec, start: Callable[[float], Mapping[str, int]]) -> RunConfig:
+    """The configuration with the start size that the budget suggests, unless the user gave one.
+
+    Args:
+        spec: of the host. start: see `HostSpec.start`.
+    """
+    budget = budget_of(config)
+    if budget is None or any(f"{spec.name}.{size}" in config.settings for size in spec.sizes):
+        return config
+    sizes = {f"{spec.name}.{name}": value for name, value in start(params_fed_by(budget)).items()}
+    return attrs.evolve(config, settings={**config.settings, **sizes})
+
+
+def suit_budget(config: RunConfig, host: HostProtocol) -> tuple[RunConfig, list[str]]:
+    """The configuration where what the user left as it is suits a budget, and what the user should know of that.
+
+    A constant rate that falls at the end; the host's own blocks as what grows, where they can be copied; no other limit
+    on parameters than what the FLOPs can feed.
+    """
+    if not (config.budget_total or config.minutes):
+        return config, []
+    defaults = {field.name: field.default for field in attrs.fields(RunConfig)}
+    changes: dict[str, Any] = {}
+    if config.schedule == defaults["schedule"]:
+        changes["schedule"] = "wsd"
+    blocks: Mapping[str, Any] = host.blocks() if hasattr(host, "blocks") else {}
+    if config.blueprints == defaults["blueprints"] and any(not block.reason for block in blocks.values()):
+        changes["blueprints"] = ("copy",)
+    if "copy" in changes.get("blueprints", config.blueprints):
+        if config.budget_params == defaults["budget_params"]:
+            changes["budget_params"] = ""
+        if "copy.blocks" not in config.settings:
+            changes["settings"] = {**config.settings, "copy.blocks": "all"}
+    told = {"schedule": "a constant rate that falls at the end", "blueprints": "copies of the host's own blocks",
+            "budget_params": "no limit on parameters but the FLOPs"}  # fmt: skip
+    said = ", ".join(words for name, words in told.items() if name in changes)
+    notes = [f"a budget of FLOPs, so unless told otherwise: {said}"] if said else []
+    return attrs.evolve(config, **changes), notes
 
 
 def decisions_in(config: RunConfig, total_steps: int) -> int:

@@ -15,14 +15,23 @@ from esper_core.kasmina.counterfactual import measure_counterfactuals
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, RunFailed
 from esper_core.leyline.events import Sink
-from esper_core.leyline.host import Batch, TaskProtocol
+from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.objective import Objective
+from esper_core.leyline.specs import HostSpec
 from esper_core.nissa.hub import Hub
-from esper_core.registry import Registry, load_registry
+from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.flop_budget import budget_of, decisions_in, resolve_budget
+from esper_core.tolaria.flop_budget import (
+    budget_of,
+    budget_of_minutes,
+    decisions_in,
+    fit_to_budget,
+    measure_speed,
+    resolve_budget,
+    suit_budget,
+)
 from esper_core.tolaria.model_file import describe_origin, load_plane
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.trainer import RunResult, Trainer, decisions_per_epoch, steps_per_epoch
@@ -56,19 +65,39 @@ def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Groun
     if not config.task:
         notify(f"no --task given: {config.host} trains on {name}, its default")
     objective = assembly.build_objective(config, registry, task)
-    host = assembly.build_host(config, registry, task.outputs, task.input_shape)
+    host, flops = _build_host(config, registry, task, objective, device)
+    if config.minutes and not config.budget_total:
+        speed = measure_speed(host, task, objective, flops, config.batch_size, str(device))
+        config, note = budget_of_minutes(config, speed)
+        notify(note)
+    part = registry.find("host", split_reference(config.host)[0])
+    assert isinstance(part.spec, HostSpec)
+    sized = fit_to_budget(config, part.spec, registry.load(part, attribute="start")) if part.spec.start else config
+    if sized != config:
+        config = sized
+        host, flops = _build_host(config, registry, task, objective, device)
+        chosen = ", ".join(f"{size} {config.settings[f'{part.spec.name}.{size}']}" for size in part.spec.sizes)
+        notify(f"the budget suggests to start with {chosen}")
     for note in (*getattr(task, "notes", ()), *getattr(host, "notes", ())):
         notify(note)
-    host.module.to(device).train()
-    flops = assembly.host_flops(host, task, objective, device)
-    config, told = resolve_budget(config, host, task, objective, flops, steps_per_epoch(config, task), str(device))
-    for note in told:
+    config, told = suit_budget(config, host)
+    config, more = resolve_budget(config, flops, steps_per_epoch(config, task))
+    for note in (*told, *more):
         notify(note)
     steps = steps_per_epoch(config, task) * config.epochs
     plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps)
     if config.compile == "blocks":
         assembly.compile_host(host)
     return _Ground(config, registry, device, task, name, objective, plane)
+
+
+def _build_host(
+    config: RunConfig, registry: Registry, task: TaskProtocol, objective: Objective, device: torch.device
+) -> tuple[HostProtocol, int]:
+    """The host on its device, and the FLOPs of its forward pass for one example."""
+    host = assembly.build_host(config, registry, task.outputs, task.input_shape)
+    host.module.to(device).train()
+    return host, assembly.host_flops(host, task, objective, device)
 
 
 def _build_trainer(

@@ -63,6 +63,8 @@ def esper_hosts() -> list[HostSpec]:
                 Option("expansion", "float", 4.0, "feed-forward units over width", minimum=0.1, maximum=64.0),
                 Option("qk_norm", "bool", False, "normalise queries and keys in each head"),
             ),
+            sizes=("layers", "width"),
+            start="esper_hosts.gpt:start_size",
             source="Radford et al. 2019 (GPT-2); Su et al. 2021, arXiv:2104.09864",
         ),
         HostSpec(
@@ -111,6 +113,7 @@ def esper_hosts() -> list[HostSpec]:
                 Option("attention", "str", "auto", "implementation", choices=("auto", "eager", "sdpa")),
                 Option("download", "bool", False, "fetch a model that is not cached"),
             ),
+            sizes=("layers", "width"),
             source="Wolf et al. 2020, arXiv:1910.03771",
         ),
     ]

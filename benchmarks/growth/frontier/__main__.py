@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.growth.frontier.protocols import PROTOCOLS
-from benchmarks.growth.frontier.queue import read_rows, run_queue
-from benchmarks.growth.frontier.table import equal_loss, show, summarise
+from esper_core.trials.frontier.queue import read_rows, run_queue
+from esper_core.trials.frontier.table import equal_loss, show, summarise
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from benchmarks.growth.frontier.job import Job
-from benchmarks.growth.frontier.protocol import Frontier
+from esper_core.trials.frontier.job import Job
+from esper_core.trials.frontier.plan import Frontier
 
-_ADAMW: Final = {"optimizer.beta2": 0.95}
+_ALL: Final = {
+    "host": "gpt", "blueprints": ("copy",), "budget_params": "", "rent": 0.0, "warmup": 0.02, "clip": 1.0,
+    "weight_decay": 0.1,
+}  # fmt: skip
+_ADAMW: Final = {"optimizer.beta2": 0.95, "copy.blocks": "all"}
 _STDLIB: Final = {
-    "task": "stdlib", "batch_size": 32, "device": "cpu",
+    **_ALL, "task": "stdlib", "batch_size": 32, "device": "cpu",
     "settings": {**_ADAMW, "stdlib.length": 128, "sensors.every": 1000},
 }  # fmt: skip
 
 
 def _grown(arm: str, layers: int, width: int, *grow: tuple[float, int], **more: Any) -> Job:
-    return Job(arm=arm, budget=1.0, layers=layers, width=width, rate=0.0, grow=grow, **more)
+    size = {"layers": layers, "width": width}
+    return Job(arm=arm, budget=1.0, size=size, rate=0.0, grow=grow, slot=f"blocks.{layers - 1}", **more)
 
 
 def p9(quick: bool = False) -> list[Frontier]:
@@ -45,7 +50,7 @@ def _debian(tokens: str, data: str) -> Mapping[str, Any]:
     if tokens == "bpe":
         settings |= {"text.tokens": "uint16", "text.vocabulary": 4096}
     return {
-        "task": f"text:{data}", "batch_size": 64, "device": "cuda", "compile": "blocks", "settings": settings,
+        **_ALL, "task": f"text:{data}", "batch_size": 64, "device": "cuda", "compile": "blocks", "settings": settings,
     }  # fmt: skip
 
 

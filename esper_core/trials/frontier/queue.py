@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import multiprocessing
 import os
+import queue
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.growth.frontier.job import Job, run_job
+from esper_core.leyline.errors import RunFailed
+from esper_core.trials.frontier.job import Job, run_job
 
 _GUESS: Final = {"cpu": 4e10, "cuda": 2e13}
 """FLOP/s of one process before any job is done."""
@@ -48,7 +51,8 @@ def run_queue(
     rows: Path,
     *,
     workers: Mapping[str, int],
-    limit: float,
+    limit: float = math.inf,
+    notify: Callable[[str], None] = print,
 ) -> bool:
     """Run what `plan` asks for, given the rows so far, until it asks for nothing new or time is up.
 
@@ -56,7 +60,7 @@ def run_queue(
         plan: rows to jobs, most important first; asked again whenever a job is done, so that later jobs may depend on
             earlier results.
         base: configuration of all runs. workers: processes by device, such as `{"cuda": 8}`.
-        limit: seconds.
+        limit: seconds. notify: told of every job that is done or failed.
 
     Returns:
         Whether everything is done.
@@ -93,19 +97,41 @@ def run_queue(
                 for process in pool:
                     process.join(10)
                 return not open_jobs and not failed
-            try:
-                key, seconds, flops, error = answers.get(timeout=max(1.0, deadline - time.monotonic()))
-            except Exception:  # noqa: BLE001 - the queue's Empty comes through a proxy: time is up
+            answer = _next_answer(answers, pool, deadline)
+            if answer is None:
                 for process in pool:
                     process.terminate()
                 return False
+            key, seconds, flops, text, error = answer
             kind = running.pop(key)
             idle[kind] += 1
             if error:
                 failed.add(key)
-                print("FAILED", key, error, flush=True)
-            elif seconds > 0:
-                speed[kind] = flops / seconds
+                notify(f"FAILED {error}")
+            else:
+                speed[kind] = flops / max(seconds, 1e-3)
+                notify(text)
+
+
+def _next_answer(answers: Any, pool: Sequence[Any], deadline: float) -> tuple[str, float, float, str, str] | None:
+    """What the next job that ends has to say; None once time is up.
+
+    Raises:
+        RunFailed: a process died.
+    """
+    while True:
+        try:
+            answer: tuple[str, float, float, str, str] = answers.get(
+                timeout=min(5.0, max(0.1, deadline - time.monotonic()))
+            )
+        except queue.Empty:
+            if time.monotonic() >= deadline:
+                return None
+            dead = [process.exitcode for process in pool if not process.is_alive()]
+            if dead:
+                raise RunFailed(f"a process of the queue died with exit code {dead[0]}", "", "fewer workers") from None
+        else:
+            return answer
 
 
 def _work(kind: str, inbox: Any, answers: Any, base: dict[str, Any], rows: Path) -> None:
@@ -123,12 +149,11 @@ def _work(kind: str, inbox: Any, answers: Any, base: dict[str, Any], rows: Path)
             row = run_job(job, base)
         except Exception as error:  # noqa: BLE001 - one job's failure is told, and the others go on
             traceback.print_exc()
-            answers.put((job.key, 0.0, 0.0, f"{job.arm}: {type(error).__name__}: {error}"))
+            answers.put((job.key, 0.0, 0.0, "", f"{job.arm}: {type(error).__name__}: {error}"))
             continue
         append_row(rows, {**row, "device": kind})
-        print(
-            f"{job.stage:6s} {job.arm:28s} seed {job.seed} {job.budget:.3g} FLOP rate {job.rate:g} decay {job.decay:g}"
-            f" loss {row['loss']:.4f} steps {row['steps']} {row['seconds']:.0f} s",
-            flush=True,
+        text = (
+            f"{job.stage:6s} {job.arm:28s} seed {job.seed} rate {job.rate:g} decay {job.decay:g}:"
+            f" loss {row['loss']:.4f} after {row['steps']} steps, {row['seconds']:.0f} s"
         )
-        answers.put((job.key, row["seconds"], row["flops"], ""))
+        answers.put((job.key, row["seconds"], row["flops"], text, ""))

@@ -1,4 +1,4 @@
-"""What a frontier protocol found: the arms on fresh seeds beside the best static network, and the isoFLOP curve."""
+"""What was found at the compute frontier: arms on fresh seeds beside the best static network, the isoFLOP curve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from benchmarks.growth.frontier.protocol import Frontier
+from esper_core.trials.frontier.plan import Frontier, static_name
 from esper_core.trials.intervals import paired_interval
 from esper_core.trials.isoflop import fit_isoflop, flops_to_reach
 
@@ -33,7 +33,7 @@ def summarise(frontier: Frontier, rows: Rows) -> dict[str, Any]:
     statics = [t for t in tuned.values() if t["static"]]
     fit = fit_isoflop([t["params"] for t in statics], [t["validation_loss"] for t in statics]) if statics else None
     whole = statics and all(arm.arm in tuned for arm in arms)
-    finals = defaultdict(dict[int, Mapping[str, Any]])
+    finals: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for job in frontier.finals(rows) if whole else ():
         if job.key in found:
             finals[job.arm][job.seed] = found[job.key]
@@ -53,7 +53,7 @@ def summarise(frontier: Frontier, rows: Rows) -> dict[str, Any]:
     return {
         "name": frontier.name, "budget": frontier.budget, "tuned": tuned, "arms": table,
         "isoflop": None if fit is None else attrs.asdict(fit), "paired": _pairs(table),
-        "host": f"static {frontier.host[0]}x{frontier.host[1]}",
+        "host": static_name(frontier.host),
     }  # fmt: skip
 
 

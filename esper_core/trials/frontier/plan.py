@@ -1,48 +1,53 @@
-"""What a frontier protocol runs, and in which order: every arm is tuned on validation text, then read on test text.
+"""What is run against the compute frontier, and in which order: every arm is tuned on validation, then tested.
 
 Stages, each a function of the rows so far, so that a queue can be cut off anywhere and go on:
 
-1. `tune`: every static size, the host and every grown arm at each of `rates`, on a seed of its own; an arm whose best
-   rate is the last one tried gets one more on that side, up to `most_rates` for every arm alike.
+1. `tune`: every static size, the host and every grown arm at the first of `rates`, on a seed of its own; then, where
+   that left them within `margin` of the best of their kind, at the others. An arm whose best rate is the last one tried
+   gets one more on that side, up to `most_rates` for every arm alike.
 2. `decay`: the best sizes and every grown arm at their best rate with the other shares of decay.
-3. `final`: the best sizes, the host and the grown arms, as tuned, on fresh seeds; the test text is read.
+3. `final`: the best sizes, the host and the grown arms, as tuned, on fresh seeds; the test split is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from benchmarks.growth.frontier.job import Job
+from esper_core.trials.frontier.job import Job
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 @attrs.frozen(kw_only=True)
 class Frontier:
-    """One budget of a protocol.
+    """Static networks of several sizes and grown ones at one budget.
 
     Attributes:
-        name: of the protocol. base: configuration of all its runs. budget: FLOPs.
-        sizes: (blocks, width) of the static networks. host: that of the network which is grown.
+        name: of the whole. base: configuration of all its runs. budget: FLOPs.
+        sizes: of the static networks: values of the host's size options. host: that of the network which is grown.
+        options: the host's size options, in that order.
         grown: the arms that grow, as jobs without rate, decay and seed; the first is the heuristic's.
         controls: jobs that show what an operator is worth; they take rate and decay from the first grown arm.
         rates: tried for every arm. most_rates: tried for an arm at most. decays: shares of the budget.
+        margin: share above the best loss up to which an arm is a contender.
         finalists: static sizes that get fresh seeds. seeds: how many. tune_seed: none of them.
     """
 
     name: str
     base: Mapping[str, Any]
     budget: float
-    sizes: Sequence[tuple[int, int]]
-    host: tuple[int, int]
+    sizes: Sequence[tuple[int, ...]]
+    host: tuple[int, ...]
+    options: Sequence[str] = ("layers", "width")
     grown: Sequence[Job]
     controls: Sequence[Job] = ()
     rates: Sequence[float]
     most_rates: int = 4
     decays: Sequence[float] = (0.4, 0.2, 0.6)
+    margin: float = 0.04
     finalists: int = 2
     seeds: int = 3
     tune_seed: int = 100
@@ -50,16 +55,27 @@ class Frontier:
     def arms(self) -> list[Job]:
         """Every arm with its first rate and decay: static sizes, the host among them, and grown ones."""
         sizes = dict.fromkeys((*self.sizes, self.host))
-        statics = [Job(arm=f"static {n}x{w}", budget=self.budget, layers=n, width=w, rate=0.0) for n, w in sizes]
-        start = {"rate": self.rates[0], "decay": self.decays[0], "seed": self.tune_seed, "budget": self.budget}
-        return [attrs.evolve(job, stage="tune", **start) for job in (*self.grown, *statics)]
+        statics = [
+            Job(arm=static_name(size), budget=self.budget, size=dict(zip(self.options, size, strict=True)), rate=0.0)
+            for size in sizes
+        ]
+        return [
+            attrs.evolve(
+                job, stage="tune", rate=self.rates[0], decay=self.decays[0], seed=self.tune_seed, budget=self.budget
+            )
+            for job in (*self.grown, *statics)
+        ]
 
     def plan(self, rows: Rows) -> Iterator[Job]:
         """The jobs that are to be done next, most important first."""
         found = {row["key"]: row for row in rows}
         arms = self.arms()
-        yield from self._until_done(found, (job for arm in arms for job in self._rate_jobs(arm, found)))
-        if any(job.key not in found for arm in arms for job in self._rate_jobs(arm, found)):
+        if any(arm.key not in found for arm in arms):
+            yield from arms
+            return
+        rated = [job for arm in arms if self._contends(arm, arms, found) for job in self._rate_jobs(arm, found)]
+        yield from rated
+        if any(job.key not in found for job in rated):
             return
         decayed = [job for arm in self._chosen(arms, found) for job in self._decay_jobs(arm, found)]
         yield from decayed
@@ -83,8 +99,11 @@ class Frontier:
         tried = [job for job in (*self._rate_jobs(arm, found), *self._decay_jobs(arm, found)) if job.key in found]
         return min(tried, key=lambda job: found[job.key]["loss"])
 
-    def _until_done(self, found: Mapping[str, Any], jobs: Iterable[Job]) -> Iterator[Job]:
-        yield from sorted(jobs, key=lambda job: self.rates.index(job.rate) if job.rate in self.rates else 99)
+    def _contends(self, arm: Job, arms: Sequence[Job], found: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether another rate could make it the best of its kind; the host always gets every rate."""
+        best = min(found[other.key]["loss"] for other in arms if other.is_static == arm.is_static)
+        host = arm.is_static and tuple(arm.size.values()) == tuple(self.host)
+        return host or found[arm.key]["loss"] <= (1 + self.margin) * best
 
     def _rate_jobs(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> list[Job]:
         """The arm at every rate, and beyond the last on a side where the best is the last."""
@@ -104,13 +123,21 @@ class Frontier:
         best = min(rated, key=lambda job: found[job.key]["loss"])
         return [attrs.evolve(best, decay=decay, stage="decay") for decay in self.decays[1:]]
 
+    def _best_loss(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> float:
+        return min(float(found[job.key]["loss"]) for job in self._rate_jobs(arm, found) if job.key in found)
+
     def _chosen(self, arms: Sequence[Job], found: Mapping[str, Mapping[str, Any]]) -> list[Job]:
         """Grown arms, the host, and the best static sizes by tuned validation loss."""
         grown = [arm for arm in arms if not arm.is_static]
         static = [arm for arm in arms if arm.is_static]
-        host = [arm for arm in static if (arm.layers, arm.width) == self.host]
-        best = sorted(static, key=lambda arm: min(found[j.key]["loss"] for j in self._rate_jobs(arm, found)))
+        host = [arm for arm in static if arm.arm == static_name(self.host)]
+        best = sorted(static, key=lambda arm: self._best_loss(arm, found))
         return list({arm.key: arm for arm in (*grown, *best[: self.finalists], *host)}.values())
+
+
+def static_name(size: Sequence[int]) -> str:
+    """The arm's name: `static 2x64` for 2 blocks of width 64."""
+    return "static " + "x".join(map(str, size))
 
 
 def _round(rate: float) -> float:

@@ -1,4 +1,4 @@
-"""One training run of a frontier protocol: a static network, or one that grows, at a budget of FLOPs."""
+"""One training run beside others at a budget of FLOPs: a static network, or one that grows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Job:
     Attributes:
         arm: its name in tables. stage: what it is for, such as `tune` or `final`.
         seed: of weights and data. budget: FLOPs.
-        layers, width: of the network at its start. rate: peak learning rate. decay: share of the budget in which the
-            rate falls to zero.
-        grow: (share of the budget, factor) of every growth; empty for a static network.
+        size: options of the host that set its size at the start, such as `{"layers": 2, "width": 64}`.
+        rate: peak learning rate. decay: share of the budget in which the rate falls to zero.
+        grow: (share of the budget, factor) of every growth; empty for a static network. slot: behind its last block.
         heuristic: the heuristic decides about growth, and `grow` is ignored.
         order: `stack` or `interleave`. birth, moments: options of the blueprint `copy`. tempo: of the blend.
         config: further fields of the run's configuration, over those of the protocol.
@@ -39,11 +39,11 @@ class Job:
     stage: str = "final"
     seed: int = 0
     budget: float
-    layers: int
-    width: int
+    size: Mapping[str, int]
     rate: float
     decay: float = 0.4
     grow: tuple[tuple[float, int], ...] = ()
+    slot: str = ""
     heuristic: bool = False
     order: str = "stack"
     birth: str = "copy"
@@ -83,20 +83,19 @@ def config_of(job: Job, base: Mapping[str, Any], folder: Path) -> RunConfig:
         base: fields of the protocol. folder: where run and schedule go.
     """
     settings = {
-        "gpt.layers": job.layers, "gpt.width": job.width, "copy.birth": job.birth, "copy.moments": job.moments,
         **base.get("settings", {}), **job.settings,
     }  # fmt: skip
-    controller = "wait"
-    if job.heuristic:
-        controller = "heuristic"
-    elif job.grow:
+    settings |= {f"{host_name(base)}.{name}": value for name, value in job.size.items()}
+    controller = str(base.get("controller", "heuristic")) if job.heuristic else "wait"
+    if not job.is_static:
+        settings |= {"copy.birth": job.birth, "copy.moments": job.moments}
+    if job.grow and not job.heuristic:
         plan = folder / "plan.json"
         plan.write_text(json.dumps({"advance": True, "steps": list(_steps(job))}), encoding="utf-8")
         controller = f"schedule:{plan}"
         settings["copy.blocks"] = "all" if job.order == "stack" else "1"
     values = {
-        "host": "gpt", "blueprints": ("copy",), "budget_params": "", "rent": 0.0, "schedule": "wsd", "warmup": 0.02,
-        "clip": 1.0, "weight_decay": 0.1, **{k: v for k, v in base.items() if k != "settings"}, **job.config,
+        **{k: v for k, v in base.items() if k != "settings"}, **job.config, "schedule": "wsd",
         "controller": controller, "seed": job.seed, "learning_rate": job.rate, "decay": job.decay,
         "budget_total": f"{job.budget:g}",
         "out": str(folder / "run"), "settings": settings,
@@ -104,12 +103,17 @@ def config_of(job: Job, base: Mapping[str, Any], folder: Path) -> RunConfig:
     return RunConfig.from_mapping(values)
 
 
+def host_name(base: Mapping[str, Any]) -> str:
+    """The part's name of the host in a configuration."""
+    return str(base["host"]).partition(":")[0]
+
+
 def _steps(job: Job) -> list[dict[str, Any]]:
     """Steps of a schedule: a stack grows behind the last block, and the next stack upon it."""
     steps, height = [], 0
     for share, factor in job.grow:
         for _ in range(int(math.log2(factor))):
-            last = f"blocks.{job.layers - 1}" + (f"+{height}" if height else "")
+            last = job.slot + (f"+{height}" if height else "")
             slot = "*" if job.order == "interleave" else last
             steps.append({"op": "germinate", "slot": slot, "share": share, "blueprint": "copy", "tempo": job.tempo})
             height += 1

@@ -1,0 +1,88 @@
+"""A frontier protocol tunes every arm, chooses by validation, and can be cut off anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import attrs
+
+from esper_core.trials.frontier.job import Job
+from esper_core.trials.frontier.plan import Frontier
+from esper_core.trials.frontier.queue import append_row, read_rows
+from esper_core.trials.frontier.table import show, summarise
+
+GROWN = Job(arm="grown", budget=1.0, size={"layers": 1, "width": 64}, rate=0.0, heuristic=True)
+FRONTIER = Frontier(
+    name="test", base={}, budget=1e12, host=(1, 64), sizes=((2, 64), (3, 64), (4, 64), (5, 64), (8, 64), (2, 96)),
+    grown=(GROWN,), rates=(0.004, 0.008), most_rates=3, decays=(0.4, 0.2), finalists=2, seeds=3,
+)  # fmt: skip
+
+
+def outcome(job: Job) -> dict:
+    """Best at 3 blocks, rate 0.016 and decay 0.2; grown 5% better."""
+    depth = 3 if not job.is_static else job.size["layers"] * job.size["width"] / 64
+    loss = 1.4 + 0.1 * math.log(depth / 3) ** 2 + 0.01 * math.log(job.rate / 0.016) ** 2 + 0.02 * (job.decay - 0.2)
+    loss = (loss if job.is_static else 0.95 * loss) + 1e-4 * math.sin(7 * job.seed + depth)
+    return {
+        **job.to_mapping(), "key": job.key, "loss": loss, "test_loss": loss + 0.1 if job.test else None,
+        "params": 49_000 * depth, "flops": job.budget, "train_seconds": 1.0, "seconds": 1.0, "grown_at": [],
+    }  # fmt: skip
+
+
+def run(rows: list[dict], most: int = 1000) -> list[Job]:
+    done = []
+    while len(done) < most:
+        keys = {row["key"] for row in rows}
+        job = next((job for job in FRONTIER.plan(rows) if job.key not in keys), None)
+        if job is None:
+            break
+        rows.append(outcome(job))
+        done.append(job)
+    return done
+
+
+def test_it_ends_and_what_it_found_is_what_is_there() -> None:
+    rows: list[dict] = []
+    jobs = run(rows)
+    assert len({job.key for job in jobs}) == len(jobs)
+    summary = summarise(FRONTIER, rows)
+    best = summary["tuned"]["static 3x64"]
+    assert (best["rate"], best["decay"]) == (0.016, 0.2)
+    assert {arm["name"] for arm in summary["arms"]} == {"grown", "static 3x64", "static 2x96", "static 1x64"}
+    assert all(arm["seeds"] == [0, 1, 2] for arm in summary["arms"])
+    pair = next(pair for pair in summary["paired"] if pair["arm"] == "grown")
+    assert pair["minus"] in ("static 3x64", "static 2x96") and -0.055 < pair["low"] < pair["high"] < -0.04
+    assert summary["isoflop"]["fitted"] and "grown" in show(summary)
+
+
+def test_test_text_is_read_only_when_all_is_tuned() -> None:
+    jobs = run([])
+    first = next(number for number, job in enumerate(jobs) if job.test)
+    assert all(job.test and job.stage == "final" and job.seed < 3 for job in jobs[first:])
+    assert all(job.seed == FRONTIER.tune_seed for job in jobs[:first])
+    tries = {job.arm: sum(j.arm == job.arm and j.decay == 0.4 for j in jobs[:first]) for job in jobs[:first]}
+    assert tries["grown"] == tries["static 3x64"] == FRONTIER.most_rates  # equal for all that contend
+    assert tries["static 8x64"] == 1  # 8 blocks are too far off for a rate to help
+
+
+def test_it_goes_on_from_any_row(tmp_path: Path) -> None:
+    whole: list[dict] = []
+    jobs, file = run(whole), tmp_path / "rows.jsonl"
+    half: list[dict] = []
+    run(half, most=9)
+    for row in half:
+        append_row(file, row)
+    with open(file, "a", encoding="utf-8") as torn:
+        torn.write(json.dumps(whole[9])[:40])
+    rows = read_rows(file)
+    assert len(rows) == 9
+    run(rows)
+    assert [row["key"] for row in rows] == [job.key for job in jobs]
+
+
+def test_a_job_is_known_by_what_changes_its_result() -> None:
+    assert GROWN.key == attrs.evolve(GROWN, arm="other", stage="tune").key
+    assert GROWN.key != attrs.evolve(GROWN, rate=0.1).key
+    assert Job.from_mapping(json.loads(json.dumps({**GROWN.to_mapping(), "loss": 1.0}))) == GROWN
