@@ -93,9 +93,14 @@ class RunConfig:
     )  # fmt: skip
     steps_per_epoch: int = _option(0, "batches in an epoch; 0: the whole training split", group="training", minimum=0)
     batch_size: int = _option(64, "examples in a batch", group="training", minimum=1)
-    optimizer: str = _option("adamw", "how weights are updated", group="training", choices=("adamw", "sgd"))
+    optimizer: str = _option(
+        "adamw",
+        "how weights are updated; muon: Muon for the matrices inside the network, AdamW for the rest",
+        group="training",
+        choices=("adamw", "sgd", "muon"),
+    )
     learning_rate: float = _option(2e-3, "peak learning rate of the host", group="training", minimum=0.0)
-    weight_decay: float = _option(0.01, "decoupled for adamw, L2 for sgd", group="training", minimum=0.0)
+    weight_decay: float = _option(0.01, "decoupled for adamw and muon, L2 for sgd", group="training", minimum=0.0)
     schedule: str = _option(
         "trapezoid",
         "course of the learning rate",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esper_core.kasmina.plane import Plane, StageChange
 from esper_core.leyline.errors import UntrackedParameter
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.muon import MuonAdamW, hidden_matrices
 
 
 @attrs.frozen
@@ -61,12 +62,15 @@ class GrowthOptimizer:
         self.seeds: dict[str, SeedGroup] = {}
         self.host_group: dict[str, Any] | None = None
         self.torch: torch.optim.Optimizer | None = None
+        self._not_hidden: frozenset[int] = frozenset()  # matrices of the host that Muon leaves to AdamW
         host = [p for p in host_parameters if p.requires_grad]
         if host:
             self.host_group = self._add(host)
 
     def follow(self, plane: Plane) -> None:
         """Track what lives on `plane`, now and from now on."""
+        matrices = {id(p) for p in plane.host.module.parameters() if p.dim() == 2}
+        self._not_hidden = frozenset(matrices - hidden_matrices(plane.host.module))
         plane.on_change(self.heed)
         self.sync(plane)
 
@@ -197,7 +201,13 @@ class GrowthOptimizer:
         if config.optimizer == "sgd":  # torch's fused one fails on a group in which only some have momentum yet
             return torch.optim.SGD(list(parameters), momentum=options.momentum, **shared)
         betas = (options.momentum, options.beta2)
+        if config.optimizer == "muon":
+            return MuonAdamW(list(parameters), is_matrix=self._is_hidden, betas=betas, fused=fused or None, **shared)
         return torch.optim.AdamW(list(parameters), betas=betas, fused=fused or None, **shared)
+
+    def _is_hidden(self, parameter: Tensor) -> bool:
+        """Whether Muon updates it: a matrix inside the host, or any matrix of a seed."""
+        return parameter.dim() == 2 and id(parameter) not in self._not_hidden
 
     def _remove(self, path: str) -> None:
         group = self.seeds.pop(path).group

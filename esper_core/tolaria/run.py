@@ -305,7 +305,7 @@ def _estimate_memory(ground: _Ground) -> dict[str, int]:
     """Bytes by use: what autograd keeps is measured on one example, the rest is counted."""
     plane, config = ground.plane, ground.config
     weights = sum(t.numel() * t.element_size() for t in plane.host.module.state_dict().values())
-    moments = weights * (2 if config.optimizer == "adamw" else 1)
+    moments = weights * (1 if config.optimizer == "sgd" else 2)
     seen: dict[int, int] = {}
     own = {p.data_ptr() for p in plane.host.module.parameters()}
 

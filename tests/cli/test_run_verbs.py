@@ -244,5 +244,5 @@ def test_a_shell_completes_names_from_the_registry() -> None:
     assert "cnn" in complete("run", "--host", "c")
     assert "depthwise,attention" in complete("run", "--blueprints", "depthwise,att")
     assert "digits" in complete("run", "--task", "dig")
-    assert complete("run", "--optimizer", "") == ["adamw", "sgd"]
+    assert complete("run", "--optimizer", "") == ["adamw", "sgd", "muon"]
     assert "--budget-params" in complete("run", "--budget-p")

@@ -38,7 +38,7 @@ def copies(optimizer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_growing_and_culling_leave_all_other_moments(kind):
     plane, optimizer = grown(kind)
     plane.germinate("block0", "poly")
@@ -70,7 +70,7 @@ def test_an_untracked_parameter_raises():
     optimizer.check(plane)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_a_changed_blend_is_tracked(kind):
     plane, optimizer = grown(kind)
     plane.germinate("block1", "poly")
@@ -120,7 +120,7 @@ def test_clipping_a_seed_does_not_throttle_the_host():
     assert all(torch.isfinite(p).all() for p in plane.host.module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_a_snapshot_restores_everything(kind):
     plane, optimizer = grown(kind)
     plane.germinate("block0", "poly")
