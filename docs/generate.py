@@ -9,10 +9,10 @@ from pathlib import Path
 import esper_core
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
+from esper_core.leyline.sensors import HOST_READINGS, READINGS, SLOT_FIELDS
 from esper_core.leyline.specs import BlendSpec, BlueprintSpec, PluginSpec
 from esper_core.leyline.stages import STAGES, TRANSITIONS, diagram
-from esper_core.nissa.host_sensors import EXAMPLES, HOST_READINGS
-from esper_core.nissa.readings import READINGS
+from esper_core.nissa.host_sensors import EXAMPLES
 from esper_core.registry import load_registry
 
 HERE = Path(__file__).parent
@@ -59,7 +59,8 @@ def sensors_page() -> str:
         [
             NOTICE,
             "# What Nissa reads\n",
-            "No capability without a sensor: a host, blueprint or stage that declares none is refused.",
+            "No capability without a sensor: a host, blueprint or stage that declares none is refused, and so is",
+            "one that declares a sensor which is not on this page.",
             "Readings are gathered on the device and leave it at a decision, as the mean over the batches sampled",
             "since the last one (`--set sensors.every=N`: one batch in N). What was not measured has no key: unknown",
             "is neither zero nor healthy. A slot that nobody reads has no probe, and computes as if sensors did not",
@@ -77,8 +78,11 @@ def sensors_page() -> str:
             "|---|---|",
             *(f"| `{name}` | {meaning} |" for name, meaning in HOST_READINGS.items()),
             "\n## What each stage needs\n",
-            "`stage`, `age` and `alpha` are the slot's own; `activation_statistics` are mean and deviation above;",
-            "`counterfactual` is the validation loss without the slot minus with it.\n",
+            "Beside the readings above a stage may list what every slot shows of itself:\n",
+            "| field | |",
+            "|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in SLOT_FIELDS.items()),
+            "",
             "| stage | sensors |",
             "|---|---|",
             *stages,

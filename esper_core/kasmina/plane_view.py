@@ -79,6 +79,7 @@ def slot_views(plane: Plane) -> tuple[SlotView, ...]:
 
 def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, int | None]) -> SlotView:
     spec = plane.slots[path].spec
+    grown = _spec_of(plane, growth.blueprint) if growth.stage.spec.occupied else None
     blueprints = _affordable(plane, path, left) if _may_germinate(growth) else ()
     inner_params, inner_flops = plane.inner_cost(path)
     return SlotView(
@@ -100,10 +101,19 @@ def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, 
         if STAGES[growth.stage].occupied
         else growth.readings,
         embargo_left=growth.embargo_left,
+        seed_family=grown.family if grown else "",
+        seed_tags=grown.capabilities if grown else frozenset(),
         culled=growth.culled,
         inner_params=inner_params,
         inner_flops=inner_flops,
     )
+
+
+def _spec_of(plane: Plane, blueprint: str) -> BlueprintSpec:
+    """The spec of what grows in a slot: a candidate, or a blueprint that was named to the plane directly."""
+    spec = plane.candidates.get(blueprint) or plane.registry.find("blueprint", blueprint).spec
+    assert isinstance(spec, BlueprintSpec)
+    return spec
 
 
 def _may_germinate(growth: Growth) -> bool:

@@ -10,6 +10,7 @@ import attrs
 
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.options import Option
+from esper_core.leyline.sensors import check_sensors
 from esper_core.leyline.tags import LAYOUTS, is_tag
 
 API_VERSION: Final = 2
@@ -37,6 +38,12 @@ def _words(values: Iterable[str]) -> tuple[str, ...]:
         if not isinstance(word, str):
             raise EsperError(f"{word!r} is a {type(word).__name__}", "a string")
     return words
+
+
+def _sensors(values: Iterable[str]) -> tuple[str, ...]:
+    names = _words(values)
+    check_sensors(names)
+    return names
 
 
 def _tags(values: Iterable[str]) -> frozenset[str]:
@@ -86,7 +93,7 @@ class PluginSpec:
         options: the options that the factory takes as keyword arguments.
         needs: tags that whatever this is used with must have.
         capabilities: tags that this offers.
-        sensors: names of the sensors that make it visible to controllers.
+        sensors: names of the sensors that make it visible to controllers, each one of `leyline.sensors.SENSORS`.
         requires: top-level modules that the factory imports beyond the core's own needs.
         install: what to `pip install` when one of `requires` is missing, such as `esper-core[timm]`.
         source: paper or origin, in one line.
@@ -103,7 +110,7 @@ class PluginSpec:
     options: tuple[Option, ...] = attrs.field(default=(), converter=_options)
     needs: frozenset[str] = attrs.field(default=frozenset(), converter=_tags, validator=_check_tags)
     capabilities: frozenset[str] = attrs.field(default=frozenset(), converter=_tags, validator=_check_tags)
-    sensors: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    sensors: tuple[str, ...] = attrs.field(default=(), converter=_sensors)
     requires: tuple[str, ...] = attrs.field(default=(), converter=_words)
     install: str = attrs.field(default="", validator=_check_text)
     source: str = attrs.field(default="", validator=_check_text)

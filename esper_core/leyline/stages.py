@@ -10,6 +10,7 @@ from typing import Final, Self
 import attrs
 
 from esper_core.leyline.errors import EsperError
+from esper_core.leyline.sensors import check_sensors
 
 
 class Op(StrEnum):
@@ -62,6 +63,7 @@ class StageSpec:
     def _has_sensors(self, _: object, value: tuple[str, ...]) -> None:
         if not value:
             raise EsperError(f"the stage {self.summary!r} declares no sensor", "at least one sensor (commandment 1)")
+        check_sensors(value)
 
     @property
     def growing(self) -> bool:
@@ -99,7 +101,7 @@ class StageSpec:
         return self.settled and not self.permanent
 
 
-_SEED_SENSORS: Final = ("stage", "age", "gradient_norm", "update_ratio", "activation_statistics")
+_SEED_SENSORS: Final = ("stage", "age", "gradient_norm", "update_ratio", "activation_mean", "activation_std")
 
 
 class Stage(StrEnum):

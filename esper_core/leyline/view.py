@@ -61,7 +61,8 @@ class SlotView:
         blueprints: what could be germinated here now, within the budget.
         counterfactual: validation loss without the slot minus with it (nats); None when unmeasured.
         accuracy_counterfactual: the same for accuracy (with minus without, in points of 1).
-        readings: sensor readings by name; a missing key is unmeasured.
+        readings: sensor readings by name (`leyline.sensors`); a missing key is unmeasured. Where the host works on
+            sequences they include `layer_loss`, and `attention_entropy` where the seed has an attention of its own.
         embargo_left: decision steps until the slot may germinate again.
         seed_family, seed_tags: of the blueprint that grows here; empty when nothing does.
         culled: blueprint to how many seeds of it were culled here so far.
@@ -136,6 +137,8 @@ class RunView:
         governor: `calm`, `watching` or `recovering`. rollbacks: so far.
         slots: every slot in depth order. blends: the blends that commands may name.
         course: how much of its budget of FLOPs is spent; None where the run goes by epochs.
+        readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
+            unmeasured.
     """
 
     decision: int
@@ -159,6 +162,7 @@ class RunView:
     slots: tuple[SlotView, ...]
     blends: tuple[str, ...]
     course: Course | None = None
+    readings: Mapping[str, float] = attrs.Factory(dict)
 
     @property
     def share(self) -> float:

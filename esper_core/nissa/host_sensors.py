@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -27,17 +26,14 @@ from esper_core.leyline.objective import Objective
 EXAMPLES: Final = 8
 """Examples on which the host is read."""
 
-HOST_READINGS: Final = MappingProxyType(
-    {
-        "attention_entropy": "mean entropy (nats) of the host's K-th attention, or of one in the seed at a path",
-        "layer_loss": "⟨dL/dh, change of h⟩: to first order, what the layers before a slot do to the loss (nats)",
-    }
-)
-"""Every reading with its meaning; the key goes on with `.K` or `.PATH`."""
-
 _ARGUMENTS: Final = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _BRANCH: Final = "after_"
 _SOFTMAX: Final = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def works_on_sequences(plane: Plane) -> bool:
+    """Whether the host has features that are sequences, so that there is something to read of it."""
+    return any("sequence" in slot.spec.tags for slot in plane.slots.values())
 
 
 def read_host(plane: Plane, batch: Batch, objective: Objective, *, examples: int = EXAMPLES) -> dict[str, float]:
@@ -68,6 +64,23 @@ def read_host(plane: Plane, batch: Batch, objective: Objective, *, examples: int
         previous = previous if branch else h
     values = torch.stack(list(readings.values())).tolist() if readings else []
     return {name: value for name, value in zip(readings, values, strict=True) if math.isfinite(value)}
+
+
+def split_readings(readings: Mapping[str, float], plane: Plane) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """What `read_host` returned, as a controller sees it: (readings by slot path, readings of the whole host).
+
+    A slot gets its `layer_loss`, and the `attention_entropy` of its seed's own attention; the host gets the mean
+    `attention_entropy` of its attentions.
+    """
+    of_slots: dict[str, dict[str, float]] = {}
+    entropies = []
+    for key, value in readings.items():
+        name, _, where = key.partition(".")
+        if where in plane.slots and (name == "layer_loss" or plane.slots[where].seed is not None):
+            of_slots.setdefault(where, {})[name] = value
+        elif name == "attention_entropy" and where.isdigit():
+            entropies.append(value)
+    return of_slots, {"attention_entropy": math.fsum(entropies) / len(entropies)} if entropies else {}
 
 
 def attention_entropy(

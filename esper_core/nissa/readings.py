@@ -1,4 +1,4 @@
-"""What the readings of a slot mean, and how sums over batches become readings.
+"""How sums over batches become readings; what each reading means is in `leyline.sensors`.
 
 Shapes: `h` is the host's feature at a slot, `s` the seed's output, `g` the gradient of the batch's mean loss with
 respect to the slot's output; all (N, …).
@@ -14,24 +14,6 @@ from typing import Final
 import attrs
 import torch
 from torch import Tensor
-
-READINGS: Final = MappingProxyType(
-    {
-        "host_gradient_norm": "‖g‖ over the batch: how hard the loss pulls at the slot's output",
-        "need": "Σ ‖g_i‖·‖h_i‖ over examples: nats that the best small change could gain, for each unit of ‖s‖/‖h‖",
-        "delta_norm": "‖s‖/‖h‖: how large the seed's output is beside the host's feature",
-        "activation_mean": "mean of the seed's output",
-        "activation_std": "standard deviation of the seed's output",
-        "proxy_loss": "⟨g, s⟩: to first order, the change of the loss if the seed's output were added (nats)",
-        "proxy_error": "standard error of `proxy_loss` over the batches since the last reading",
-        "proxy_progress": "fall of `proxy_loss` since the seed's first batch (nats); positive is good",
-        "gradient_norm": "norm of the gradient of the seed's parameters",
-        "gradient_ratio": "root mean square of the seed's parameter gradients over that of the host's",
-        "update_ratio": "norm of one optimizer step of the seed's parameters over the norm of these",
-        "not_finite": "how many readings were infinite or not a number; these are left out",
-    }
-)
-"""Every reading with its meaning. All but the first two need a seed in the slot."""
 
 FLOW: Final = (
     "host_gradient_norm", "need", "delta_norm", "activation_mean", "activation_std", "proxy_loss", "proxy_square",

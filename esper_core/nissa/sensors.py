@@ -1,6 +1,6 @@
 """What each slot feels while the model trains, gathered on the device and read at a decision.
 
-Nothing here waits for the device before `read`. Names and meanings of the readings are in `nissa.readings`.
+Nothing here waits for the device before `read`. Names and meanings of the readings are in `leyline.sensors`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.leyline.errors import BadOption, did_you_mean
+from esper_core.leyline.sensors import READINGS
 from esper_core.leyline.stages import STAGES
-from esper_core.nissa.readings import COLUMN, FLOW, READINGS, SUMS, Counts, flow_readings, summarise
+from esper_core.nissa.readings import COLUMN, FLOW, SUMS, Counts, flow_readings, summarise
 
 
 class SensorArray:

@@ -12,7 +12,7 @@ import torch
 
 from esper_core.leyline.errors import BadFile
 from esper_core.storage.tensor_file import read_tensor_file, write_tensor_file
-from esper_core.tamiyo.features import schema
+from esper_core.tamiyo.features import RETIRED, schema
 
 if TYPE_CHECKING:
     from esper_core.tamiyo.core import CoreConfig, TamiyoCore
@@ -23,7 +23,7 @@ Core = TypeVar("Core", bound="TamiyoCore")
 
 def fingerprint_of(core: TamiyoCore) -> str:
     """SHA-256 over configuration, names, shapes and bytes; equal fingerprints decide equally."""
-    digest = hashlib.sha256(json.dumps([attrs.asdict(core.config), schema()]).encode())
+    digest = hashlib.sha256(json.dumps([attrs.asdict(core.config), core.features]).encode())
     for name, tensor in sorted(core.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -33,7 +33,7 @@ def fingerprint_of(core: TamiyoCore) -> str:
 def save_core(core: TamiyoCore, path: str | Path) -> None:
     """Write the core, without adapters; see the module's docstring."""
     header = {
-        "format": FORMAT, "config": attrs.asdict(core.config), "features": schema(), "lineage": core.lineage,
+        "format": FORMAT, "config": attrs.asdict(core.config), "features": core.features, "lineage": core.lineage,
         "fingerprint": core.fingerprint,
     }  # fmt: skip
     write_tensor_file(path, core.state_dict(), header)
@@ -48,10 +48,12 @@ def read_agent(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     tensors, header = read_tensor_file(path)
     if header.get("format") != FORMAT:
         raise BadFile(f"{path} is no agent", f"a file of format {FORMAT}", "esper tamiyo train")
-    if header.get("features") != schema():
-        theirs = header.get("features")
-        count = len(theirs) if isinstance(theirs, list) else 0
-        raise BadFile(f"{path} sees {count} features of another table", f"the {len(schema())} of this version",
+    theirs = header.get("features")
+    names = theirs if isinstance(theirs, list) and all(isinstance(name, str) for name in theirs) else []
+    strange = sorted(set(names) - set(schema()) - RETIRED)
+    if strange or not names or len(set(names)) < len(names):
+        shown = f"the feature {strange[0]!r}" if strange else "no feature table"
+        raise BadFile(f"{path} reads {shown}", f"features of docs/observation.md ({len(schema())} in this version)",
                       "esper tamiyo train")  # fmt: skip
     return tensors, header
 
@@ -63,7 +65,7 @@ def load_core(cls: type[Core], config_class: type[CoreConfig], path: str | Path)
         config = config_class(**header["config"])
         if not all(isinstance(v, int) and 0 < v <= 4096 for v in attrs.astuple(config)):
             raise ValueError(header["config"])
-        core = cls(config)
+        core = cls(config, features=header["features"])
         core.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadFile(f"{path} does not hold the core that its header describes: {error}") from error

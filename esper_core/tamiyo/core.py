@@ -9,7 +9,7 @@ Shapes: N environments, S slots, B blueprints, C blends, O operations, D width, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from esper_core.leyline.stages import Op
 from esper_core.tamiyo.agent_file import fingerprint_of, load_core, save_core
-from esper_core.tamiyo.features import TABLES
+from esper_core.tamiyo.features import TABLES, schema, select
 from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Normaliser, ObservationBatch
 
 if TYPE_CHECKING:
@@ -103,11 +103,22 @@ class Decision:
 
 
 class TamiyoCore(nn.Module):
-    """The learned controller's network. `decide` chooses, or scores commands that were chosen before."""
+    """The learned controller's network. `decide` chooses, or scores commands that were chosen before.
 
-    def __init__(self, config: CoreConfig | None = None, *, seed: int | None = None) -> None:
+    Args:
+        config: its shape. seed: of its initial weights.
+        features: names of the features that it reads, as `features.schema()` gives them; None for all of them.
+
+    Raises:
+        EsperError: a feature that this version does not have.
+    """
+
+    def __init__(
+        self, config: CoreConfig | None = None, *, seed: int | None = None, features: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         self.config = config or CoreConfig()
+        self.features = list(schema() if features is None else features)
         self.lineage: dict[str, Any] = {}
         self.adapters: dict[str, Adapter] = {}
         self.adapter_handles: list[RemovableHandle] = []
@@ -118,7 +129,7 @@ class TamiyoCore(nn.Module):
 
     def _build(self) -> None:
         width = self.config.width
-        normalisers = {kind: Normaliser(table) for kind, table in TABLES.items()}
+        normalisers = {kind: Normaliser(*select(self.features, kind)) for kind in TABLES}
         self.normalisers = nn.ModuleDict(normalisers)
         self.embed = nn.ModuleDict({
             kind: nn.Sequential(nn.Linear(n.width, width), nn.GELU(), nn.Linear(width, width))
@@ -144,7 +155,7 @@ class TamiyoCore(nn.Module):
         return torch.zeros(environments, self.config.width)
 
     def describe(self, kind: str, raw: Tensor) -> Tensor:
-        """Embed raw features (…, F) of a table of `features.TABLES`: (…, D)."""
+        """Embed the raw features (…, F) of an observation, F as in `features.TABLES[kind]`: (…, D)."""
         embedded: Tensor = self.embed[kind](self.normalisers[kind](raw))
         return embedded
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import attrs
 
+from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import STAGES, Op, Stage
 from esper_core.leyline.tags import TAGS
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
@@ -28,6 +29,9 @@ FAMILIES: Final = (
     "identity",
 )
 """Families with a feature of their own; any other family sets `family_other`."""
+
+ROLES: Final = ("block", "stage", "layer", "after_attention", "after_ffn")
+"""Roles of a point with a feature of their own; any other role sets `role_other`."""
 
 GOVERNOR_STATES: Final = ("calm", "watching", "recovering")
 
@@ -97,15 +101,24 @@ def _legal(op: Op) -> Feature:
     return Feature(f"may_{op}", f"{op.name} is legal here now", FLAG, lambda s, r: op in s.legal)
 
 
-def _tagged(tag: str, meaning: str, read: Callable[..., frozenset[str]]) -> Feature:
-    return Feature(f"tag_{tag}", meaning, FLAG, lambda *view: tag in read(*view))
+def _tagged(tag: str, meaning: str, read: Callable[..., frozenset[str]], prefix: str = "") -> Feature:
+    return Feature(f"{prefix}tag_{tag}", meaning, FLAG, lambda *view: tag in read(*view))
 
 
-def _families(read: Callable[..., str]) -> tuple[Feature, ...]:
+def _role(role: str) -> Feature:
+    return Feature(f"role_{role}", f"the role of the point is {role}", FLAG, lambda s, r: s.spec.role == role)
+
+
+def _neighbours(s: SlotView, r: RunView) -> list[SlotView]:
+    return [o for o in r.slots if o.spec.region == s.spec.region]
+
+
+def _families(read: Callable[..., str], prefix: str = "") -> tuple[Feature, ...]:
     def known(family: str) -> Feature:
-        return Feature(f"family_{family}", f"the blueprint is of family {family}", FLAG, lambda *v: read(*v) == family)
+        meaning = f"the blueprint is of family {family}"
+        return Feature(f"{prefix}family_{family}", meaning, FLAG, lambda *v: read(*v) == family)
 
-    other = Feature("family_other", "a family that this table does not list", FLAG,
+    other = Feature(f"{prefix}family_other", "a family that this table does not list", FLAG,
                     lambda *v: read(*v) not in ("", *FAMILIES))  # fmt: skip
     return (*map(known, FAMILIES), other)
 
@@ -146,9 +159,20 @@ SLOT_FEATURES: Final[tuple[Feature, ...]] = (
     _reading("delta_norm", "norm of the slot's change to the feature over the feature's", LOG),
     _reading("proxy_loss", "the seed's own loss while it is isolated", SIGNED),
     _reading("proxy_progress", "how far that loss fell since germination", SIGNED),
-    *_families(lambda s, r: s.seed_family),
-    *(_tagged(tag, f"point or seed: {text}", lambda s, r: s.spec.tags | s.seed_tags)
-      for tag, text in TAGS.items()),
+    *(_tagged(tag, f"the point: {text}", lambda s, r: s.spec.tags) for tag, text in TAGS.items()),
+    *_families(lambda s, r: s.seed_family, "seed_"),
+    *(_tagged(tag, f"the seed's blueprint: {text}", lambda s, r: s.seed_tags, "seed_") for tag, text in TAGS.items()),
+    *map(_role, ROLES),
+    Feature("role_other", "a role that this table does not list", FLAG, lambda s, r: s.spec.role not in ROLES),
+    Feature("region_slots", "share of the slots that lie in this slot's region", SHARE,
+            lambda s, r: len(_neighbours(s, r)) / max(len(r.slots), 1)),
+    Feature("region_growing", "seeds in this slot's region that are not permanent yet", COUNT,
+            lambda s, r: sum(o.stage.spec.growing for o in _neighbours(s, r))),
+    Feature("region_ratio", "parameters of the seeds in this slot's region over the host's", SHARE,
+            lambda s, r: sum(o.params for o in _neighbours(s, r)) / max(r.host_params, 1)),
+    _reading("need", "nats that the best small change could gain here, relative to the feature's size", LOG),
+    _reading("layer_loss", "what the layers before the slot do to the loss, to first order (nats)", SIGNED),
+    _reading("attention_entropy", "mean entropy of the seed's own attention (nats)", COUNT),
 )  # fmt: skip
 
 
@@ -210,6 +234,8 @@ GLOBAL_FEATURES: Final[tuple[Feature, ...]] = (
     Feature("rollbacks", "rollbacks so far", COUNT, lambda r: r.rollbacks),
     Feature("slots", "number of slots", COUNT, lambda r: len(r.slots)),
     *map(_share, Stage),
+    Feature("attention_entropy", "mean entropy of the host's attentions (nats)", COUNT,
+            lambda r: r.readings.get("attention_entropy")),
 )  # fmt: skip
 
 
@@ -270,9 +296,37 @@ def read_features(table: Sequence[Feature], *view: Any) -> list[float]:
     return [feature.transform.apply(feature.read(*view)) for feature in table]
 
 
+RETIRED: Final = frozenset(f"slots.{feature.name}" for feature in _families(lambda: ""))
+"""Features that were 0 in every view before `seed_family` was delivered. Cores trained then go on reading 0 there."""
+
+
 def schema() -> list[str]:
-    """Names of all features in order; an agent file carries it, and another schema is refused."""
+    """Names of all features in order. An agent file carries the schema that its core was trained with."""
     return [f"{kind}.{feature.name}" for kind, table in TABLES.items() for feature in table]
+
+
+def select(names: Sequence[str], kind: str) -> tuple[list[Feature], list[int]]:
+    """The features of one kind that a schema names, and the column of each in an observation of today.
+
+    So a core keeps the inputs that it was trained with when features are added. A retired feature has column -1,
+    which reads 0.
+
+    Raises:
+        EsperError: a feature that this version has never had.
+    """
+    table = {f"{kind}.{feature.name}": (feature, column) for column, feature in enumerate(TABLES[kind])}
+    chosen: list[Feature] = []
+    columns: list[int] = []
+    for name in names:
+        if name.partition(".")[0] != kind:
+            continue
+        if name not in table and name not in RETIRED:
+            raise EsperError(f"feature {name!r} is of another table", "one of docs/observation.md")
+        blank = Feature(name.partition(".")[2], "always 0", FLAG, lambda *view: 0.0)
+        feature, column = table.get(name, (blank, -1))
+        chosen.append(feature)
+        columns.append(column)
+    return chosen, columns
 
 
 _PREAMBLE: Final = """# What Tamiyo observes
@@ -281,7 +335,13 @@ Written from `esper_core/tamiyo/features.py` by `python -m esper_core.tamiyo.fea
 
 `flag` is 0 or 1 and always known. Every other feature carries a mask bit: 1 when known; an unknown one reads 0
 with mask bit 0. `share` is left as it is, `log` is log10, `count` is log(1 + n), `signed` is asinh(100 x); the
-last three pass a running normaliser that is saved with the agent."""
+last three pass a running normaliser that is saved with the agent.
+
+An agent file lists by name the features that its core was trained with, and the core reads those and no others. So a
+core keeps deciding as it did when features are added here. Before `seed_family` and `seed_tags` were delivered, the
+features `family_*` of a slot were 0 in every view, and `tag_*` showed the tags of the point alone. They are retired:
+a core that was trained with them, such as the shipped `core_v1`, goes on reading 0 there, so its decisions have not
+changed, and it does not see what grows in a slot. A core that is trained now does (`seed_family_*`, `seed_tag_*`)."""
 
 
 def observation_document() -> str:

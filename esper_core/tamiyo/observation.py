@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op, begins_blending
@@ -143,6 +144,7 @@ def collate(observations: Sequence[Observation]) -> ObservationBatch:
 class Normaliser(nn.Module):
     """Running mean and deviation of the features of one table; unknown becomes zero with mask bit zero.
 
+    `columns` names the columns of an observation that are read; -1 reads 0. None reads them all.
     It moves only in `update`, which Simic calls after a policy update, so that rollout and update see the same numbers.
     """
 
@@ -152,8 +154,12 @@ class Normaliser(nn.Module):
     scaled: Tensor
     masked: Tensor
 
-    def __init__(self, table: Sequence[Feature]) -> None:
+    columns: Tensor
+
+    def __init__(self, table: Sequence[Feature], columns: Sequence[int] | None = None) -> None:
         super().__init__()
+        chosen = torch.tensor(columns if columns is not None else range(len(table)))
+        self.register_buffer("columns", chosen, persistent=False)
         self.register_buffer("mean", torch.zeros(len(table), dtype=torch.float64))
         self.register_buffer("square", torch.zeros(len(table), dtype=torch.float64))
         self.register_buffer("count", torch.zeros(len(table), dtype=torch.float64))
@@ -163,8 +169,13 @@ class Normaliser(nn.Module):
         self.register_buffer("masked", torch.tensor(masked), persistent=False)
         self.width: int = len(table) + len(masked)
 
+    def _chosen(self, raw: Tensor) -> Tensor:
+        """The columns that this table reads of an observation (…, F)."""
+        return F.pad(raw, (0, 1))[..., self.columns]
+
     def forward(self, raw: Tensor) -> Tensor:
         """(…, F) raw features → (…, width) normalised features within ±5, then their mask bits."""
+        raw = self._chosen(raw)
         known = ~raw.isnan()
         deviation = (self.square / self.count.clamp(min=1)).sqrt().clamp(min=0.1)
         # The floor keeps a feature that never varied in training from saturating on a host where it does differ.
@@ -177,7 +188,7 @@ class Normaliser(nn.Module):
     @torch.no_grad()
     def update(self, raw: Tensor) -> None:
         """Take rows (N, F) into mean and deviation (Chan, Golub & LeVeque 1979); NaN counts for nothing."""
-        rows = raw.double()
+        rows = self._chosen(raw).double()
         known = ~rows.isnan()
         rows = rows.nan_to_num(0.0)
         count = known.sum(0).double()

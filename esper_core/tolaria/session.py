@@ -24,6 +24,7 @@ from esper_core.leyline.events import (
     Event,
     FaultCaught,
     GovernorAlarm,
+    HostRead,
     RewardMeasured,
     RolledBack,
     SlotRead,
@@ -34,6 +35,7 @@ from esper_core.leyline.objective import Objective
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage, find_transition
 from esper_core.leyline.view import Controller, Course, Interval, RunView
+from esper_core.nissa.host_sensors import EXAMPLES, read_host, split_readings
 from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.governor import Alarm, Governor
 from esper_core.tolaria.optimizer import GrowthOptimizer
@@ -103,6 +105,7 @@ class Tolaria:
         self.batches: Iterable[Batch] = ()
         self.budget: float | None = None
         self._deaths, self._churn = 0, dict[str, float]()
+        self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
         self._flops_each: float | None = None  # a training step's for one example; None once the structure changed
         self._probe_flops: dict[object, float] = {}
         parameter = next(iter(plane.host.module.parameters()))
@@ -237,15 +240,30 @@ class Tolaria:
         if self.governor.calm() and self._is_finite():
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
 
+    def read_host(self, batch: Batch) -> None:
+        """Read the host's attention and layers on the first examples of `batch`; controllers see it from now on."""
+        try:
+            readings = read_host(self.plane, batch, self.objective)
+        except Exception:  # noqa: BLE001 - a sensor must not end the run; a seed that raises does so in training too
+            return
+        ledger = self.plane.ledger
+        self.clock.total_flops += 3.0 * (ledger.host_flops + ledger.seed_flops) * min(EXAMPLES, batch.size)
+        self.host_readings = readings
+        if readings:
+            self.emit(HostRead(step=self.clock.step, readings=readings))
+
     # --- What the controller is told ---
 
     def view(self, measured: Measurement, epoch: float) -> RunView:
         """The run as a controller sees it, given the latest reading of the validation split."""
         plane, ledger, clock = self.plane, self.plane.ledger, self.clock
+        of_slots, of_host = split_readings(self.host_readings, plane)
         slots = []
         for slot in plane.views():
             barred = frozenset(op for op in slot.legal if self.governor.embargo_left(op, slot.path))
-            slots.append(attrs.evolve(slot, legal=slot.legal - barred, barred=barred) if barred else slot)
+            slot = attrs.evolve(slot, legal=slot.legal - barred, barred=barred) if barred else slot
+            found = of_slots.get(slot.path)
+            slots.append(attrs.evolve(slot, readings={**slot.readings, **found}) if found else slot)
         limits = plane.limits
         rate = self.optimizer.learning_rate
         return RunView(
@@ -270,6 +288,7 @@ class Tolaria:
             slots=tuple(slots),
             blends=tuple(plane.blends),
             course=None if self.budget is None else self._course(self.budget),
+            readings=of_host,
         )
 
     def _course(self, budget: float) -> Course:
@@ -506,6 +525,7 @@ class Tolaria:
             "waiting": self._losses[: self._waiting].tolist(),
             "deaths": self._deaths,
             "churn": self._churn,
+            "host": self.host_readings,
             "snapshot": {"plain": self.snapshot.plain, "step": self.snapshot.step},
         }
 
@@ -523,3 +543,4 @@ class Tolaria:
         self._losses[: len(waiting)] = torch.tensor(waiting)
         self._flops_each, self._probe_flops = None, {}
         self._deaths, self._churn = int(state["deaths"]), dict(state["churn"])
+        self.host_readings = dict(state["host"])

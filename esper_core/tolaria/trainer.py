@@ -16,9 +16,9 @@ from torch import Tensor
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.leyline.errors import BadOption, EsperError, RunFailed
-from esper_core.leyline.events import EpochEnded, FaultCaught, HostRead, RunEnded, RunStarted
+from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted
 from esper_core.leyline.host import Batch, TaskProtocol
-from esper_core.nissa.host_sensors import EXAMPLES, read_host
+from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.hub import Hub
 from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria.config import RunConfig
@@ -300,19 +300,9 @@ class Trainer:
 
     def _read_host(self) -> None:
         """Once an epoch, where the host works on sequences: how its attention and its layers stand."""
-        plane, clock = self.tolaria.plane, self.tolaria.clock
-        if not any("sequence" in slot.spec.tags for slot in plane.slots.values()):
-            return
-        batch = next(iter(_Limited(self.task, self.config, str(self.device))))
-        try:
+        if works_on_sequences(self.tolaria.plane):
             with self.autocast():
-                readings = read_host(plane, batch, self.tolaria.objective)
-        except Exception:  # noqa: BLE001 - a sensor must not end the run; a seed that raises does so in training too
-            return
-        ledger = plane.ledger
-        clock.total_flops += 3.0 * (ledger.host_flops + ledger.seed_flops) * min(EXAMPLES, batch.size)
-        if readings:
-            self.hub.emit(HostRead(step=clock.step, readings=readings))
+                self.tolaria.read_host(next(iter(_Limited(self.task, self.config, str(self.device)))))
 
     # --- Beginning and end ---
 

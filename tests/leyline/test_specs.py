@@ -75,6 +75,8 @@ def test_specs_of_two_kinds_are_never_equal() -> None:
         ("needs", ["unheard-of"], "unknown tag"),
         ("capabilities", [3], "is a int"),
         ("sensors", "gradient_norm", "one string"),
+        ("sensors", ["banana"], "no sensor delivers 'banana'"),
+        ("sensors", ["gradient_norms"], "did you mean gradient_norm"),
         ("requires", [None], "is a NoneType"),
         ("layouts", ["CHW"], "layouts"),
         ("layouts", [], "layouts"),

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from esper_core.leyline.errors import BadOption
+from esper_core.leyline.sensors import READINGS
 from esper_core.leyline.stages import Stage
-from esper_core.nissa.readings import READINGS
 from esper_core.nissa.sensors import SensorArray
 from tests.kasmina.small import batch, small_plane
 

@@ -15,6 +15,7 @@ from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import STAGES
 from esper_core.leyline.view import RunView
+from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.session import Tolaria
@@ -85,6 +86,7 @@ class Member:
     loss: Tensor = attrs.Factory(lambda: torch.zeros(()))
     measured: Measurement | None = None
     _deaths: int = 0
+    _epochs: int = 0
 
     @property
     def plane(self) -> Plane:
@@ -185,9 +187,18 @@ class Member:
             self.failed = str(error)
             measured = self.measured or Measurement(float("inf"), 0.0, 0, {}, {}, 0.0)
         self.measured = measured
+        self._read_host(batches, epoch)
         if puppet.view is not None:
             return puppet.view
         return attrs.evolve(self.tolaria.view(measured, epoch), decision=decision)
+
+    def _read_host(self, batches: Iterable[Batch], epoch: float) -> None:
+        """Once an epoch, as a run does, where the host works on sequences; later decisions see it."""
+        if int(epoch) > self._epochs and works_on_sequences(self.plane):
+            for batch in batches:
+                self.tolaria.read_host(batch)
+                break
+        self._epochs = int(epoch)
 
     def act(self, commands: Iterable[Command]) -> list[Command]:
         """Carry out what is legal; the commands that were."""

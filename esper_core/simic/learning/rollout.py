@@ -63,11 +63,12 @@ class Packed:
     """A core with its active adapter as bytes, to be sent to a worker.
 
     Attributes:
-        config: the core's shape. weights: its state as safetensors.
+        config: the core's shape. features: what it reads. weights: its state as safetensors.
         adapter: kind, domain, options and state of the active adapter; None without one.
     """
 
     config: CoreConfig
+    features: tuple[str, ...]
     weights: bytes
     adapter: tuple[str, str, Mapping[str, Any], bytes] | None = None
 
@@ -76,11 +77,11 @@ class Packed:
         """Pack `core`; of several adapters, the one that was attached last."""
         adapter = next(reversed(core.adapters.values()), None)
         about = (adapter.kind, adapter.domain, adapter.options, save(adapter.state_dict())) if adapter else None
-        return cls(core.config, save(core.state_dict()), about)
+        return cls(core.config, tuple(core.features), save(core.state_dict()), about)
 
     def unpack(self) -> TamiyoCore:
         """A core of one's own."""
-        core = TamiyoCore(self.config)
+        core = TamiyoCore(self.config, features=self.features)
         core.load_state_dict(load(self.weights))
         if self.adapter is not None:
             kind, domain, options, weights = self.adapter
