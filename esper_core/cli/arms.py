@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper_core.nissa.report.wording import number, quantity
+from esper_core.nissa.report.wording import number, printable, quantity
 
 FOREST: Final = 21
 """Cells of the drawn interval."""
@@ -23,6 +23,9 @@ def show_arms(compare: Mapping[str, Any], console: Console) -> None:
     console.print(
         Text(f"Differences: grown minus the arm, in {metric}, paired by seed, with 95% intervals.", style="dim")
     )
+    verdict = compare.get("verdict")
+    if isinstance(verdict, Mapping):
+        console.print(Text(printable(verdict.get("text")), style="bold"))
 
 
 def arms_table(compare: Mapping[str, Any], *, wide: bool = True) -> Table:

@@ -31,8 +31,8 @@ def compare(
 ) -> None:
     """Train the arms that growing must beat, on the same data with paired seeds, and print the table.
 
-    What is done already is not run again, so it can be stopped and called again. The arms are `host`, `static`,
-    `static@FLOPs`, `random search` and `random controller`.
+    What is done already is not run again, so it can be stopped and called again. The arms are `host`, `host@FLOPs`,
+    `static`, `static@FLOPs`, `random search` and `random controller`.
 
     \b
     esper compare runs/cnn-digits-1
@@ -63,13 +63,13 @@ def print_arms(
         show_arms(summary, Console())
 
 
-def compare_after_run(folder: Path, seeds: int, display: Display) -> Mapping[str, Any]:
+def compare_after_run(folder: Path, seeds: int, display: Display, arms: tuple[str, ...] = ()) -> Mapping[str, Any]:
     """Compare a run that has just finished; the table goes where the display's lines go."""
     from esper_core.cli.arms import show_arms
-    from esper_core.trials.compare import CompareConfig, compare_run
+    from esper_core.trials.compare import ARMS, CompareConfig, compare_run
 
     settings = click.get_current_context().find_object(Settings) or Settings()
-    config = CompareConfig(seeds=seeds, disabled=settings.disabled)
+    config = CompareConfig(seeds=seeds, arms=arms or ARMS, disabled=settings.disabled)
     summary = compare_run(folder, config, notify=display.notify)
     if display.mode == "auto":
         show_arms(summary, display.console)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from esper_core.cli.display import Display
     from esper_core.tolaria.config import RunConfig
 
+CONTROL_ARM = "host@FLOPs"
+"""What `--versus host` trains."""
+
 
 @click.command(cls=GroupedCommand)
 @config_options
@@ -26,14 +29,20 @@ if TYPE_CHECKING:
 )
 @click.option("--compare", is_flag=True, help="then train the arms that growing must beat")
 @click.option(
-    "--seeds", type=click.IntRange(1), default=5, metavar="N", show_default=True, help="seeds of each arm of --compare"
+    "--versus", type=click.Choice(["host"]), help="then train the host alone at the same FLOPs, and say which pays"
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    metavar="N",
+    help="seeds of each arm: 5 of --compare, 3 of --versus, unless given",
 )
 @click.option("--dry-run", is_flag=True, help="print the resolved plan; train nothing")
 @click.option("--quiet", "-q", is_flag=True, help="print only where the report is")
 @click.option("--json-lines", is_flag=True, help="print every event as a line of JSON on stdout")
 def run(
-    given: dict[str, Any], settings: tuple[str, ...], file: str | None, adapter: str | None, compare: bool, seeds: int,
-    dry_run: bool, quiet: bool, json_lines: bool,
+    given: dict[str, Any], settings: tuple[str, ...], file: str | None, adapter: str | None, compare: bool,
+    versus: str | None, seeds: int | None, dry_run: bool, quiet: bool, json_lines: bool,
 ) -> int:  # fmt: skip
     """Grow a host on a task: train it, let seeds germinate in its slots, keep those that earn their rent.
 
@@ -55,11 +64,14 @@ def run(
     from esper_core.cli.display import Display, chosen_mode
 
     with Display(chosen_mode(quiet, json_lines), config.epochs) as display:
-        return _train(config, display, seeds if compare else 0)
+        arms = () if not versus else (CONTROL_ARM,)
+        return _train(
+            config, display, (seeds or (5 if compare else 3)) if compare or versus else 0, () if compare else arms
+        )
 
 
-def _train(config: RunConfig, display: Display, seeds: int) -> int:
-    """Train, and compare over `seeds` seeds if that is above 0."""
+def _train(config: RunConfig, display: Display, seeds: int, arms: tuple[str, ...]) -> int:
+    """Train, and compare with `arms` (all of them if empty) over `seeds` seeds if that is above 0."""
     from esper_core.cli.summary import conclude
     from esper_core.leyline.errors import RunFailed
     from esper_core.tolaria.run import start_run
@@ -77,5 +89,5 @@ def _train(config: RunConfig, display: Display, seeds: int) -> int:
     if seeds and result.status == "finished":
         from esper_core.cli.compare import compare_after_run
 
-        table = compare_after_run(result.folder, seeds, display)
+        table = compare_after_run(result.folder, seeds, display, arms)
     return conclude(result.folder, display, seconds, table)

@@ -18,7 +18,7 @@ from esper_core.cli.runs import summarise
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import stages_where
 from esper_core.nissa.report.reading import read_lines
-from esper_core.nissa.report.wording import nats, number, percent, quantity
+from esper_core.nissa.report.wording import nats, number, percent, printable, quantity
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
@@ -62,6 +62,9 @@ def show(
     if run["language"] and run["loss"] is not None:
         reached = f"loss {nats(run['loss'])} nats a token (perplexity {math.exp(min(run['loss'], 700)):.3g})"
     table.add_row("reached", Text(f"{reached} on the {run['split']} split", style="bold"))
+    verdict = compare.get("verdict") if compare else None
+    if isinstance(verdict, Mapping):
+        table.add_row("versus host", Text(printable(verdict.get("text")), style="bold"))
     alone = host_alone(compare)
     if alone is not None:
         table.add_row("host alone", alone)

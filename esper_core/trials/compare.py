@@ -1,6 +1,7 @@
 """The arms that growing must beat, on the same data with paired seeds, one file each so that nothing is run twice.
 
-`grown` is the run itself; `host` never grows; `static` has the grown run's final architecture from the first step
+`grown` is the run itself; `host` never grows; `host@FLOPs` neither, and trains until it has spent what the grown run
+spent; `static` has the grown run's final architecture from the first step
 on and trains for the same epochs; `static@FLOPs` has a schedule of its own that ends when it has spent what the grown
 run spent (growth, probes, counterfactuals and culled seeds included); `random search` shares that same budget among
 random architectures of the same slots and blueprints and takes the best by validation; `random controller` grows at
@@ -33,11 +34,15 @@ from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.trials.intervals import paired_interval
 from esper_core.trials.static import Ground, Organ, StaticResult, implant, lay_ground, organs_of, train_static
+from esper_core.trials.verdict import verdict_of
 
-ARMS: Final = ("grown", "host", "static", "static@FLOPs", "random search", "random controller")
+ARMS: Final = ("grown", "host", "host@FLOPs", "static", "static@FLOPs", "random search", "random controller")
 """Every arm, in the order of tables."""
 
-_AFTER_GROWN: Final = ("static", "static@FLOPs", "random search")
+EQUAL_STEPS: Final = ("host", "static")
+"""Arms that train for the grown run's epochs; a run with a budget of FLOPs has none, and leaves them out."""
+
+_AFTER_GROWN: Final = ("host@FLOPs", "static", "static@FLOPs", "random search")
 
 
 @attrs.frozen
@@ -139,7 +144,9 @@ def summarise(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, 
             metric = "bits_per_byte"
             entry["bits_per_byte"] = [row["loss"] / math.log(2) for row in rows]
         arms.append(entry)
-    return {"arms": arms, "paired": list(_pairs(arms, metric)), "metric": metric}
+    summary: dict[str, Any] = {"arms": arms, "paired": list(_pairs(arms, metric)), "metric": metric}
+    verdict = verdict_of(summary)
+    return summary if verdict is None else {**summary, "verdict": verdict}
 
 
 def _pairs(arms: Sequence[Mapping[str, Any]], metric: str) -> Iterator[dict[str, Any]]:
@@ -156,7 +163,8 @@ def _pairs(arms: Sequence[Mapping[str, Any]], metric: str) -> Iterator[dict[str,
 
 
 def _units(beside: Path, run: RunConfig, config: CompareConfig) -> list[Unit]:
-    arms = tuple(dict.fromkeys(("grown", *config.arms)))
+    wanted = [arm for arm in config.arms if not (run.budget_total and arm in EQUAL_STEPS)]
+    arms = tuple(dict.fromkeys(("grown", *wanted)))
     return [
         Unit(
             beside, arm, seed, attrs.evolve(run, seed=seed, out="", sinks=()), config.candidates, config.disabled
@@ -276,16 +284,21 @@ def _train_fixed(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, 
     """The arm's model, what it reached, the FLOPs that the arm spent in all, and its seeds."""
     if unit.arm == "random search":
         return _search(unit, registry)
-    ground = lay_ground(unit.config, registry)
     organs: tuple[Organ, ...] = ()
-    steps = ground.epoch_steps * unit.config.epochs
-    if unit.arm != "host":
+    if not unit.arm.startswith("host"):
         organs = organs_of(load_plane(unit.grown_run, registry)[1]["structure"])
-        implant(ground.plane, organs)
-    if unit.arm == "static@FLOPs":
+    ground = lay_ground(_with_new_weights(unit.config) if organs else unit.config, registry)
+    implant(ground.plane, organs)
+    steps = ground.epoch_steps * unit.config.epochs
+    if unit.arm.endswith("@FLOPs"):
         steps = max(1, round(training_flops(unit.grown_run) / ground.step_flops()))
     result = train_static(ground, steps)
     return ground, result, result.flops, organs
+
+
+def _with_new_weights(config: RunConfig) -> RunConfig:
+    """The configuration in which copies of blocks get new weights, as a static network has them."""
+    return attrs.evolve(config, settings={**config.settings, "copy.birth": "random"})
 
 
 def _search(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, float, tuple[Organ, ...]]:
@@ -293,7 +306,7 @@ def _search(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, float
     budget, spent = training_flops(unit.grown_run) / unit.candidates, 0.0
     best: tuple[Ground, StaticResult, tuple[Organ, ...]] | None = None
     for index in range(unit.candidates):
-        ground = lay_ground(unit.config, registry)
+        ground = lay_ground(_with_new_weights(unit.config), registry)
         organs = draw_organs(ground, random.Random(f"{unit.seed}:{index}"))
         result = train_static(ground, max(1, round(budget / ground.step_flops())), test=False)
         spent += result.flops

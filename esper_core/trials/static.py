@@ -23,7 +23,7 @@ from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.schedules import learning_rate_share
-from esper_core.tolaria.trainer import steps_per_epoch
+from esper_core.tolaria.trainer import choose_amp, steps_per_epoch
 
 
 @attrs.frozen
@@ -63,6 +63,11 @@ class Ground:
     def epoch_steps(self) -> int:
         """Batches in an epoch."""
         return steps_per_epoch(self.config, self.task)
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, if the run uses it; fp16 would need its scaler."""
+        amp = choose_amp(self.config.amp, self.device)
+        return torch.autocast(self.device.type, dtype=amp, enabled=amp is not None)
 
     def step_flops(self) -> float:
         """FLOPs of one optimizer step of the model as it stands: forward, and twice that for backward."""
@@ -131,7 +136,8 @@ def train_static(ground: Ground, steps: int, *, test: bool = True) -> StaticResu
     for step, batch in zip(range(steps), batches_of(ground), strict=False):
         rate = config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup, config.decay)
         optimizer.zero_grad()
-        loss = ground.objective.loss(plane.host.forward_with_slots(batch.inputs), batch.targets)
+        with ground.autocast():
+            loss = ground.objective.loss(plane.host.forward_with_slots(batch.inputs), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step(rate)
     device = str(ground.device)
