@@ -31,7 +31,7 @@ def test_names_are_unique_within_a_table_and_meanings_are_given() -> None:
 
 
 def test_unknown_becomes_nan_and_then_a_mask_bit() -> None:
-    view = make_view(stages=(Stage.DORMANT, Stage.SHADOWING, Stage.FOSSILIZED))
+    view = make_view(stages=(Stage.DORMANT, Stage.PROBATIONARY, Stage.FOSSILIZED))
     seen = observe(view, BLENDS)
     column = next(i for i, f in enumerate(features.SLOT_FEATURES) if f.name == "counterfactual")
     assert np.isnan(seen.slots[0, column]) and np.isfinite(seen.slots[1:, column]).all()
