@@ -131,6 +131,15 @@ BLUEPRINTS: Final = (
         **_SEQUENCE,
     ),
     _blueprint(
+        "copy", "depth", ANY, "the host's own blocks once more, with the optimizer's moments",
+        "Du et al. 2024, arXiv:2405.15319; Gong et al. 2019 (stacking)",
+        Option("blocks", "str", "1", "blocks that end at the slot, copies among them; a number or all"),
+        Option("birth", "str", "copy", "copy: as they are; zero: silent; random: new weights",
+               choices=("copy", "zero", "random")),
+        Option("moments", "bool", True, "copies begin with the optimizer state of their sources"),
+        wants=("run", "call"), answers="feature", isolation=False,
+    ),
+    _blueprint(
         "organ", "organ", ANY, "a small host of its own, inside which further seeds may grow",
         "Esper's constitution, phase 6; Wei et al. 2016, arXiv:1603.01670",
         Option("blocks", "int", 2, "blocks, and injection points, inside", minimum=1, maximum=16),

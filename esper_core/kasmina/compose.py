@@ -7,9 +7,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from esper_core.kasmina.calls import Call
+from esper_core.kasmina.paths import base_of
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.slot import SeedSlot
-from esper_core.kasmina.territory import base_of
+from esper_core.kasmina.slot import Interpolation, SeedSlot
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import HostProtocol
 from esper_core.leyline.stages import STAGES
@@ -34,19 +35,41 @@ class Grown(nn.Module):
         seed: feature to delta of the same shape.
         combination: maps (h, s, alpha) to the feature that goes on.
         alpha: 0-dim tensor.
+        wants_call: the seed also takes the call of the block before it.
+        replaces: the seed's answer goes on as it is.
     """
 
     alpha: Tensor
 
-    def __init__(self, seed: nn.Module, combination: nn.Module, alpha: Tensor) -> None:
+    def __init__(
+        self, seed: nn.Module, combination: nn.Module, alpha: Tensor, wants_call: bool = False, replaces: bool = False
+    ) -> None:
         super().__init__()
         self.seed, self.combination = seed, combination
+        self.wants_call, self.replaces = wants_call, replaces
         self.register_buffer("alpha", alpha.detach().clone())
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
         """Feature in, feature of the same shape and dtype out."""
-        s = self.seed(h).to(h.dtype)
+        s = (self.seed(h, call) if self.wants_call else self.seed(h)).to(h.dtype)
+        if self.replaces:
+            return s  # type: ignore[no-any-return]
         return self.combination(h, s, self.alpha.to(h.dtype)).to(h.dtype)  # type: ignore[no-any-return]
+
+
+class Chain(nn.Sequential):
+    """What grew at one point, one upon the other."""
+
+    @property
+    def wants_call(self) -> bool:
+        """Whether a part wants the call of the block before it."""
+        return any(part.wants_call for part in self)
+
+    def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
+        """Feature in, feature of the same shape out."""
+        for part in self:
+            h = part(h, call)
+        return h
 
 
 def compose(plane: Plane) -> nn.Module:
@@ -65,7 +88,7 @@ def _chains(plane: Plane, within: str) -> dict[str, nn.Module]:
         point = base_of(path)[len(within) :]
         if path.startswith(within) and "/" not in point and STAGES[slot.stage].contributes and float(slot.alpha) > 0:
             chains.setdefault(point, []).append(_grown(plane, slot))
-    return {point: chain[0] if len(chain) == 1 else nn.Sequential(*chain) for point, chain in chains.items()}
+    return {point: chain[0] if len(chain) == 1 else Chain(*chain) for point, chain in chains.items()}
 
 
 def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
@@ -75,7 +98,8 @@ def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
         module = _composable(seed).compose_with(_chains(plane, slot.path + "/"))
     else:
         module = copy.deepcopy(slot.seed)
-    return Grown(module, copy.deepcopy(slot.combination), slot.alpha)
+    replaces = isinstance(slot.combination, Interpolation) and float(slot.alpha) == 1.0
+    return Grown(module, copy.deepcopy(slot.combination), slot.alpha, slot.wants_call, replaces)
 
 
 def _composable(host: HostProtocol) -> Composable:

@@ -20,6 +20,8 @@ class Growth:
     Attributes:
         stage: where the seed stands; `resume_stage` is where REVIVE would return to.
         blueprint, blend, tempo, options: what grows here and how it blends.
+        direct: the seed learns nothing in isolation, and begins to blend as soon as it is born.
+        origins: the points behind whose blocks the clones in the seed come from.
         culled: blueprint to how many seeds of it were culled here.
         births: seeds that have germinated here; with the plane's seed it fixes the next one's initial weights.
         params, flops: of the seed and its blend; flops of one example's forward pass.
@@ -38,6 +40,8 @@ class Growth:
     blend: str = ""
     tempo: Tempo = Tempo.STANDARD
     options: dict[str, Any] = attrs.Factory(dict)
+    direct: bool = False
+    origins: list[str] = attrs.Factory(list)
     culled: dict[str, int] = attrs.Factory(dict)
     births: int = 0
     params: int = 0
@@ -107,6 +111,7 @@ def _progress_high(growth: Growth, rent: float) -> float | None:
 _MEASURES: Final[Mapping[str, Callable[[Growth, float], float | None]]] = MappingProxyType(
     {
         "proxy_progress_high": _progress_high,
+        "direct": lambda growth, rent: float(growth.direct),
         "stage_steps": lambda growth, rent: growth.stage_steps,
         "alpha": lambda growth, rent: growth.alpha,
         "alpha_progress": lambda growth, rent: growth.ramp_done / growth.ramp_steps if growth.ramp_steps else None,

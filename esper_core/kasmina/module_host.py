@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from esper_core.kasmina.block_compile import compile_blocks
+from esper_core.kasmina.block_run import BlockInfo, Pass, find_blocks, observe
+from esper_core.kasmina.calls import Call
 from esper_core.kasmina.causality import find_causal
 from esper_core.kasmina.feature_trace import (
     Trace,
@@ -38,19 +41,22 @@ class SlotHook:
     """A forward hook that passes a module's feature through a slot; copies and pickles with the module.
 
     The feature is the module's output, or the first tensor in it. A slot that hands its input back leaves the
-    output object itself in place.
+    output object itself in place. A slot that `wants_call` gets the module's arguments too.
     """
+
+    belongs_to_plane = True
 
     def __init__(self, slot: SlotModule, view: FeatureView) -> None:
         self.slot, self.view = slot, view
         self.plain = view.plain
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         feature = output if isinstance(output, Tensor) else feature_of(output)
         if feature is None:
             raise TypeError(f"{type(module).__name__} answered without a tensor, and a slot stands behind it")
         seen = feature if self.plain else self.view.see(feature)
-        grown = self.slot(seen)
+        slot: Any = self.slot
+        grown = slot(seen, Call(args, kwargs)) if getattr(slot, "wants_call", False) else slot(seen)
         if grown is seen:
             return None
         return replace_feature(output, grown if self.plain else self.view.restore(grown, feature))
@@ -106,6 +112,7 @@ class ModuleHost:
         self.notes = list(notes)
         self.example: Inputs | None = None
         self.fuses = False
+        self._blocks: Mapping[str, BlockInfo] | None = None
         self._to_logits = to_logits or pick_logits
         self._prepare = prepare
         self._paths = {name: path for name, (path, _) in points.items()}
@@ -130,7 +137,8 @@ class ModuleHost:
         if name in self._hooks:
             raise IllegalCommand(f"point {name!r} has a slot already", "one slot a point", "unregister_slot first")
         hook = SlotHook(slot, self._views[name])
-        self._hooks[name] = hook, _submodule(self.module, self._paths[name]).register_forward_hook(hook)
+        place = _submodule(self.module, self._paths[name])
+        self._hooks[name] = hook, place.register_forward_hook(hook, with_kwargs=True)
 
     def unregister_slot(self, name: str) -> None:
         """Take the slot at `name` out again; nothing happens if there is none.
@@ -154,6 +162,35 @@ class ModuleHost:
         """Train the submodules behind which points stand by compiled code; their paths."""
         return compile_blocks(self.module, self._paths.values())
 
+    def blocks(self) -> Mapping[str, BlockInfo]:
+        """What stands before each point: a block that can be copied, or why there is none; measured once.
+
+        Raises:
+            EsperError: no example is known.
+        """
+        if self._blocks is None:
+            seen = self._observe(self._paths.values())
+            points = {name: (path, self._specs[name].role) for name, path in self._paths.items()}
+            self._blocks = find_blocks(seen, points)
+        return self._blocks
+
+    def observe_blocks(self, names: Iterable[str]) -> dict[str, Pass]:
+        """What the modules before some points do on the example, by point."""
+        paths = {name: self._paths[name] for name in names}
+        seen = self._observe(paths.values())
+        return {name: seen[path] for name, path in paths.items() if path in seen}
+
+    def view_at(self, name: str) -> FeatureView:
+        """How the slot at a point sees the feature."""
+        return self._views[name]
+
+    def _observe(self, paths: Iterable[str]) -> dict[str, Pass]:
+        if self.example is None:
+            raise EsperError("this host has no example to run its blocks on", "host.example = inputs, a batch of one")
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        example = tree_map_only(Tensor, lambda t: t.to(device), self.example)
+        return observe(self.module, lambda: self.forward_with_slots(example), paths)
+
     def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
         """An independent copy of the model, without hooks, that passes each point's feature through `grown[point]`.
 
@@ -165,6 +202,7 @@ class ModuleHost:
         for module in model.modules():
             for key in [key for key, hook in module._forward_hooks.items() if hook is None]:
                 del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
         return ComposedModel(
             model,
             {self._paths[name]: (module, self._views[name]) for name, module in grown.items()},
@@ -209,7 +247,7 @@ def grow_behind(place: nn.Module, grown: nn.Module, view: FeatureView) -> None:
     base = type(place)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_grown_hook"](self, args, base.forward(self, *args, **kwargs))
+        return self.__dict__["_grown_hook"](self, args, kwargs, base.forward(self, *args, **kwargs))
 
     place.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
     place.__dict__["_grown_hook"] = _GrowthHook(grown, view)
@@ -218,8 +256,8 @@ def grow_behind(place: nn.Module, grown: nn.Module, view: FeatureView) -> None:
 class _GrowthHook(SlotHook):
     """A slot hook that always answers with an output."""
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        changed = super().__call__(module, args, output)
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        changed = super().__call__(module, args, kwargs, output)
         return output if changed is None else changed
 
 

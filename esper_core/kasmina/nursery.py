@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import nn
 
 from esper_core.kasmina.blends import parse_blend
+from esper_core.kasmina.block_run import quiet_pass
+from esper_core.kasmina.copies import BlockRun
 from esper_core.kasmina.ledger import count_parameters
+from esper_core.kasmina.slot import Interpolation, OfDelta
+from esper_core.kasmina.sources import run_at
 from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import IllegalCommand, IncompatibleSeed
+from esper_core.leyline.errors import EsperError, IllegalCommand, IncompatibleSeed
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
-from esper_core.leyline.specs import BlueprintSpec
+from esper_core.leyline.specs import BlendSpec, BlueprintSpec
 
 if TYPE_CHECKING:
     from esper_core.kasmina.plane import Plane
@@ -24,10 +30,19 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Planted:
-    """What a seed and its blend cost: parameters, and forward FLOPs of one example."""
+    """What a seed and its blend cost: parameters, and forward FLOPs of one example.
+
+    Attributes:
+        inherits: each new parameter that is a copy, with the one that it is a copy of.
+        origins: the points behind whose blocks the copies come from.
+        direct: its blueprint's seeds learn nothing in isolation.
+    """
 
     params: int
     flops: int
+    inherits: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
+    origins: tuple[str, ...] = ()
+    direct: bool = False
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -48,9 +63,16 @@ def misfit(spec: BlueprintSpec, point: InjectionSpec) -> str:
     return f"it needs {', '.join(missing)}, and {point.name} has {', '.join(sorted(point.tags))}" if missing else ""
 
 
-def estimate(plane: Plane, point: InjectionSpec, blueprint: str) -> tuple[int, int]:
-    """Parameters and forward FLOPs of one example, by the blueprint's own estimate."""
-    registered = plane.registry.find("blueprint", blueprint)
+def estimate(
+    plane: Plane, path: str, blueprint: str, options: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[int, int]:
+    """Parameters and forward FLOPs of one example, by the blueprint's own estimate.
+
+    Raises:
+        UnknownName: no such blueprint.
+        IllegalCommand: the blueprint does not fit the slot.
+    """
+    point, registered = plane.slots[path].spec, plane.registry.find("blueprint", blueprint)
     spec = registered.spec
     assert isinstance(spec, BlueprintSpec)
     reason = misfit(spec, point)
@@ -60,41 +82,93 @@ def estimate(plane: Plane, point: InjectionSpec, blueprint: str) -> tuple[int, i
             "a blueprint that fits",
             f"esper plugins list --kind blueprint --capability {sorted(point.tags)[0]}",
         )
-    options = resolve_options(blueprint, spec.options, plane.blueprint_options.get(blueprint, {}))
-    params, flops = plane.registry.load(registered, attribute="estimate")(point, **options)
+    resolved = resolve_options(blueprint, spec.options, options_of(plane, blueprint, options))
+    more = {"run": run_at(plane, path)} if "run" in spec.wants else {}
+    params, flops = plane.registry.load(registered, attribute="estimate")(point, **more, **resolved)
     return int(params), int(flops)
 
 
-def plant(plane: Plane, slot: SeedSlot, command: Command, birth: int) -> Planted:
+def cost_key(plane: Plane, path: str, blueprint: str, options: Mapping[str, Any]) -> tuple[object, ...]:
+    """What the estimate depends on beside blueprint and slot."""
+    spec = plane.registry.find("blueprint", blueprint).spec
+    assert isinstance(spec, BlueprintSpec)
+    chosen = tuple(sorted(options.items()))
+    if "run" not in spec.wants or misfit(spec, plane.slots[path].spec):
+        return chosen
+    return (*chosen, *(source.info.name for source in run_at(plane, path).sources))
+
+
+def refusal(plane: Plane, path: str, blueprint: str, spec: BlueprintSpec) -> str:
+    """Why a blueprint cannot grow at a slot as the model stands now, or the empty string."""
+    reason = misfit(spec, plane.slots[path].spec)
+    if not reason and "run" in spec.wants:
+        try:
+            plane.cost(path, blueprint)
+        except EsperError as error:
+            return str(error)
+    return reason
+
+
+def options_of(plane: Plane, blueprint: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a seed: the command's before the run's."""
+    return {**plane.blueprint_options.get(blueprint, {}), **options}
+
+
+def plant(
+    plane: Plane, slot: SeedSlot, command: Command, birth: int, origins: Sequence[str] = (), *, known: bool = False
+) -> Planted:
     """Build a seed and its blend, check them, and put them into the slot.
 
     The weights depend on (plane.seed, path, birth) only and the global random state is left as it was, so a
     host with dropout computes what it would have computed.
+
+    Args:
+        origins: what a seed of copies was made of, if it grew before. known: it did, and need not be tried out.
 
     Raises:
         IncompatibleSeed: the seed raises on the slot's feature, or answers with another shape, dtype or device.
     """
     point, host = slot.spec, plane.host.module
     device, dtype = device_of(host), dtype_of(host)
+    spec = plane.registry.find("blueprint", command.blueprint).spec
+    assert isinstance(spec, BlueprintSpec)
+    run = run_at(plane, slot.path, origins) if "run" in spec.wants else None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{plane.seed}|{slot.path}|{birth}".encode()))
         seed = plane.registry.build(
-            "blueprint", command.blueprint, point, options=plane.blueprint_options.get(command.blueprint, {})
-        )
-        _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype)
-    if point.layout == "NCHW" and _channels_last(host):
-        seed = seed.to(memory_format=torch.channels_last)
-    slot.seed = seed.train(host.training)
+            "blueprint", command.blueprint, point, **({} if run is None else {"run": run}),
+            options=options_of(plane, command.blueprint, command.options),
+        )  # fmt: skip
+        if run is None:
+            _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype)
+        elif not known:
+            _check_copies(seed, run, point, command.blueprint)
+    if run is None:
+        if point.layout == "NCHW" and _channels_last(host):
+            seed = seed.to(memory_format=torch.channels_last)
+        seed = seed.train(host.training)
+    slot.seed, slot.whole, slot.wants_call = seed, spec.answers == "feature", "call" in spec.wants
     fit_combination(plane, slot, command.blend)
     assert slot.combination is not None
-    flops = estimate(plane, point, command.blueprint)[1]
-    return Planted(count_parameters(seed, slot.combination), flops)
+    inherits, seed_origins = getattr(seed, "inherits", ()), getattr(seed, "origins", ())
+    if run is not None:
+        seed.inherits = ()
+    flops = 0 if known else estimate(plane, slot.path, command.blueprint, command.options)[1]
+    return Planted(
+        count_parameters(seed, slot.combination), flops, inherits, tuple(seed_origins), direct=not spec.isolation
+    )
 
 
 def fit_combination(plane: Plane, slot: SeedSlot, blend: str) -> None:
     """Give the slot a fresh combination module of `blend`."""
-    combination = parse_blend(blend, plane.registry).build_combination(plane.registry, slot.spec)
-    host = plane.host.module
+    parsed, host = parse_blend(blend, plane.registry), plane.host.module
+    spec = plane.registry.find("blend", parsed.combination).spec
+    assert isinstance(spec, BlendSpec)
+    if slot.whole and spec.interpolates:
+        combination: nn.Module = Interpolation()
+    else:
+        combination = parsed.build_combination(plane.registry, slot.spec)
+        combination = OfDelta(combination) if slot.whole else combination
     slot.combination = combination.to(device=device_of(host), dtype=dtype_of(host)).train(host.training)
 
 
@@ -113,6 +187,17 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
     got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(feature.shape), dtype, feature.device)
     if got != expected:
         raise IncompatibleSeed(f"{where} answered with {got}", f"{expected}")
+
+
+def _check_copies(seed: nn.Module, run: BlockRun, point: InjectionSpec, blueprint: str) -> None:
+    """Try a seed that wants the host's blocks on what the host computes on its example."""
+    feature, call = run.example()
+    with quiet_pass(seed):
+        out = seed(feature, call)
+    if out.shape != feature.shape or out.dtype != feature.dtype:
+        raise IncompatibleSeed(
+            f"a seed of {blueprint} at {point.name} answered with {tuple(out.shape)}", f"{tuple(feature.shape)}"
+        )
 
 
 def _channels_last(module: nn.Module) -> bool:

@@ -14,13 +14,24 @@ from esper_core.kasmina import nursery, plane_view
 from esper_core.kasmina.blends import parse_blend, parse_blends
 from esper_core.kasmina.growth import Growth, gate_value
 from esper_core.kasmina.ledger import Ledger, count_parameters
+from esper_core.kasmina.paths import base_of, height_of
 from esper_core.kasmina.ramps import AlphaWriter, Shares
 from esper_core.kasmina.slot import SeedSlot
-from esper_core.kasmina.territory import Territory, ancestors_of, base_of
+from esper_core.kasmina.territory import Territory, ancestors_of
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol
-from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage, Transition, find_transition, legal_ops, waits_for_steps
+from esper_core.leyline.stages import (
+    EMPTY,
+    STAGES,
+    Op,
+    Stage,
+    Transition,
+    automatic_transitions,
+    find_transition,
+    legal_ops,
+    waits_for_steps,
+)
 from esper_core.leyline.view import Interval, SlotView
 from esper_core.registry import Registry
 
@@ -41,6 +52,7 @@ class StageChange:
         slot: its path. before, after: stages. command: what asked for it.
         blueprint, blend: of the seed that moved (also of one that is gone now).
         added, removed: parameters that came to life or left the model.
+        inherits: each of the added that is a copy, with the parameter that it is a copy of.
     """
 
     slot: str
@@ -51,6 +63,7 @@ class StageChange:
     blend: str
     added: tuple[nn.Parameter, ...] = ()
     removed: tuple[nn.Parameter, ...] = ()
+    inherits: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
 
 
 class Plane:
@@ -111,7 +124,7 @@ class Plane:
         self._moving: dict[str, tuple[Growth, SeedSlot, Shares | None]] = {}  # found once, since they may be a thousand
         self._shares: dict[tuple[str, int], Shares] = {}
         self._writer = AlphaWriter()
-        self._costs: dict[tuple[str, str], tuple[int, int]] = {}
+        self._costs: dict[tuple[object, ...], tuple[int, int]] = {}
         self._listeners: list[Callable[[StageChange], None]] = []
         wanted = list(host.injection_specs) if points is None else list(points)
         for name in wanted:
@@ -121,7 +134,7 @@ class Plane:
         for name in sorted(set(wanted), key=lambda n: (host.injection_specs[n].order, n)):
             self._territory.mount(host, name, name)
         if blueprints is not None:
-            plane_view.refuse_misfits(self.candidates, [slot.spec for slot in self._slots.values()])
+            plane_view.refuse_misfits(self, self.candidates)
 
     # --- What there is ---
 
@@ -263,8 +276,39 @@ class Plane:
             UnknownName, IllegalCommand: see `check`.
             IncompatibleSeed: the built seed does not fit the slot.
         """
-        transition = self.check(command, gated=gated)
-        return self._take(transition, command) if transition else None
+        changes = self.apply_all(command, gated=gated)
+        return changes[0] if changes else None
+
+    def apply_all(self, command: Command, *, gated: bool = True) -> list[StageChange]:
+        """Carry out `command` at every slot that it names, in one event; a refusal at one of them changes nothing.
+
+        Returns:
+            The changes that were asked for, slot by slot; what follows by itself is told to listeners only.
+
+        Raises:
+            UnknownName, IllegalCommand, IncompatibleSeed: see `apply`.
+        """
+        parts = command.each()
+        asked = [(part, found) for part in parts if (found := self.check(part, gated=gated)) is not None]
+        if command.op is Op.GERMINATE and len(parts) > 1:
+            self._check_budget(parts)
+        before = {path: copy.deepcopy(self.growths[path]) for path in command.slots} if len(parts) > 1 else {}
+        changes: list[StageChange] = []
+        try:
+            for part, transition in asked:
+                changes.append(self._take(transition, part))
+        except EsperError:
+            for change in changes:
+                if change.command.op is Op.GERMINATE:
+                    self._remove_seed(change.slot)
+                self._territory.growths[change.slot] = before[change.slot]
+            raise
+        for change in changes:
+            self._tell(change)
+        for part in parts:
+            if part.slot in self.growths and (self.growths[part.slot].direct or part.tempo is Tempo.INSTANT):
+                self._advance_automatically(part.slot)
+        return changes
 
     def embargo(self, path: str, decisions: int) -> None:
         """Refuse germination at `path` for that many decision steps more."""
@@ -360,8 +404,8 @@ class Plane:
             self._territory.growths[path] = growth
             if STAGES[growth.stage].occupied:
                 slot = self._slots[path]
-                command = Command(Op.GERMINATE, path, growth.blueprint, growth.blend)
-                nursery.plant(self, slot, command, growth.births)
+                command = Command(Op.GERMINATE, path, growth.blueprint, growth.blend, options=growth.options)
+                nursery.plant(self, slot, command, growth.births, growth.origins, known=True)
                 self._territory.mount_children(path)
                 slot.set_stage(growth.stage)
                 self._set_alpha(path, growth.alpha)
@@ -390,29 +434,33 @@ class Plane:
         if not command.blueprint:
             raise BadOption(f"germinate at {command.slot} without a blueprint", "the name of one")
         parse_blend(command.blend or self.blends[0], self.registry)
-        params, flops = self.cost(command.slot, command.blueprint)
-        ledger = self.ledger
+        self._check_budget((command,))
+
+    def _check_budget(self, commands: Sequence[Command]) -> None:
+        costs = [self.cost(command.slot, command.blueprint, command.options) for command in commands]
+        params, flops = (sum(cost) for cost in zip(*costs, strict=True))
+        ledger, where = self.ledger, ", ".join(command.slot for command in commands)
         for what, cost, used, limit in (
             ("parameters", params, ledger.seed_params, self.limits.params),
             ("FLOPs", flops, ledger.seed_flops, self.limits.flops),
         ):
             if limit is not None and used + cost > limit:
                 raise IllegalCommand(
-                    f"germinate {command.blueprint} at {command.slot}: {used:,} + {cost:,} {what}",
+                    f"germinate {commands[0].blueprint} at {where}: {used:,} + {cost:,} {what}",
                     f"at most {limit:,}",
                     f"--budget-{'params' if what == 'parameters' else 'flops'} with more",
                 )
 
-    def cost(self, path: str, blueprint: str) -> tuple[int, int]:
+    def cost(self, path: str, blueprint: str, options: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
         """Parameters and forward FLOPs (one example) of a seed of `blueprint` at `path`, by the blueprint's estimate.
 
         Raises:
             UnknownName: no such blueprint.
             IllegalCommand: the blueprint does not fit the point.
         """
-        key = (path, blueprint)
+        key = (path, blueprint, *nursery.cost_key(self, path, blueprint, options))
         if key not in self._costs:
-            self._costs[key] = nursery.estimate(self, self._slots[path].spec, blueprint)
+            self._costs[key] = nursery.estimate(self, path, blueprint, options)
         return self._costs[key]
 
     def _take(self, transition: Transition, command: Command) -> StageChange:
@@ -420,6 +468,7 @@ class Plane:
         before, blueprint, blend = growth.stage, growth.blueprint, growth.blend
         added: tuple[nn.Parameter, ...] = ()
         removed: tuple[nn.Parameter, ...] = ()
+        inherits: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
         after = transition.target or growth.resume_stage
         assert after is not None
         if command.op is Op.GERMINATE:
@@ -428,8 +477,9 @@ class Plane:
             growth.clear()
             growth.births += 1
             growth.blueprint, growth.blend, growth.tempo = command.blueprint, blend, command.tempo
-            growth.options = dict(self.blueprint_options.get(command.blueprint, {}))
+            growth.options = nursery.options_of(self, command.blueprint, command.options)
             growth.params, growth.flops = planted.params, planted.flops
+            growth.direct, growth.origins, inherits = planted.direct, list(planted.origins), planted.inherits
             added, blueprint = tuple(_own_parameters(slot)), command.blueprint
             self._territory.mount_children(command.slot)
         elif command.op is Op.CULL:
@@ -451,14 +501,14 @@ class Plane:
         slot.set_stage(after)
         if waits_for_steps(after):
             self._watch(command.slot)
-        if after.spec.permanent:
-            self._territory.offer_stack(command.slot, self.max_stack)
-        return self._tell(StageChange(command.slot, before, after, command, blueprint, blend, added, removed))
+        if after.spec.permanent:  # behind a copy stands a block of the host again, at which more may grow
+            height = height_of(command.slot) + 2
+            self._territory.offer_stack(command.slot, max(self.max_stack, height) if slot.whole else self.max_stack)
+        return StageChange(command.slot, before, after, command, blueprint, blend, added, removed, inherits)
 
-    def _tell(self, change: StageChange) -> StageChange:
+    def _tell(self, change: StageChange) -> None:
         for listener in self._listeners:
             listener(change)
-        return change
 
     def _choose_blend(
         self, command: Command, slot: SeedSlot, growth: Growth
@@ -478,20 +528,29 @@ class Plane:
     def _ramp(self, command: Command, growth: Growth, target: float) -> None:
         tempo = command.tempo if command.tempo is not Tempo.STANDARD else growth.tempo
         growth.start_ramp(target, round(self.ramp_steps * tempo.factor))
+        if tempo is Tempo.INSTANT:
+            growth.ramp_done = growth.ramp_steps
+            self._set_alpha(command.slot, target)
         self._watch(command.slot)
 
     def _advance_automatically(self, path: str) -> list[StageChange]:
         changes: list[StageChange] = []
         growth = self.growths[path]
         while True:
-            transition = find_transition(growth.stage, Op.ADVANCE)
-            if transition is None or not transition.automatic:
-                return changes
             rent = self.rent_of(path)
-            if not all(gate.passes(gate_value(gate, growth, rent)) for gate in transition.gates):
+            transition = next(
+                (
+                    t
+                    for t in automatic_transitions(growth.stage)
+                    if all(gate.passes(gate_value(gate, growth, rent)) for gate in t.gates)
+                ),
+                None,
+            )
+            if transition is None:
                 return changes
             command = Command(Op.ADVANCE, path, source="plane", reason=transition.gates[-1].summary)
             changes.append(self._take(transition, command))
+            self._tell(changes[-1])
 
     def _watch(self, path: str) -> None:
         """Have `step` look at the slot at `path`, for which time does something."""
@@ -538,6 +597,7 @@ class Plane:
             self._moving.pop(child, None)
             self._territory.unmount(child)
         slot.seed = slot.combination = None
+        slot.whole = slot.wants_call = False
         slot.set_stage(EMPTY)
         self._set_alpha(path, 0.0)
         self._moving.pop(path, None)

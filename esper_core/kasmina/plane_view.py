@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from esper_core.kasmina import nursery
 from esper_core.kasmina.growth import Growth, gate_value
 from esper_core.leyline.errors import EsperError, IllegalCommand
-from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.specs import BlueprintSpec
 from esper_core.leyline.stages import EMPTY, STAGES, Op, find_transition, legal_ops
 from esper_core.leyline.view import BlueprintView, SlotView
@@ -52,13 +51,14 @@ def _is_usable(registry: Registry, name: str) -> bool:
     return True
 
 
-def refuse_misfits(candidates: Mapping[str, BlueprintSpec], points: Sequence[InjectionSpec]) -> None:
-    """Refuse a choice of blueprints of which not one can grow at any of `points`.
+def refuse_misfits(plane: Plane, candidates: Mapping[str, BlueprintSpec]) -> None:
+    """Refuse a choice of blueprints of which not one can grow at any of the plane's slots.
 
     Raises:
         IllegalCommand: so it is; the reason is that of the first blueprint at the first point.
     """
-    reasons = [nursery.misfit(spec, point) for spec in candidates.values() for point in points]
+    points = [slot.spec for slot in plane.slots.values()]
+    reasons = [nursery.refusal(plane, path, name, spec) for name, spec in candidates.items() for path in plane.slots]
     if reasons and all(reasons):
         raise IllegalCommand(
             f"none of {', '.join(candidates)} can grow in this host: {reasons[0]}",
@@ -123,7 +123,7 @@ def _may_germinate(growth: Growth) -> bool:
 def _affordable(plane: Plane, path: str, left: tuple[int | None, int | None]) -> tuple[BlueprintView, ...]:
     views = []
     for name, spec in plane.candidates.items():
-        if nursery.misfit(spec, plane.slots[path].spec):
+        if nursery.refusal(plane, path, name, spec):
             continue
         params, flops = plane.cost(path, name)
         if all(limit is None or cost <= limit for cost, limit in zip((params, flops), left, strict=True)):

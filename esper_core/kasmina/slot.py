@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from esper_core.kasmina.calls import Call
 from esper_core.kasmina.straight_through import silent_at_zero, straight_through
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.stages import EMPTY, STAGES, Stage
@@ -43,6 +44,30 @@ class Probe(Protocol):
         """Look at one forward pass. `out` carries the gradient that the seed is taught; `s` is None without a seed."""
 
 
+class Interpolation(nn.Module):
+    """(1 − α)·h + α·s: how a plain blend lets in a seed that answers with a feature; exact at both ends."""
+
+    def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        """The output, of the shape of `h`."""
+        return torch.lerp(h, s, alpha)
+
+
+class OfDelta(nn.Module):
+    """Another combination for a seed that answers with a feature: its delta is s − h.
+
+    Args:
+        combination: maps (h, delta, alpha) to the output.
+    """
+
+    def __init__(self, combination: nn.Module) -> None:
+        super().__init__()
+        self.combination = combination
+
+    def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        """The output, of the shape of `h`."""
+        return self.combination(h, s - h, alpha)  # type: ignore[no-any-return]
+
+
 class SeedSlot(nn.Module):
     """One slot. The plane moves it through the lifecycle; the slot only computes.
 
@@ -52,6 +77,8 @@ class SeedSlot(nn.Module):
         alpha: 0-dim float buffer in [0, 1], so that a change needs no recompilation.
         seed: the module that maps `h` to `s`, or None.
         combination: the blend's module that maps (h, s, alpha) to the output, or None.
+        whole: the seed answers with a feature, not with a delta.
+        wants_call: the seed also takes the call of the host's block.
         muted: the output is `h` whatever the stage; for counterfactuals.
         probe: called with (slot, h, s, out) while gradients are on; None costs nothing.
         tracer: called with the slot whenever it computes; None costs nothing.
@@ -67,6 +94,8 @@ class SeedSlot(nn.Module):
         self.mode = Mode.IDENTITY
         self.blueprint = ""
         self.blend = ""
+        self.whole = False
+        self.wants_call = False
         self.muted = False
         self.probe: Probe | None = None
         self.tracer: Callable[[SeedSlot], None] | None = None
@@ -85,8 +114,12 @@ class SeedSlot(nn.Module):
         assert alpha is not None
         alpha.fill_(value)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """The feature that the host goes on with: same shape, dtype and device as `h`."""
+    def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
+        """The feature that the host goes on with: same shape, dtype and device as `h`.
+
+        Args:
+            h: the host's feature. call: of the host's block that gave it, for seeds that want it.
+        """
         if self.tracer is not None:
             self.tracer(self)
         if self.mode is Mode.IDENTITY or self.muted:
@@ -99,17 +132,24 @@ class SeedSlot(nn.Module):
         if self.mode is Mode.ISOLATED:
             if not torch.is_grad_enabled():
                 return h
-            s = self.seed(h.detach()).to(h.dtype)
-            out = straight_through(h, s)
+            s = self._ask(h.detach(), call.detached() if call is not None else None).to(h.dtype)
+            out = straight_through(h, s - h.detach() if self.whole else s)
         else:
-            s = self.seed(silent_at_zero(h, self.alpha) if self.mode is Mode.RAMPING else h).to(h.dtype)
-            out = self.combination(h, s, self.alpha.to(h.dtype)).to(h.dtype)
+            s = self._ask(silent_at_zero(h, self.alpha) if self.mode is Mode.RAMPING else h, call).to(h.dtype)
+            if self.mode is Mode.ATTACHED and isinstance(self.combination, Interpolation):
+                out = s
+            else:
+                out = self.combination(h, s, self.alpha.to(h.dtype)).to(h.dtype)
             if self.mode is Mode.RAMPING:
                 # alpha may be exactly zero, where even an infinite seed must not show
                 out = torch.where(self.alpha == 0, h, out)
         if self.probe is not None and torch.is_grad_enabled():
-            self.probe(self, h, s, out)
+            self.probe(self, h, s - h if self.whole else s, out)
         return out
+
+    def _ask(self, h: Tensor, call: Call | None) -> Tensor:
+        assert self.seed is not None
+        return self.seed(h, call) if self.wants_call else self.seed(h)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{self.path!r}, {self.stage.value}" + (f", {self.blueprint}" if self.blueprint else "")
@@ -122,8 +162,13 @@ class SlotStack(nn.Module):
         super().__init__()
         self.slots = nn.ModuleList([first])
 
-    def forward(self, h: Tensor) -> Tensor:
+    @property
+    def wants_call(self) -> bool:
+        """Whether a seed in it wants the call of the host's block."""
+        return any(slot.wants_call for slot in self.slots)
+
+    def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
         """Feature in, feature of the same shape out."""
         for slot in self.slots:
-            h = slot(h)
+            h = slot(h, call)
         return h

@@ -8,6 +8,7 @@ from torch import nn
 
 from esper_core.kasmina.growth import Growth
 from esper_core.kasmina.nursery import device_of
+from esper_core.kasmina.paths import base_of, height_of
 from esper_core.kasmina.slot import SeedSlot, SlotStack
 from esper_core.leyline.errors import UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol
@@ -86,7 +87,7 @@ class Territory:
     def offer_stack(self, path: str, limit: int) -> None:
         """Put an empty slot upon `path`, unless one is there or `limit` slots are."""
         base = base_of(path)
-        number = int(path[len(base) + 1 :] or 0) + 1
+        number = height_of(path) + 1
         if number < limit and f"{base}+{number}" not in self.slots:
             self.stack(f"{base}+{number}")
 
@@ -116,12 +117,6 @@ def _reorder(table: dict[str, Any], order: list[str]) -> None:
     entries = {path: table[path] for path in order}
     table.clear()
     table.update(entries)
-
-
-def base_of(path: str) -> str:
-    """`layer2` for `layer2+1`; a path that is not stacked is its own base."""
-    head, slash, tail = path.rpartition("/")
-    return head + slash + tail.partition("+")[0]
 
 
 def ancestors_of(path: str) -> list[str]:

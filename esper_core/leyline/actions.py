@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import Final
 
 import attrs
 
+from esper_core.leyline.options import OptionValue
 from esper_core.leyline.stages import Op
 
 
 class Tempo(StrEnum):
-    """How fast alpha ramps, as a share of the run's default ramp."""
+    """How fast alpha ramps, as a share of the run's default ramp; instant: alpha is at its target at once."""
 
     FAST = "fast"
     STANDARD = "standard"
     SLOW = "slow"
+    INSTANT = "instant"
 
     @property
     def factor(self) -> float:
         """The multiple of the default ramp length."""
-        return {"fast": 0.5, "standard": 1.0, "slow": 2.0}[self.value]
+        return {"fast": 0.5, "standard": 1.0, "slow": 2.0, "instant": 0.0}[self.value]
+
+
+RAMPED: Final = (Tempo.FAST, Tempo.STANDARD, Tempo.SLOW)
+"""The tempos between which learned and random controllers choose."""
+
+
+def _paths(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(paths)
 
 
 @attrs.frozen
 class Command:
-    """One decision about one slot.
+    """One decision about one slot, or about several in one event.
 
     Attributes:
         op: what to do.
@@ -34,6 +46,8 @@ class Command:
         tempo: how fast alpha ramps.
         source: who asks: a controller's name, `emrakul`, `governor`, `plane` or `user`.
         reason: why, in words for the event log.
+        others: further slots to which the same happens in the same event, all of them or none.
+        options: of the blueprint, for GERMINATE; they come before those of the run.
     """
 
     op: Op
@@ -43,7 +57,26 @@ class Command:
     tempo: Tempo = Tempo.STANDARD
     source: str = "user"
     reason: str = ""
+    others: tuple[str, ...] = attrs.field(default=(), converter=_paths)
+    options: Mapping[str, OptionValue] = attrs.field(factory=dict, hash=False)
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Every slot that it is about."""
+        return (self.slot, *self.others) if self.slot else ()
+
+    def each(self) -> tuple[Command, ...]:
+        """The same decision slot by slot."""
+        return tuple(attrs.evolve(self, slot=slot, others=()) for slot in self.slots)
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain text for logs, without what was left out."""
+        values = {name: getattr(self, name) for name in _LOGGED}
+        extras = {"others": ",".join(self.others), "options": ",".join(f"{k}={v}" for k, v in self.options.items())}
+        return {name: str(value) for name, value in (values | {k: v for k, v in extras.items() if v}).items()}
+
+
+_LOGGED: Final = ("op", "slot", "blueprint", "blend", "tempo", "source", "reason")
 
 WAIT = Command(Op.WAIT)
 """The command that changes nothing."""

@@ -68,6 +68,11 @@ def _check_layouts(_: object, attribute: attrs.Attribute[tuple[str, ...]], value
         raise EsperError(f"{attribute.name} {list(value)}", f"some of {', '.join(LAYOUTS)}")
 
 
+def _check_wants(_: object, attribute: attrs.Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
+    if not set(value) <= {"run", "call"}:
+        raise EsperError(f"{attribute.name} {list(value)}", "some of run, call")
+
+
 def _check_text(_: object, attribute: attrs.Attribute[str], value: str) -> None:
     if not isinstance(value, str) or "\n" in value:
         raise EsperError(f"{attribute.name} {value!r} is not one line of text", "a string without line breaks")
@@ -181,6 +186,14 @@ class BlueprintSpec(PluginSpec):
         family: a word by which controllers group blueprints.
         layouts: the feature layouts that it serves.
         estimate: where the estimate is, as `package.module:name`.
+        wants: what it asks for beyond the point. `run`: factory and estimate also take `run=`, the host's own blocks
+            that end at the slot, as a `kasmina.copies.BlockRun`; it can grow only where there is such a run. `call`:
+            the seed's forward also takes the arguments with which the host called the block, as a
+            `kasmina.calls.Call`, or None where a host does not hand them on.
+        answers: `delta`, or `feature` if the seed gives what would go on in the feature's place. Plain blends
+            interpolate between the two then, and at alpha 1 the seed's answer goes on as it is.
+        isolation: whether its seeds learn anything while isolated; if not, they begin to blend as soon as they are
+            born, and the run is given time to settle.
     """
 
     kind: ClassVar[str] = "blueprint"
@@ -189,6 +202,9 @@ class BlueprintSpec(PluginSpec):
     family: str = attrs.field(validator=_check_text)
     layouts: tuple[str, ...] = attrs.field(converter=_words, validator=_check_layouts)
     estimate: str = attrs.field(validator=_check_factory)
+    wants: tuple[str, ...] = attrs.field(default=(), converter=_words, validator=_check_wants)
+    answers: str = attrs.field(default="delta", validator=attrs.validators.in_(("delta", "feature")))
+    isolation: bool = True
 
     @property
     def example(self) -> str:
@@ -205,11 +221,14 @@ class BlendSpec(PluginSpec):
 
     Attributes:
         part: `combination` or `curve`.
+        interpolates: beside a seed that answers with a feature of its own, this combination is nothing but
+            (1 − α)·h + α·s; others get s − h for the seed's delta.
     """
 
     kind: ClassVar[str] = "blend"
     factory_signature: ClassVar[str] = "factory(point, **options) -> nn.Module, or factory(**options) -> curve"
     part: str = attrs.field(validator=attrs.validators.in_(("combination", "curve")))
+    interpolates: bool = False
 
     @property
     def example(self) -> str:

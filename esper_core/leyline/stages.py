@@ -223,6 +223,7 @@ class Transition:
 
 
 _BORN = Gate("stage_steps", ">=", 1, "the seed has seen at least one batch", each_step=True)
+_DIRECT = Gate("direct", ">=", 1, "its blueprint's seeds learn nothing in isolation")
 _LEARNT = Gate("proxy_progress_high", ">", 0.0, "its own proxy loss falls, or at least has not certainly risen")
 _RAMPED = Gate("alpha_progress", ">=", 1.0, "alpha has reached its target", each_step=True)
 _SHADOWED = Gate("counterfactual_count", ">=", 1, "the counterfactual was measured at full alpha")
@@ -234,6 +235,7 @@ _EMBARGO_OVER = Gate("embargo_left", "<=", 0, "the embargo is over")
 TRANSITIONS: Final[tuple[Transition, ...]] = (
     Transition(Stage.DORMANT, Stage.GERMINATED, Op.GERMINATE),
     Transition(Stage.GERMINATED, Stage.TRAINING, Op.ADVANCE, automatic=True, gates=(_BORN,)),
+    Transition(Stage.GERMINATED, Stage.BLENDING, Op.ADVANCE, automatic=True, gates=(_DIRECT,)),
     Transition(Stage.TRAINING, Stage.BLENDING, Op.ADVANCE, gates=(_LEARNT,)),
     Transition(Stage.BLENDING, Stage.SHADOWING, Op.ADVANCE, automatic=True, gates=(_RAMPED,)),
     Transition(Stage.SHADOWING, Stage.PROBATIONARY, Op.ADVANCE, automatic=True, gates=(_SHADOWED,)),
@@ -253,6 +255,11 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
 def find_transition(stage: Stage, op: Op) -> Transition | None:
     """The transition that `op` asks for in `stage`, or None where the table has none."""
     return next((t for t in TRANSITIONS if t.source is stage and t.op is op), None)
+
+
+def automatic_transitions(stage: Stage) -> tuple[Transition, ...]:
+    """What the plane itself does in `stage`: the first whose gates pass, in this order."""
+    return tuple(t for t in TRANSITIONS if t.source is stage and t.automatic)
 
 
 def legal_ops(stage: Stage, *, auditor: bool = False) -> frozenset[Op]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.actions import RAMPED, Command
 from esper_core.leyline.stages import Op, begins_blending
 from esper_core.leyline.view import RunView
 from esper_core.tamiyo.features import (
@@ -28,7 +28,7 @@ from esper_core.tamiyo.features import (
 )
 
 OPS: Final = tuple(Op)
-TEMPOS: Final = tuple(Tempo)
+TEMPOS: Final = RAMPED
 WAIT_INDEX: Final = OPS.index(Op.WAIT)
 FIELDS: Final = ("op", "slot", "blueprint", "blend", "tempo")
 """The heads, in the order in which they choose; an action row holds one index for each."""

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
-from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.actions import RAMPED, Command
 from esper_core.leyline.stages import Op, legal_ops
 from esper_core.leyline.view import RunView
 
@@ -38,7 +38,7 @@ class RandomController:
             ops = (slot.legal & legal_ops(slot.stage)) - {Op.WAIT} - (set() if affordable else {Op.GERMINATE})
             if not ops or draw.random() >= self.activity:
                 continue
-            op, tempo = draw.choice(sorted(ops)), draw.choice(list(Tempo))
+            op, tempo = draw.choice(sorted(ops)), draw.choice(RAMPED)
             blueprint = blend = ""
             if op is Op.GERMINATE:
                 chosen = draw.choice(affordable)

@@ -164,7 +164,7 @@ class Governor:
     def note(self, command: Command, step: int) -> None:
         """Remember a command that was carried out."""
         if command.op is not Op.WAIT:
-            self.commands.append((step, {k: str(v) for k, v in attrs.asdict(command).items()}))
+            self.commands.append((step, command.to_dict()))
             del self.commands[:-64]
 
     def blame(self, since: int, alive: Mapping[str, Stage]) -> dict[str, str] | None:

@@ -89,6 +89,23 @@ class GrowthOptimizer:
             self.seeds[change.slot].group["params"] += fresh
         elif fresh:
             self.seeds[change.slot] = SeedGroup(self._add(fresh))
+        if fresh and change.inherits and self._inherit(change.inherits):
+            self.seeds[change.slot].age = self.options.seed_warmup  # its moments know the way
+
+    def _inherit(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> bool:
+        """Give copies of parameters the state of their sources, whichever optimizer holds it; False if none has any.
+
+        A state is taken over where this optimizer keeps one of the same kind: its keys must be the same.
+        """
+        assert self.torch is not None
+        keys, taken = state_keys(self.torch), False
+        for new, source in pairs:
+            owner = next((o for o in (self.torch, *self.others) if source in o.state), None)
+            state = owner.state[source] if owner is not None else {}
+            if state and state.keys() <= keys:
+                _load_state(self.torch, new, {k: v for k, v in state.items() if isinstance(v, Tensor)})
+                taken = True
+        return taken
 
     def sync(self, plane: Plane) -> None:
         """Make the groups those of the seeds that live on `plane`, after it was rebuilt; their state is new."""
@@ -221,6 +238,13 @@ class GrowthOptimizer:
         assert self.torch is not None
         for parameter in parameters:
             self.torch.state.pop(parameter, None)
+
+
+def state_keys(optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """What an optimizer of this kind may remember of a parameter."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return frozenset({"momentum_buffer"})
+    return frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 
 
 def _load_state(owner: torch.optim.Optimizer, parameter: nn.Parameter, saved: Mapping[str, Tensor]) -> None:

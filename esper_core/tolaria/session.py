@@ -204,14 +204,16 @@ class Tolaria:
         if command.op is Op.WAIT:
             return False
         try:
-            left = self.governor.embargo_left(command.op, command.slot)
-            if left:
-                raise EsperError(f"{command.op} at {command.slot} is under the governor's embargo for {left} decisions")
-            self.plane.apply(command)
+            for slot in command.slots:
+                left = self.governor.embargo_left(command.op, slot)
+                if left:
+                    raise EsperError(f"{command.op} at {slot} is under the governor's embargo for {left} decisions")
+            self.plane.apply_all(command)
         except EsperError as error:
             self._tell_refusal(command, str(error))
             return False
-        self.governor.note(command, self.clock.step)
+        for part in command.each():
+            self.governor.note(part, self.clock.step)
         return True
 
     def cull_faulty(self, path: str, error: BaseException) -> None:
@@ -378,7 +380,7 @@ class Tolaria:
                 train_loss=self._train_loss(),
                 validation_loss=measured.loss,
                 validation_accuracy=measured.score,
-                commands=[{k: str(v) for k, v in attrs.asdict(command).items()} for command in commands],
+                commands=[part.to_dict() for command in commands for part in command.each()],
                 governor=self.status if view is None else view.governor,
             )
         )

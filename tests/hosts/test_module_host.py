@@ -313,7 +313,7 @@ class TestHooks:
     def test_a_dormant_slot_leaves_the_very_output(self) -> None:
         view = FeatureView.of(3, 0, 1)
         hook, output = SlotHook(nn.Identity(), view), (torch.randn(2, 3, 4), None)
-        assert hook(nn.Identity(), (), output) is None
+        assert hook(nn.Identity(), (), {}, output) is None
 
     def test_hooks_pickle_and_copy(self) -> None:
         hook = pickle.loads(pickle.dumps(SlotHook(nn.Linear(2, 2), FeatureView.of(3, 1, 2))))

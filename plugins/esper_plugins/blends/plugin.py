@@ -13,11 +13,12 @@ _LEARNED: Final = frozenset({"learned"})
 BLENDS: Final = (
     BlendSpec(
         name="residual", part="combination", summary="h + α·s", source="He et al. 2015, arXiv:1512.03385",
-        factory="esper_plugins.blends.residual:Residual",
+        factory="esper_plugins.blends.residual:Residual", interpolates=True,
     ),
     BlendSpec(
         name="lerp", part="combination", summary="(1 − w)·h + w·s, w = α·share",
         source="Srivastava et al. 2015, arXiv:1505.00387", factory="esper_plugins.blends.lerp:Lerp",
+        interpolates=True,
         options=(
             Option("share", "float", 0.5, "the seed's share at α = 1; below 1, so that the host's path stays",
                    minimum=0.01, maximum=0.99),

@@ -1,0 +1,159 @@
+"""Depth by copies: at alpha 0 the host, at alpha 1 the deeper network, trained as one that was built so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.compose import compose
+from esper_core.kasmina.module_host import ModuleHost
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.stages import Op, Stage
+from esper_core.registry import Registry, load_registry
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
+from esper_hosts.transformers import transformers
+
+BLOCKS = tuple(f"transformer.h.{i}" for i in range(3))
+SIZES = {"outputs": 64, "input_shape": (12,), "width": 16, "heads": 2, "context": 12, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return load_registry()
+
+
+def gpt2(layers: int = 3) -> ModuleHost:
+    return transformers("gpt2", layers=layers, **SIZES)
+
+
+def plane_of(host: ModuleHost, registry: Registry, **more: object) -> Plane:
+    points = more.pop("points", BLOCKS)
+    return Plane(host, registry, points=points, blueprints=["copy"], **more)  # type: ignore[arg-type]
+
+
+def deepen(plane: Plane, *slots: str, tempo: Tempo = Tempo.INSTANT, blend: str = "", **options: object) -> None:
+    command = Command(Op.GERMINATE, slots[0], "copy", blend, tempo, others=slots[1:], options=options)  # type: ignore[arg-type]
+    plane.apply_all(command)
+
+
+def deeper(model: nn.Module, order: Sequence[int]) -> nn.Module:
+    """A GPT-2 whose blocks are clones of the model's in some order."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_hooks_with_kwargs.clear()
+    twin.transformer.h = nn.ModuleList(copy.deepcopy(twin.transformer.h[i]) for i in order)
+    return twin
+
+
+def tokens(seed: int, count: int = 2) -> Tensor:
+    return torch.randint(0, 64, (count, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+STACKS = [
+    ((BLOCKS[2],), "all", (0, 1, 2, 0, 1, 2)),
+    ((BLOCKS[2],), "2", (0, 1, 2, 1, 2)),
+    ((BLOCKS[1],), "1", (0, 1, 1, 2)),
+    (BLOCKS, "1", (0, 0, 1, 1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("blend", ["residual", "lerp"])
+@pytest.mark.parametrize(("slots", "blocks", "order"), STACKS, ids=["stack", "two", "one", "interleave"])
+def test_at_full_alpha_it_is_the_deeper_network(
+    registry: Registry, slots: tuple[str, ...], blocks: str, order: tuple[int, ...], blend: str
+) -> None:
+    host = gpt2()
+    plane, twin, ids = plane_of(host, registry), deeper(host.module, order), tokens(0)
+    deepen(plane, *slots, blend=blend, blocks=blocks)
+    assert {plane.growths[slot].stage for slot in slots} == {Stage.SHADOWING}
+    expected = twin(input_ids=ids).logits
+    assert torch.equal(host.forward_with_slots(ids), expected)
+    assert torch.equal(compose(plane)(ids), expected)
+    deep, grown = sum(p.numel() for p in twin.parameters()), plane.host_params + plane.ledger.seed_params
+    assert deep == grown
+
+
+def test_at_alpha_zero_it_is_the_host_and_undone_it_is_too(registry: Registry) -> None:
+    host, ids = gpt2(), tokens(0)
+    before = host.forward_with_slots(ids)
+    plane = plane_of(host, registry)
+    deepen(plane, BLOCKS[2], tempo=Tempo.STANDARD, blocks="all")
+    assert plane.growths[BLOCKS[2]].stage is Stage.BLENDING
+    assert torch.equal(host.forward_with_slots(ids), before)
+    plane.step()
+    assert not torch.equal(host.forward_with_slots(ids), before)
+    plane.wither(BLOCKS[2], tempo=Tempo.INSTANT)
+    plane.cull(BLOCKS[2])
+    assert torch.equal(host.forward_with_slots(ids), before) and not list(plane.module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "others"])
+def test_it_trains_as_the_deeper_network_does(registry: Registry, kind: str) -> None:
+    """Losses through two doublings are those of a plain 3→6→12 loop, bit for bit."""
+    host = gpt2()
+    plane, reference = plane_of(host, registry), deeper(host.module, range(3))
+    config = RunConfig(optimizer="sgd" if kind == "sgd" else "adamw", weight_decay=0.1)
+    own = torch.optim.AdamW(host.module.parameters(), lr=0.002, weight_decay=0.1, betas=(0.9, 0.999), fused=True)
+    optimizer = GrowthOptimizer(
+        () if kind == "others" else host.module.parameters(), config, OptimizerConfig(seed_warmup=10),
+        [own] if kind == "others" else (),
+    )  # fmt: skip
+    optimizer.follow(plane)
+    plain = optimizer_of(reference, kind)
+    for step in range(12):
+        if step in (4, 8):
+            deepen(plane, BLOCKS[2] if step == 4 else BLOCKS[2] + "+1", blocks="all")
+            reference, plain = stacked(reference, plain, kind)
+            if step == 4:
+                fossilise(plane, BLOCKS[2])
+        ids = tokens(step)
+        losses = [loss_of(host.forward_with_slots(ids), ids), loss_of(reference(input_ids=ids).logits, ids)]
+        assert torch.equal(*losses), step
+        for loss in losses:
+            loss.backward()
+        if kind == "others":
+            own.step()
+            own.zero_grad()
+        optimizer.step(0.002)
+        optimizer.zero_grad()
+        plain.step()
+        plain.zero_grad()
+        plane.step()
+    assert len(plane.slots[BLOCKS[2] + "+1"].seed.blocks) == 6  # type: ignore[union-attr, arg-type]
+
+
+def fossilise(plane: Plane, path: str) -> None:
+    for _ in range(2):
+        plane.advance(path, gated=False)
+    assert plane.growths[path].stage is Stage.FOSSILIZED
+
+
+def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9, weight_decay=0.1)
+    return torch.optim.AdamW(model.parameters(), lr=0.002, weight_decay=0.1, betas=(0.9, 0.999), fused=True)
+
+
+def stacked(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Twice the blocks, each clone with the moments of its source: the plain loop's way."""
+    half = list(model.transformer.h)  # type: ignore[arg-type, union-attr]
+    model.transformer.h = nn.ModuleList([*half, *(copy.deepcopy(block) for block in half)])  # type: ignore[union-attr]
+    twice = optimizer_of(model, kind)
+    for block, source in zip(model.transformer.h, [*half, *half], strict=True):  # type: ignore[arg-type, union-attr]
+        for p, q in zip(block.parameters(), source.parameters(), strict=True):
+            twice.state[p] = {k: v.clone() for k, v in optimizer.state[q].items()}
+    for p in model.parameters():
+        if p in optimizer.state:
+            twice.state[p] = optimizer.state[p]
+    return model, twice
