@@ -125,13 +125,12 @@ def blueprints_page() -> str:
         if isinstance(spec, BlueprintSpec):
             estimate = registry.load(part, attribute="estimate")
             defaults = resolve_options(spec.name, spec.options, {})
-            on_map, on_sequence = (
-                f"{params:,} / {flops / 1e6:.3g} M"
-                for params, flops in (
-                    estimate(point, **defaults) if point.layout in spec.layouts else (0, 0)
-                    for point in (_example("NCHW", (64, 16, 16)), _example("NLD", (64, 64)))
-                )
-            )
+            points = (_example("NCHW", (64, 16, 16)), _example("NLD", (64, 64)))
+            if "run" in spec.wants:
+                on_map = on_sequence = "the host's blocks'"
+            else:
+                costs = (estimate(p, **defaults) if p.layout in spec.layouts else (0, 0) for p in points)
+                on_map, on_sequence = (f"{params:,} / {flops / 1e6:.3g} M" for params, flops in costs)
             blueprints.append(
                 f"| `{spec.name}` | {spec.family} | {spec.summary} | {on_map if 'NCHW' in spec.layouts else ''} "
                 f"| {on_sequence if 'NLD' in spec.layouts else ''} | {_options(spec)} | {spec.source} |"
@@ -144,6 +143,7 @@ def blueprints_page() -> str:
             "# Blueprints and blends that ship with Esper\n",
             "A blueprint says what grows at a slot. Whatever it is, it maps the host's feature to a *delta* of the",
             "same shape, is born silent (with `init=zero`, the default) and works at one position and one channel.",
+            "`copy` is the exception: it answers with a feature, which takes the place of the host's.",
             "Set an option with `--set name.option=value`; publish your own with `esper plugins new NAME`.\n",
             "Parameters / forward FLOPs of one example at default options: on a map of 64 channels and 16×16",
             "positions, and on a sequence of 64 tokens of 64 features. Empty: the blueprint does not serve that",

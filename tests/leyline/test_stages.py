@@ -17,6 +17,7 @@ from esper_core.leyline.stages import (
     Op,
     Stage,
     StageSpec,
+    automatic_transitions,
     diagram,
     find_transition,
     legal_ops,
@@ -55,11 +56,19 @@ def test_every_stage_can_be_reached_and_left() -> None:
     assert {t.source for t in TRANSITIONS} == set(Stage)
 
 
-def test_one_transition_for_each_stage_and_op() -> None:
-    pairs = [(t.source, t.op) for t in TRANSITIONS]
-    assert len(pairs) == len(set(pairs))
+def test_one_transition_for_each_stage_and_op_that_is_asked_for() -> None:
+    asked = [(t.source, t.op) for t in TRANSITIONS if not t.automatic]
+    assert len(asked) == len(set(asked))
+    assert not set(asked) & {(t.source, t.op) for t in TRANSITIONS if t.automatic}
     for transition in TRANSITIONS:
-        assert find_transition(transition.source, transition.op) is transition
+        found = find_transition(transition.source, transition.op)
+        assert found is transition or (found is not None and found.automatic and transition.automatic)
+
+
+def test_a_seed_that_learns_nothing_in_isolation_begins_to_blend_and_every_other_is_isolated_first() -> None:
+    isolated, direct = automatic_transitions(Stage.GERMINATED)
+    assert (isolated.target, direct.target) == (Stage.TRAINING, Stage.BLENDING)
+    assert [gate.measure for gate in direct.gates] == ["direct"]
 
 
 @pytest.mark.parametrize("stage", Stage)
