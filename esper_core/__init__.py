@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper_core.kasmina.compose import compose as compose
+    from esper_core.kasmina.copies import BlockRun as BlockRun
+    from esper_core.kasmina.copies import CopiedRun as CopiedRun
     from esper_core.kasmina.module_host import ModuleHost as ModuleHost
     from esper_core.kasmina.module_host import host_from_module as host_from_module
     from esper_core.kasmina.plane import Plane as Plane
@@ -32,6 +34,8 @@ __version__ = "0.1.0"
 
 PUBLIC: dict[str, str] = {
     "Adapter": "esper_core.tamiyo.adapter:Adapter",
+    "BlockRun": "esper_core.kasmina.copies:BlockRun",
+    "CopiedRun": "esper_core.kasmina.copies:CopiedRun",
     "EsperError": "esper_core.leyline.errors:EsperError",
     "ModuleHost": "esper_core.kasmina.module_host:ModuleHost",
     "Plane": "esper_core.kasmina.plane:Plane",

@@ -22,6 +22,7 @@ from esper_core.leyline.errors import EsperError, IllegalCommand, IncompatibleSe
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.specs import BlendSpec, BlueprintSpec
+from esper_core.registry import Registry
 
 if TYPE_CHECKING:
     from esper_core.kasmina.plane import Plane
@@ -161,15 +162,24 @@ def plant(
 
 def fit_combination(plane: Plane, slot: SeedSlot, blend: str) -> None:
     """Give the slot a fresh combination module of `blend`."""
-    parsed, host = parse_blend(blend, plane.registry), plane.host.module
-    spec = plane.registry.find("blend", parsed.combination).spec
-    assert isinstance(spec, BlendSpec)
-    if slot.whole and spec.interpolates:
-        combination: nn.Module = Interpolation()
-    else:
-        combination = parsed.build_combination(plane.registry, slot.spec)
-        combination = OfDelta(combination) if slot.whole else combination
+    host = plane.host.module
+    combination = build_combination(plane.registry, blend, slot.spec, whole=slot.whole)
     slot.combination = combination.to(device=device_of(host), dtype=dtype_of(host)).train(host.training)
+
+
+def build_combination(registry: Registry, blend: str, point: InjectionSpec, *, whole: bool) -> nn.Module:
+    """A module that maps (h, s, alpha) to a slot's output.
+
+    Args:
+        whole: the seed answers with a feature, not with a delta.
+    """
+    parsed = parse_blend(blend, registry)
+    spec = registry.find("blend", parsed.combination).spec
+    assert isinstance(spec, BlendSpec)
+    if whole and spec.interpolates:
+        return Interpolation()
+    combination = parsed.build_combination(registry, point)
+    return OfDelta(combination) if whole else combination
 
 
 def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.device, dtype: torch.dtype) -> None:

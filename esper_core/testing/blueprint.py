@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.flops import count_flops
+from esper_core.kasmina.nursery import build_combination
 from esper_core.kasmina.straight_through import straight_through
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.specs import BlendSpec, BlueprintSpec
 from esper_core.testing.base import Conformance
+from esper_core.testing.blocks import run_for
 from esper_core.testing.cases import causal_points, feature, installed, points
 
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -113,6 +115,11 @@ class BlueprintConformance(Conformance):
             metafunc.parametrize("blend", names)
 
     @property
+    def whole(self) -> bool:
+        """Its seeds answer with a feature, not with a delta."""
+        return self.data.answers == "feature"
+
+    @property
     def data(self) -> BlueprintSpec:
         """The spec as registered."""
         spec = installed().find("blueprint", self.spec).spec
@@ -121,9 +128,10 @@ class BlueprintConformance(Conformance):
 
     def build(self, point: InjectionSpec, seed: int = 0, **options: object) -> nn.Module:
         """A new seed; the same for the same arguments."""
+        more = {"run": run_for(point)} if "run" in self.data.wants else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = installed().build("blueprint", self.spec, point, options=options)
+            module = installed().build("blueprint", self.spec, point, **more, options=options)
         assert isinstance(module, nn.Module)
         return module
 
@@ -154,7 +162,7 @@ class BlueprintConformance(Conformance):
     def test_birth(self, point: InjectionSpec) -> None:
         seed = self.build(point)
         s = seed(feature(point))
-        if self.silent_at_birth:
+        if self.silent_at_birth and not self.whole:
             assert not s.any(), "a new seed answers with zeros, or the class says silent_at_birth = False"
         if any(True for _ in seed.parameters()):
             s.backward(feature(point, seed=1))
@@ -163,12 +171,12 @@ class BlueprintConformance(Conformance):
     def test_every_parameter_moves_in_isolation(self, point: InjectionSpec) -> None:
         seed = self.build(point)
         before = snapshot([seed])
-        descend([seed], seed, lambda h, s, _: straight_through(h, s), point, attach=False)
+        descend([seed], seed, lambda h, s, _: straight_through(h, s - h if self.whole else s), point, attach=False)
         assert unmoved([seed], before) == []
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
     def test_every_parameter_moves_while_blending(self, point: InjectionSpec, blend: str, autocast: bool) -> None:
-        seed, combination = self.build(point), installed().build("blend", blend, point)
+        seed, combination = self.build(point), build_combination(installed(), blend, point, whole=self.whole)
         # a seed without parameters may stay silent, and then there is nothing from which the blend could learn
         modules = [seed, combination] if any(True for _ in seed.parameters()) else []
         before = snapshot(modules)
@@ -195,7 +203,8 @@ class BlueprintConformance(Conformance):
         registry, seed = installed(), self.build(point)
         options = resolve_options(self.spec, self.data.options, {})
         estimate = registry.load(registry.find("blueprint", self.spec), attribute="estimate")
-        params, flops = estimate(point, **options)
+        more = {"run": run_for(point)} if "run" in self.data.wants else {}
+        params, flops = estimate(point, **more, **options)
         assert params == sum(p.numel() for p in seed.parameters())
         assert flops == pytest.approx(count_flops(lambda: seed(feature(point, batch=1))), rel=0.05)
 

@@ -10,6 +10,7 @@ from torch.func import functional_call, stack_module_state
 from esper_core.leyline.host import HostProtocol
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.specs import BlueprintSpec
+from esper_core.testing.blocks import run_for
 from esper_core.testing.blueprint import disturb
 from esper_core.testing.cases import feature, installed, points
 
@@ -24,8 +25,10 @@ ON_MAPS = [spec.name for spec in BLUEPRINTS if "NHWC" in spec.layouts and "NCHW"
 
 def grow(name: str, point: InjectionSpec, seed: int = 0, **options: object) -> nn.Module:
     """A seed with noise on its parameters, so that it is not silent."""
+    wants = next(spec.wants for spec in BLUEPRINTS if spec.name == name)
+    more = {"run": run_for(point)} if "run" in wants else {}
     torch.manual_seed(seed)
-    return disturb(installed().build("blueprint", name, point, options=options))
+    return disturb(installed().build("blueprint", name, point, **more, options=options))
 
 
 def as_layout(point: InjectionSpec, layout: str) -> InjectionSpec:

@@ -157,3 +157,27 @@ def stacked(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str) -> tu
         if p in optimizer.state:
             twice.state[p] = optimizer.state[p]
     return model, twice
+
+
+def test_born_silent_it_is_the_identity_and_every_weight_learns(registry: Registry) -> None:
+    host, ids = gpt2(), tokens(0)
+    plane, before = plane_of(host, registry), host.forward_with_slots(ids)
+    deepen(plane, BLOCKS[2], blocks="all", birth="zero")
+    seed = plane.slots[BLOCKS[2]].seed
+    assert torch.equal(host.forward_with_slots(ids), before)
+    empty = {name.split("module.")[1] for name, p in seed.named_parameters() if not p.any() and p.dim() > 1}  # type: ignore[union-attr]
+    assert empty == {"attn.c_proj.weight", "mlp.c_proj.weight"}
+    optimizer = torch.optim.AdamW(seed.parameters(), lr=1e-3)  # type: ignore[union-attr]
+    start = [p.detach().clone() for p in seed.parameters()]  # type: ignore[union-attr]
+    for step in range(3):
+        loss_of(host.forward_with_slots(tokens(step)), tokens(step)).backward()
+        optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(seed.parameters(), start, strict=True))  # type: ignore[union-attr]
+
+
+def test_random_birth_shares_nothing_with_the_source(registry: Registry) -> None:
+    plane = plane_of(gpt2(), registry)
+    deepen(plane, BLOCKS[1], birth="random")
+    seed, source = plane.slots[BLOCKS[1]].seed, plane.host.module.get_submodule(BLOCKS[1])
+    pairs = zip(seed.parameters(), source.parameters(), strict=True)  # type: ignore[union-attr]
+    assert not any(torch.equal(p, q) for p, q in pairs if p.dim() > 1)
