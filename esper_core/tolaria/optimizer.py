@@ -102,7 +102,7 @@ class GrowthOptimizer:
         for new, source in pairs:
             owner = next((o for o in (self.torch, *self.others) if source in o.state), None)
             state = owner.state[source] if owner is not None else {}
-            if state and state.keys() <= keys:
+            if state and (owner is self.torch or state.keys() <= keys):
                 _load_state(self.torch, new, {k: v for k, v in state.items() if isinstance(v, Tensor)})
                 taken = True
         return taken
