@@ -28,6 +28,7 @@ from esper_core.tolaria import run as runs
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.schedules import learning_rate_share
+from esper_core.tolaria.setup import set_up
 from esper_core.tolaria.snapshot import Snapshot
 from esper_core.tolaria.trainer import Trainer
 from esper_plugins.sinks.jsonl import JsonLines
@@ -45,9 +46,9 @@ def configure(epochs: int, out: Path) -> RunConfig:
 
 def build(config: RunConfig) -> Trainer:
     """A trainer whose seeds are fossilised before the first step."""
-    ground = runs._lay(config, None, print)
-    folder = RunFolder.create(config, "digits", ground.registry)
-    plane = ground.plane
+    setup = set_up(config, notify=print)
+    folder = RunFolder.create(config, "digits", setup.registry)
+    plane = setup.plane
     for path, blueprint in SEEDS.items():
         plane.germinate(path, blueprint)
         plane.ramp_steps = 1
@@ -55,7 +56,7 @@ def build(config: RunConfig) -> Trainer:
             plane.step()
             if not plane.growths[path].stage.spec.ramping:
                 plane.advance(path, gated=False)
-    return runs._build_trainer(ground, {}, lambda: folder)
+    return runs.build_trainer(setup, {}, lambda: folder)
 
 
 def by_hand(trainer: Trainer, model: nn.Module, config: RunConfig) -> None:

@@ -59,7 +59,7 @@ class Loop:
     def __init__(self, ground: Ground, size: int, layout: torch.memory_format) -> None:
         self.environments: list[tuple[Plane, GrowthOptimizer]] = []
         for k in range(size):
-            plane = copy.deepcopy(ground.plane)
+            plane = copy.deepcopy(ground.setup.plane)
             plane.host.module.to(memory_format=layout)
             plane.germinate(*seed_of(k))
             optimizer = GrowthOptimizer(plane.host.module.parameters(), CONFIG, OptimizerConfig())
@@ -107,7 +107,7 @@ def throughput(size: int, workers: int, rounds: int, steps: int, threads: Sequen
     ground = Ground.lay(CONFIG, load_registry())
     batch = next(iter(ground.batches()))[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ground.plane.host.forward_with_slots(batch.inputs)
+        ground.setup.plane.host.forward_with_slots(batch.inputs)
     gflop = counter.get_total_flops() / 1e9
     loop = Loop(ground, size, torch.contiguous_format)
     informed = Loop(ground, size, torch.channels_last)
@@ -192,7 +192,7 @@ def episode(size: int, rounds: int) -> dict[str, Any]:
     return {
         "environments": size, "episodes": rounds, "seconds": {n: statistics.median(v) for n, v in seconds.items()},
         "gain of sharing over a whole episode": ratio(seconds, "not shared", "shared"),
-        "environment steps a second, shared": size * ground.steps * ground.config.epochs
+        "environment steps a second, shared": size * ground.setup.timetable.steps
         / statistics.median(seconds["shared"]),
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ batches in the same order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -21,15 +21,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from esper_core.kasmina.counterfactual import measure_counterfactuals
-from esper_core.leyline.host import Batch
 from esper_core.registry import load_registry
-from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
-from esper_core.tolaria.schedules import learning_rate_share
-from esper_core.trials.static import Ground, Organ, batches_of, implant, lay_ground, train_static
-from esper_plugins.objectives.shared import token_loss
+from esper_core.tolaria.setup import set_up
+from esper_core.tolaria.timetable import Timetable
+from esper_core.trials.static import Organ, batches_of, implant, read_split, step_flops, train_static, train_steps
 
 LANGUAGE_ARMS: Final = ("one-shot stacking", "deeper GPT", "static@FLOPs, own rate", "host@FLOPs")
 OWN_RATE: Final = 0.002
@@ -73,36 +69,30 @@ def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, An
     registry = load_registry()
     layers = int(config.settings["transformers.layers"])
     settings = {**config.settings, "transformers.layers": 2 * layers}
-    shallow = lay_ground(config, registry)
-    deep = lay_ground(attrs.evolve(config, settings=settings), registry)
-    steps = round(flops / (share * shallow.step_flops() + (1 - share) * deep.step_flops()))
-    first = round(share * steps)
+    shallow = set_up(config, registry)
+    deep = set_up(attrs.evolve(config, settings=settings), registry)
+    steps = round(flops / (share * step_flops(shallow) + (1 - share) * step_flops(deep)))
+    first, timetable = round(share * steps), Timetable.of_steps(config, steps)
     if first:
-        _train(shallow, batches_of(shallow), 0, first, steps)
+        train_steps(shallow, batches_of(shallow), range(first), timetable)
         deep.plane.host.module.load_state_dict(stack_once(shallow.plane.host.module.state_dict(), layers))
-    _train(deep, islice(batches_of(deep), first, None), first, steps, steps)
-    found = measure_counterfactuals(
-        deep.plane,
-        deep.task.test.batches(config.batch_size, device=str(deep.device)),
-        deep.objective,
-        paths=[],
-        count_cost=False,
-    )
+    train_steps(deep, islice(batches_of(deep), first, None), range(first, steps), timetable)
+    found = read_split(deep, "test")
     return {
         "seed": config.seed,
         "loss": found.loss,
         "accuracy": found.score,
         "params": deep.plane.host_params,
-        "flops": first * shallow.step_flops() + (steps - first) * deep.step_flops(),
+        "flops": first * step_flops(shallow) + (steps - first) * step_flops(deep),
         "steps": steps,
     }
 
 
 def train_fixed(config: RunConfig, organs: Sequence[Organ], flops: float) -> dict[str, Any]:
     """The host with `organs` in it from the first step, trained from scratch until `flops` are spent."""
-    ground = lay_ground(config, load_registry())
-    implant(ground.plane, organs)
-    found = train_static(ground, round(flops / ground.step_flops()))
+    setup = set_up(config, load_registry())
+    implant(setup.plane, organs)
+    found = train_static(setup, round(flops / step_flops(setup)))
     return {
         "seed": config.seed,
         "loss": found.test_loss,
@@ -111,16 +101,3 @@ def train_fixed(config: RunConfig, organs: Sequence[Organ], flops: float) -> dic
         "flops": found.flops,
         "steps": found.steps,
     }
-
-
-def _train(ground: Ground, batches: Iterator[Batch], start: int, stop: int, steps: int) -> None:
-    config, plane = ground.config, ground.plane
-    optimizer = GrowthOptimizer(
-        plane.host.module.parameters(), config, assembly.part_config(config, "optimizer", OptimizerConfig)
-    )
-    for step, batch in zip(range(start, stop), batches, strict=False):
-        optimizer.zero_grad()
-        token_loss(plane.host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step(
-            config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup, config.decay)
-        )

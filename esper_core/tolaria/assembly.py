@@ -6,8 +6,8 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Final, TypeVar
 
 import attrs
 import torch
@@ -16,19 +16,18 @@ from torch import nn
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.plane import Limits, Plane
 from esper_core.kasmina.scoring import refuse_misfit
-from esper_core.leyline.errors import BadOption, did_you_mean
-from esper_core.leyline.events import Event
+from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import HostProtocol, TaskProtocol
 from esper_core.leyline.objective import Objective, default_objective
 from esper_core.leyline.options import options_of, resolve_options
+from esper_core.leyline.outcome import RewardTerm
 from esper_core.leyline.specs import HostSpec
 from esper_core.leyline.view import Controller
-from esper_core.nissa.sensors import SensorArray
 from esper_core.registry import Registry, split_reference
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.governor import Governor, GovernorConfig
-from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
-from esper_core.tolaria.session import Tolaria
+from esper_core.tolaria.governor import GovernorConfig
+from esper_core.tolaria.optimizer import OptimizerConfig
+from esper_core.tolaria.timetable import Timetable
 
 
 @attrs.frozen
@@ -80,29 +79,6 @@ def part_config(config: RunConfig, name: str, kind: type[_Part]) -> _Part:
     return kind(**resolve_options(name, options_of(kind), config.settings_of(name)))
 
 
-def check_settings(config: RunConfig, registry: Registry) -> None:
-    """Make sure that every setting reaches something.
-
-    Raises:
-        BadOption: a setting of an unknown part, or one that the part does not take.
-    """
-    known: dict[str, set[str]] = {name: {o.name for o in options_of(kind)} for name, kind in PARTS.items()}
-    for part in registry.specs():
-        for name in (part.name, part.qualified):
-            known.setdefault(name, set()).update(option.name for option in part.spec.options)
-    for key in config.settings:
-        owner, _, option = key.rpartition(".")
-        if owner not in known:
-            raise BadOption(
-                f"setting {key!r} is of an unknown part {owner!r}",
-                "a plugin or " + ", ".join(PARTS),
-                did_you_mean(owner, known),
-            )
-        if option not in known[owner]:
-            takes = ", ".join(sorted(known[owner])) or "no options"
-            raise BadOption(f"{owner} takes no option {option!r}", takes, did_you_mean(option, known[owner]))
-
-
 def options_for(config: RunConfig, registry: Registry, kind: str, name: str) -> dict[str, object]:
     """The settings that the part of that kind and name takes; another kind may own the same name."""
     takes = {option.name for option in registry.find(kind, name).spec.options}
@@ -131,13 +107,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def task_reference(config: RunConfig, registry: Registry) -> str:
+    """The task of a run as the user would have typed it: what `config` names, or else its host's default."""
+    if config.task:
+        return config.task
+    spec = registry.find("host", split_reference(config.host)[0]).spec
+    assert isinstance(spec, HostSpec)
+    return spec.default_task
+
+
 def build_task(config: RunConfig, registry: Registry) -> tuple[TaskProtocol, str]:
     """The task of a run, and its name as the user would have typed it."""
-    name = config.task
-    if not name:
-        spec = registry.find("host", split_reference(config.host)[0]).spec
-        assert isinstance(spec, HostSpec)
-        name = spec.default_task
+    name = task_reference(config, registry)
     kind, argument = split_reference(name)
     options = options_for(config, registry, "task", kind)
     if config.download:
@@ -176,7 +157,7 @@ def build_host(config: RunConfig, registry: Registry, outputs: int, input_shape:
 
 
 def build_plane(
-    config: RunConfig, registry: Registry, host: HostProtocol, *, host_flops: int, total_steps: int
+    config: RunConfig, registry: Registry, host: HostProtocol, *, host_flops: int, timetable: Timetable
 ) -> Plane:
     """The plane over a host, with the run's budgets."""
     options = part_config(config, "plane", PlaneConfig)
@@ -190,7 +171,7 @@ def build_plane(
             parse_budget("budget_params", config.budget_params, host_params),
             parse_budget("budget_flops", config.budget_flops, host_flops),
         ),
-        ramp_steps=max(1, round(options.ramp * total_steps)), embargo=options.embargo, max_stack=options.max_stack,
+        ramp_steps=timetable.ramp_steps(options.ramp), embargo=options.embargo, max_stack=options.max_stack,
         host_flops=host_flops,
         blueprint_options={name: found for name in names if (found := config.settings_of(name))},
     )  # fmt: skip
@@ -213,43 +194,37 @@ def build_controller(config: RunConfig, registry: Registry) -> Controller:
     return controller
 
 
-def build_rewards(config: RunConfig, registry: Registry) -> dict[str, tuple[Any, float]]:
-    """Term and weight of each reward."""
-    rewards = {}
-    for reference in config.rewards:
-        name, _, weight = reference.partition("=")
-        try:
-            factor = float(weight or 1.0)
-        except ValueError:
-            factor = math.nan
-        if not math.isfinite(factor):
-            raise BadOption(f"reward {reference!r} cannot be read", "name=weight", "--rewards accuracy=1,rent=1")
-        rewards[name] = (registry.build("reward", name, options=options_for(config, registry, "reward", name)), factor)
-    return rewards
+def parse_rewards(references: Iterable[str]) -> dict[str, float]:
+    """Weights by term from `accuracy=1`, `rent=0.5`, or `churn` alone, which weighs 1.
 
-
-def build_tolaria(
-    config: RunConfig, registry: Registry, plane: Plane, objective: Objective, emit: Callable[[Event], None], *,
-    steps: int, decisions: int, optimizer: GrowthOptimizer | None = None,
-) -> Tolaria:  # fmt: skip
-    """Growth with everything that watches it. The plane's host is where it will train.
-
-    Args:
-        steps, decisions: of the whole run.
-        optimizer: None for one that updates the host as well.
+    Raises:
+        BadOption: an empty name, a repeated one, or a weight that is not a finite number.
     """
-    optimizer = optimizer or GrowthOptimizer(
-        plane.host.module.parameters(), config, part_config(config, "optimizer", OptimizerConfig)
-    )
-    sensing = part_config(config, "sensors", SensorConfig)
-    every = min(sensing.every, max(1, steps // (2 * decisions)))
-    return Tolaria(
-        plane, optimizer, build_controller(config, registry),
-        Governor(part_config(config, "governor", GovernorConfig), objective.chance), objective,
-        emit=emit, decisions=decisions, epochs=config.epochs, controller_name=config.controller,
-        sensors=SensorArray(plane, every=every), rewards=build_rewards(config, registry),
-        fossils_every=sensing.fossils,
-    )  # fmt: skip
+    weights: dict[str, float] = {}
+    for reference in references:
+        name, separator, text = (part.strip() for part in reference.partition("="))
+        try:
+            weight = float(text) if separator else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise BadOption(f"reward {reference!r} cannot be read", "name=weight", "--rewards accuracy=1,rent=1")
+        if name in weights:
+            raise BadOption(f"reward {name!r} is given twice", "each term once", "--rewards accuracy=1,rent=1")
+        weights[name] = weight
+    return weights
+
+
+def build_rewards(config: RunConfig, registry: Registry) -> dict[str, tuple[RewardTerm, float]]:
+    """Term and weight of each reward.
+
+    Raises:
+        EsperError: see `parse_rewards`; or no such reward.
+    """
+    return {
+        name: (registry.build("reward", name, options=options_for(config, registry, "reward", name)), weight)
+        for name, weight in parse_rewards(config.rewards).items()
+    }
 
 
 def parse_budget(name: str, text: str, whole: int) -> int | None:

@@ -99,6 +99,9 @@ class RunConfig:
         group="training",
         choices=("adamw", "sgd", "muon"),
     )
+    accumulate: int = _option(
+        1, "parts into which a batch is split to save memory; one update for all", group="training", minimum=1
+    )
     learning_rate: float = _option(2e-3, "peak learning rate of the host", group="training", minimum=0.0)
     weight_decay: float = _option(0.01, "decoupled for adamw and muon, L2 for sgd", group="training", minimum=0.0)
     schedule: str = _option(

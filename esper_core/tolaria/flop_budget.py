@@ -21,6 +21,7 @@ from esper_core.leyline.objective import Objective
 from esper_core.leyline.scaling import params_fed_by
 from esper_core.leyline.specs import HostSpec
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.step import Precision, forward
 
 DECISIONS: Final = 50
 """Decision steps of a run with a budget, unless it says otherwise."""
@@ -129,31 +130,31 @@ def measure_speed(
     objective: Objective,
     host_flops: int,
     batch_size: int,
-    device: str,
+    precision: Precision,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """FLOPs a second at which the host trains here, without the optimizer. Nothing of the host or of torch changes."""
-    module = host.module
+    module, device = host.module, str(precision.device)
     kept = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     devices = [device] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):
         batch: Batch = next(iter(task.train.batches(batch_size, shuffle=True, device=device)))
-        _train_once(host, objective, batch)
+
+        def train_once() -> None:
+            module.zero_grad(set_to_none=True)
+            forward(host, objective, batch, precision)[1].backward()  # type: ignore[no-untyped-call]
+
+        train_once()
         _wait(device)
         began, count = clock(), 0
         while clock() - began < _TRIAL_SECONDS:
-            _train_once(host, objective, batch)
+            train_once()
             count += 1
             _wait(device)
         seconds = clock() - began
     module.load_state_dict(kept)
     module.zero_grad(set_to_none=True)
     return 3.0 * host_flops * batch.size * count / seconds
-
-
-def _train_once(host: HostProtocol, objective: Objective, batch: Batch) -> None:
-    host.module.zero_grad(set_to_none=True)
-    objective.loss(host.forward_with_slots(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
 
 
 def _wait(device: str) -> None:

@@ -10,21 +10,20 @@ import torch
 from torch import nn
 
 from esper_core.kasmina.compose import compose
-from esper_core.kasmina.flops import count_flops
-from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event, Sink
 from esper_core.leyline.host import Batch
-from esper_core.leyline.objective import Objective
 from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
-from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
+from esper_core.tolaria.own_objective import Judge, Loss
 from esper_core.tolaria.session import Tolaria
-from esper_core.tolaria.trainer import RunResult, Trainer, decisions_per_epoch, steps_per_epoch
+from esper_core.tolaria.setup import OWN_MODEL, OwnModel, check_settings, set_up_module
+from esper_core.tolaria.timetable import Timetable
+from esper_core.tolaria.trainer import RunResult, Trainer
 
 ToBatch = Callable[[Any], Batch]
 Judged = tuple[Loss, Judge, bool]
@@ -179,30 +178,29 @@ def grow(
         RunFailed: the run is beyond rescue; the model is back in its last good state.
     """
     config = RunConfig.from_mapping(
-        {"device": _device_of(model), **options, "host": "model", "blueprints": tuple(blueprints)}
+        {"device": _device_of(model), **options, "host": OWN_MODEL, "blueprints": tuple(blueprints)}
     )
     registry, record = registry or load_registry(), _Record()
-    assembly.check_settings(config, registry)
+    check_settings(config, registry)
     assembly.make_deterministic(config.seed)
-    device = assembly.choose_device(config.device)
-    model.to(device).train()
-    judged = loss, metric, higher_is_better
-    plane, objective = _ground(model, val_loader, convert, points, config, registry, device, judged)
-    split, held_out = LoaderSplit(train_loader, convert), LoaderSplit(val_loader, convert)
-    task = LoaderTask(split, held_out, LoaderSplit(() if test_loader is None else test_loader, convert))
-    steps = steps_per_epoch(config, task)
-    decisions = decisions_per_epoch(config, steps)
-    _fit_ramp(plane, config, steps * config.epochs)
-    hub = Hub({"record": record, **(sinks or {})}, registry)
-    tolaria = assembly.build_tolaria(
-        config, registry, plane, objective, hub.emit, steps=steps * config.epochs, decisions=decisions * config.epochs
+    model.to(assembly.choose_device(config.device)).train()
+    task = LoaderTask(
+        LoaderSplit(train_loader, convert),
+        LoaderSplit(val_loader, convert),
+        LoaderSplit(() if test_loader is None else test_loader, convert),
     )
-    trainer = Trainer(config, tolaria, task, hub, None, device=device, about={}, test=test_loader is not None)
+    own = OwnModel(
+        module=model, points=points, sample=_first(val_loader, convert), loss=loss, metric=metric,
+        higher_is_better=higher_is_better,
+    )  # fmt: skip
+    setup = set_up_module(config, registry, own, task)
+    hub = Hub({"record": record, **(sinks or {})}, registry)
+    trainer = Trainer(setup, setup.build_tolaria(hub.emit), hub, None, about={}, test=test_loader is not None)
     try:
         result = trainer.run()
     finally:
         hub.close()
-    return Grown(compose(plane).eval(), plane, result, tuple(record.events))
+    return Grown(compose(setup.plane).eval(), setup.plane, result, tuple(record.events))
 
 
 def accompany(
@@ -247,43 +245,26 @@ def accompany(
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
-    config = RunConfig.from_mapping({**options, "host": "model", "blueprints": tuple(blueprints)})
-    registry = registry or load_registry()
-    assembly.check_settings(config, registry)
-    device = torch.device(_device_of(model))
-    judged = loss, metric, higher_is_better
-    plane, objective = _ground(model, [sample], convert, points, config, registry, device, judged)
-    _fit_ramp(plane, config, steps)
-    seeds = GrowthOptimizer((), config, assembly.part_config(config, "optimizer", OptimizerConfig), others=[optimizer])
-    return assembly.build_tolaria(
-        config, registry, plane, objective, emit, steps=steps, decisions=decisions, optimizer=seeds
+    config = RunConfig.from_mapping(
+        {**options, "device": _device_of(model), "host": OWN_MODEL, "blueprints": tuple(blueprints)}
     )
+    registry, split = registry or load_registry(), LoaderSplit((sample,), convert)
+    task = LoaderTask(LoaderSplit(()), split, LoaderSplit(()))
+    own = OwnModel(
+        module=model, points=points, sample=convert(sample), loss=loss, metric=metric,
+        higher_is_better=higher_is_better,
+    )  # fmt: skip
+    setup = set_up_module(config, registry, own, task, Timetable.of_steps(config, steps, decisions))
+    seeds = GrowthOptimizer((), config, assembly.part_config(config, "optimizer", OptimizerConfig), others=[optimizer])
+    return setup.build_tolaria(emit, optimizer=seeds)
 
 
 def _device_of(model: nn.Module) -> str:
     return str(next((p.device for p in model.parameters()), torch.device("cpu")))
 
 
-def _fit_ramp(plane: Plane, config: RunConfig, steps: int) -> None:
-    plane.ramp_steps = max(1, round(assembly.part_config(config, "plane", assembly.PlaneConfig).ramp * steps))
-
-
-def _ground(
-    model: nn.Module, loader: Iterable[Any], convert: ToBatch, points: Sequence[str] | None, config: RunConfig,
-    registry: Registry, device: torch.device, judged: Judged,
-) -> tuple[Plane, Objective]:  # fmt: skip
-    """A plane over the model, measured on the first batch, and the objective that it is judged by."""
-    first = next(iter(loader), None)
-    if first is None:
+def _first(loader: Iterable[Any], convert: ToBatch) -> Batch:
+    item = next(iter(loader), None)
+    if item is None:
         raise BadOption("the loader is empty", "at least one batch")
-    sample = convert(first).to(device)
-    host = host_from_module(model, points, example=sample.head(2).inputs)
-    training = model.training
-    model.eval()
-    one = sample.head(1).inputs
-    with torch.no_grad():
-        outputs = host.forward_with_slots(one)
-    flops = count_flops(lambda: host.forward_with_slots(one))
-    model.train(training)
-    objective = choose_objective(config, registry, outputs, sample, *judged)
-    return assembly.build_plane(config, registry, host, host_flops=flops, total_steps=1), objective
+    return convert(item)

@@ -20,6 +20,7 @@ from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.snapshot import load_model as load_weights
 from esper_core.tolaria.snapshot import model_tensors
+from esper_core.tolaria.timetable import Timetable
 
 FORMAT: Final = "esper-model-1"
 GROWTH_FORMAT: Final = "esper-growth-1"
@@ -95,7 +96,7 @@ def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plan
         config = RunConfig.from_mapping(header["config"])
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
         host = build_host(config, registry, outputs, shape)
-        plane = build_plane(config, registry, host, host_flops=0, total_steps=1)
+        plane = build_plane(config, registry, host, host_flops=0, timetable=Timetable.of_steps(config, 1))
         plane.rebuild(header["structure"])
         load_weights(plane, tensors, file)
     return plane, header

@@ -12,29 +12,18 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.counterfactual import measure_counterfactuals
-from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, RunFailed
 from esper_core.leyline.events import Sink
-from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
+from esper_core.leyline.host import Batch
 from esper_core.leyline.injection import InjectionSpec
-from esper_core.leyline.objective import Objective
-from esper_core.leyline.specs import HostSpec
 from esper_core.nissa.hub import Hub
-from esper_core.registry import Registry, load_registry, split_reference
+from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.flop_budget import (
-    budget_of,
-    budget_of_minutes,
-    decisions_in,
-    fit_to_budget,
-    measure_speed,
-    resolve_budget,
-    suit_budget,
-)
 from esper_core.tolaria.model_file import describe_origin, load_plane
 from esper_core.tolaria.run_folder import RunFolder
-from esper_core.tolaria.trainer import RunResult, Trainer, decisions_per_epoch, steps_per_epoch
+from esper_core.tolaria.setup import Setup, set_up
+from esper_core.tolaria.trainer import RunResult, Trainer
 
 Notify = Callable[[str], None]
 
@@ -43,80 +32,16 @@ def _silent(text: str) -> None:
     """Say nothing."""
 
 
-@attrs.define
-class _Ground:
-    """What a run stands on before it has a folder: task, host and plane, on their device."""
-
-    config: RunConfig
-    registry: Registry
-    device: torch.device
-    task: TaskProtocol
-    task_name: str
-    objective: Objective
-    plane: Plane
-
-
-def _lay(config: RunConfig, registry: Registry | None, notify: Notify) -> _Ground:
-    registry = registry or load_registry()
-    assembly.check_settings(config, registry)
-    device = assembly.choose_device(config.device)
-    assembly.make_deterministic(config.seed)
-    task, name = assembly.build_task(config, registry)
-    if not config.task:
-        notify(f"no --task given: {config.host} trains on {name}, its default")
-    objective = assembly.build_objective(config, registry, task)
-    host, flops = _build_host(config, registry, task, objective, device)
-    if config.minutes and not config.budget_total:
-        speed = measure_speed(host, task, objective, flops, config.batch_size, str(device))
-        config, note = budget_of_minutes(config, speed)
-        notify(note)
-    part = registry.find("host", split_reference(config.host)[0])
-    assert isinstance(part.spec, HostSpec)
-    sized = fit_to_budget(config, part.spec, registry.load(part, attribute="start")) if part.spec.start else config
-    if sized != config:
-        config = sized
-        host, flops = _build_host(config, registry, task, objective, device)
-        chosen = ", ".join(f"{size} {config.settings[f'{part.spec.name}.{size}']}" for size in part.spec.sizes)
-        notify(f"the budget suggests to start with {chosen}")
-    for note in (*getattr(task, "notes", ()), *getattr(host, "notes", ())):
-        notify(note)
-    config, told = suit_budget(config, host)
-    config, more = resolve_budget(config, flops, steps_per_epoch(config, task))
-    for note in (*told, *more):
-        notify(note)
-    steps = steps_per_epoch(config, task) * config.epochs
-    plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps)
-    if config.compile == "blocks":
-        assembly.compile_host(host)
-    return _Ground(config, registry, device, task, name, objective, plane)
-
-
-def _build_host(
-    config: RunConfig, registry: Registry, task: TaskProtocol, objective: Objective, device: torch.device
-) -> tuple[HostProtocol, int]:
-    """The host on its device, and the FLOPs of its forward pass for one example."""
-    host = assembly.build_host(config, registry, task.outputs, task.input_shape)
-    host.module.to(device).train()
-    return host, assembly.host_flops(host, task, objective, device)
-
-
-def _build_trainer(
-    ground: _Ground,
+def build_trainer(
+    setup: Setup,
     sinks: Mapping[str, Sink],
     open_folder: Callable[[], RunFolder | None] = lambda: None,
     *,
     test: bool = True,
 ) -> Trainer:
     """Everything that can be refused is built before the folder, so that a refused run leaves none behind."""
-    config, registry, task = ground.config, ground.registry, ground.task
-    each, budget = steps_per_epoch(config, task), budget_of(config)
-    steps = each * config.epochs
-    decisions = decisions_per_epoch(config, each) * config.epochs if budget is None else decisions_in(config, steps)
-    tolaria = assembly.build_tolaria(
-        config, registry, ground.plane, ground.objective, lambda event: hub.emit(event), steps=steps,
-        decisions=decisions,
-    )  # fmt: skip
-    tolaria.budget = budget
+    config, registry = setup.config, setup.registry
+    tolaria = setup.build_tolaria(lambda event: hub.emit(event))
     names = dict.fromkeys(("jsonl", *config.sinks))
     for name in names:
         registry.load(registry.find("sink", name))
@@ -127,8 +52,8 @@ def _build_trainer(
                 "sink", name, folder.path, options=assembly.options_for(config, registry, "sink", name)
             )
     hub = Hub(found, registry)
-    about = describe_origin(attrs.evolve(config, task=ground.task_name), task)
-    return Trainer(config, tolaria, task, hub, folder, device=ground.device, about=about, test=test)
+    about = describe_origin(attrs.evolve(config, task=setup.task_name), setup.task)
+    return Trainer(setup, tolaria, hub, folder, about=about, test=test)
 
 
 def start_run(
@@ -151,9 +76,9 @@ def start_run(
         EsperError: something in the configuration cannot be used; nothing was trained.
         RunFailed: the run could not go on; its last good model was saved.
     """
-    ground = _lay(config, registry, notify)
-    create = partial(RunFolder.create, ground.config, ground.task_name, ground.registry)
-    trainer = _build_trainer(ground, sinks or {}, create if keep else lambda: None, test=test)
+    setup = set_up(config, registry, notify=notify)
+    create = partial(RunFolder.create, setup.config, setup.task_name, setup.registry)
+    trainer = build_trainer(setup, sinks or {}, create if keep else lambda: None, test=test)
     if trainer.folder is not None:
         notify(f"run folder: {trainer.folder.path}")
     return _run(trainer)
@@ -183,8 +108,8 @@ def resume_run(
         notify(
             f"the run began with torch {version}; with {torch.__version__} it may go on differently in the last bits"
         )
-    ground = _lay(config, registry, notify)
-    trainer = _build_trainer(ground, sinks or {}, lambda: folder)
+    setup = set_up(config, registry, lenient=True, notify=notify)
+    trainer = build_trainer(setup, sinks or {}, lambda: folder)
     found = folder.checkpoints.newest(notify)
     if found is None:
         notify("no checkpoint yet: starting from the beginning")
@@ -192,7 +117,7 @@ def resume_run(
         assembly.make_deterministic(config.seed)
     else:
         trainer.load(*found)
-        notify(f"resumed at step {trainer.tolaria.clock.step} of {trainer.total_steps}")
+        notify(f"resumed at step {trainer.tolaria.clock.step} of {setup.timetable.steps}")
     folder.checkpoints.forget_after(trainer.tolaria.clock.step)
     folder.forget_result()
     return _run(trainer)
@@ -280,30 +205,30 @@ class Plan:
 
 def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Notify = _silent) -> Plan:
     """Resolve a configuration without training and without a folder."""
-    ground = _lay(config, registry, notify)
-    trainer = _build_trainer(ground, {})
+    setup = set_up(config, registry, notify=notify)
+    trainer = build_trainer(setup, {})
     trainer.hub.close()
-    plane, task = ground.plane, ground.task
+    plane, task = setup.plane, setup.task
     return Plan(
-        config=attrs.evolve(ground.config, task=ground.task_name),
+        config=attrs.evolve(setup.config, task=setup.task_name),
         task=task.name,
         outputs=task.outputs,
-        device=str(ground.device),
+        device=str(setup.device),
         host_params=plane.host_params,
         host_flops=plane.host_flops,
         points=tuple(slot.spec for slot in plane.slots.values()),
         params_budget=plane.limits.params,
         flops_budget=plane.limits.flops,
         blueprints=tuple(plane.candidates),
-        steps=trainer.total_steps,
+        steps=setup.timetable.steps,
         decisions=trainer.tolaria.decisions,
-        memory=_estimate_memory(ground),
+        memory=_estimate_memory(setup),
     )
 
 
-def _estimate_memory(ground: _Ground) -> dict[str, int]:
+def _estimate_memory(setup: Setup) -> dict[str, int]:
     """Bytes by use: what autograd keeps is measured on one example, the rest is counted."""
-    plane, config = ground.plane, ground.config
+    plane, config = setup.plane, setup.config
     weights = sum(t.numel() * t.element_size() for t in plane.host.module.state_dict().values())
     moments = weights * (1 if config.optimizer == "sgd" else 2)
     seen: dict[int, int] = {}
@@ -314,7 +239,7 @@ def _estimate_memory(ground: _Ground) -> dict[str, int]:
             seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    batch: Batch = next(iter(ground.task.validation.batches(2, device=str(ground.device))))
+    batch: Batch = next(iter(setup.task.validation.batches(2, device=str(setup.device))))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(note(t)) or t, lambda t: t):  # type: ignore[func-returns-value]
         plane.host.forward_with_slots(batch.inputs)

@@ -40,6 +40,8 @@ from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.governor import Alarm, Governor
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.snapshot import Snapshot
+from esper_core.tolaria.step import Precision, TrainingStep
+from esper_core.tolaria.timetable import decision_step
 
 
 @attrs.define
@@ -130,14 +132,14 @@ class Tolaria:
 
         Call it between the optimizer's `step()` and `zero_grad()`. Arguments and errors are `after_step`'s.
         """
-        self.after_backward()
-        self.optimizer.step(self.optimizer.learning_rate)
-        self.optimizer.zero_grad()
+        precision = Precision(self._losses.device)
+        seeds = TrainingStep(self.plane, self.objective, self.optimizer, precision, watch=self.after_backward)
+        seeds.update(self.optimizer.learning_rate)
         self.after_step(loss, examples)
 
     def due(self, steps: int) -> bool:
         """Whether it is time for a decision step, in a run of that many optimizer steps."""
-        return self.clock.step >= round((self.clock.decision + 1) * steps / self.decisions)
+        return self.clock.step >= decision_step(self.clock.decision, steps, self.decisions)
 
     def after_step(self, loss: Tensor, examples: int) -> None:
         """Account for one optimizer step. Waits for the device only every `governor.check_every` steps.

@@ -17,20 +17,17 @@ from torch import Tensor
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.leyline.errors import BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted
-from esper_core.leyline.host import Batch, TaskProtocol
+from esper_core.leyline.host import Batch
 from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.hub import Hub
 from esper_core.storage.tensor_file import expect_well_formed
-from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.faults import without_the_guilty
-from esper_core.tolaria.flop_budget import budget_of
 from esper_core.tolaria.model_file import save_model
 from esper_core.tolaria.run_folder import RunFolder
-from esper_core.tolaria.schedules import learning_rate_share
 from esper_core.tolaria.session import Tolaria
+from esper_core.tolaria.setup import Setup
 from esper_core.tolaria.snapshot import load_random, load_training, random_tensors, training_plain, training_tensors
 
-_LEAST_DECISIONS = 24
 _AFFORDABLE = 0.01
 """Share of the time that checkpoints may take where nobody asked for a fixed interval."""
 
@@ -79,36 +76,31 @@ class Trainer:
     """Trains what stands on a plane, decides when it is time, saves, and ends as it should.
 
     Args:
-        tolaria: growth, with plane, optimizer, controller and governor.
-        task: three splits.
+        setup: what the run is. tolaria: growth, with plane, optimizer, controller and governor.
         hub: takes events. folder: where the run lives; None to leave no trace.
-        device: where everything is.
         about: what a saved model says of its origin.
         test: whether to read the test split at the end.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        setup: Setup,
         tolaria: Tolaria,
-        task: TaskProtocol,
         hub: Hub,
         folder: RunFolder | None,
         *,
-        device: torch.device,
         about: Mapping[str, Any],
         test: bool = True,
     ) -> None:
-        self.config, self.tolaria, self.task, self.hub, self.folder = config, tolaria, task, hub, folder
-        self.device, self.about, self.test, self.position = device, about, test, Position()
-        self.steps_per_epoch = steps_per_epoch(config, task)
-        self.total_steps = self.steps_per_epoch * config.epochs
-        self.budget = budget_of(config)
-        count = decisions_per_epoch(config, self.steps_per_epoch)
-        self._due = {round((i + 1) * self.steps_per_epoch / count) for i in range(count)}
-        self._amp = choose_amp(config.amp, device)
-        self._scaler = torch.amp.GradScaler(device.type) if self._amp is torch.float16 else None
-        self._hits = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self.setup, self.config, self.task, self.device = setup, setup.config, setup.task, setup.device
+        self.timetable, self.precision = setup.timetable, setup.precision
+        self.tolaria, self.hub, self.folder, self.about, self.test = tolaria, hub, folder, about, test
+        self.position = Position()
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        self._hits = torch.zeros(2, dtype=exact, device=self.device)
+        self.training_step = setup.build_step(
+            tolaria.plane, tolaria.optimizer, watch=tolaria.after_backward, tally=self._hits
+        )
         self._signal = ""
         self._saved_at, self._save_cost = time.monotonic(), 0.0
 
@@ -144,7 +136,7 @@ class Trainer:
             self.position.batch += 1
             if self._decision_due():
                 self.decide()
-            last = self.position.batch >= self.steps_per_epoch or self._spent()
+            last = self.position.batch >= self.timetable.epoch_steps or self._spent()
             if last:
                 self._end_epoch(began, first)
             if self._signal:
@@ -154,7 +146,7 @@ class Trainer:
                 return True
         if self.position.batch == 0:
             raise BadOption("the training split gave no batch", "at least one", "a smaller --batch-size")
-        if self.budget is None and self.position.batch not in self._due:
+        if self.timetable.budget is None and self.position.batch not in self.timetable.due:
             self.decide()
         self._end_epoch(began, first)
         return True
@@ -162,17 +154,16 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the run that is done: of its FLOPs where it has a budget, else of its steps."""
-        if self.budget is not None:
-            return self.tolaria.clock.total_flops / self.budget
-        return self.tolaria.clock.step / self.total_steps
+        clock = self.tolaria.clock
+        return self.timetable.progress(clock.step, clock.total_flops)
 
     def _spent(self) -> bool:
-        return self.budget is not None and self.progress >= 1.0
+        return self.timetable.budget is not None and self.progress >= 1.0
 
     def _decision_due(self) -> bool:
-        if self.budget is None:
-            return self.position.batch in self._due
-        unmeasured = self.position.batch >= self.steps_per_epoch and self.position.validation_loss is None
+        if self.timetable.budget is None:
+            return self.position.batch in self.timetable.due
+        unmeasured = self.position.batch >= self.timetable.epoch_steps and self.position.validation_loss is None
         due = self.progress * self.tolaria.decisions >= self.tolaria.clock.decision + 1
         return due or unmeasured or self._spent()
 
@@ -198,58 +189,28 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Train on one batch. Waits for nothing on the device."""
         tolaria = self.tolaria
-        share = learning_rate_share(self.config.schedule, self.progress, self.config.warmup, self.config.decay)
-        rate = self.position.learning_rate = self.config.learning_rate * share * tolaria.governor.caution
+        rate = self.position.learning_rate = self.timetable.rate(self.progress) * tolaria.governor.caution
         try:
-            loss = self._backward(batch)
+            loss = self.training_step.backward(batch)
         except Exception as error:  # noqa: BLE001 - a blueprint may raise anything; the run goes on without it
             path, loss = without_the_guilty(tolaria.plane, lambda: self._again(batch), error)
             tolaria.cull_faulty(path, error)
-        if self._scaler is None:
-            tolaria.after_backward()
-            tolaria.optimizer.step(rate)
-        else:
-            self._scaled_step(self._scaler, rate)
-        tolaria.optimizer.zero_grad()
+        self.training_step.update(rate)
         tolaria.after_step(loss, batch.size)
         tolaria.clock.targets += batch.targets.numel()
         tolaria.clock.examples += batch.size
 
-    def _backward(self, batch: Batch) -> Tensor:
-        with self.autocast():
-            outputs = self.tolaria.plane.host.forward_with_slots(batch.inputs)
-            loss = self.tolaria.objective.loss(outputs, batch.targets)
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            tally = self.tolaria.objective.tally(outputs, batch.targets)
-            if tally is not None:
-                self._hits += torch.stack(tally)
-        return loss
-
     def _again(self, batch: Batch) -> Tensor:
         """The same batch, after a pass that broke off half-way."""
         self.tolaria.optimizer.zero_grad()
-        return self._backward(batch)
-
-    def _scaled_step(self, scaler: torch.amp.GradScaler, rate: float) -> None:
-        """fp16: an isolated seed that overflows must not stop the host's update, so it loses its own gradient."""
-        for parameters in self.tolaria.plane.seed_groups().values():
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    torch.nan_to_num_(parameter.grad, 0.0, 0.0, 0.0)
-        optimizer = self.tolaria.optimizer.torch
-        assert optimizer is not None
-        scaler.unscale_(optimizer)
-        self.tolaria.after_backward()
-        self.tolaria.optimizer.step(rate, scaler.step)
-        scaler.update()
+        return self.training_step.backward(batch)
 
     def decide(self) -> Measurement:
         """One decision step on the validation split."""
         plane, position = self.tolaria.plane, self.position
-        batches = _Limited(self.task, self.config, str(self.device))
-        epoch = position.epoch + position.batch / self.steps_per_epoch
-        with self.autocast():
+        batches = self.setup.validation()
+        epoch = position.epoch + position.batch / self.timetable.epoch_steps
+        with self.precision.autocast():
             try:
                 measured = self.tolaria.decide(batches, epoch)
             except EsperError:
@@ -265,10 +226,6 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> Tensor:
         return self.tolaria.plane.host.forward_with_slots(batch.inputs)
-
-    def autocast(self) -> torch.autocast:
-        """Mixed precision, if this run uses it."""
-        return torch.autocast(self.device.type, dtype=self._amp, enabled=self._amp is not None)
 
     def _end_epoch(self, began: float, first: int) -> None:
         position, clock, ledger = self.position, self.tolaria.clock, self.tolaria.plane.ledger
@@ -301,8 +258,8 @@ class Trainer:
     def _read_host(self) -> None:
         """Once an epoch, where the host works on sequences: how its attention and its layers stand."""
         if works_on_sequences(self.tolaria.plane):
-            with self.autocast():
-                self.tolaria.read_host(next(iter(_Limited(self.task, self.config, str(self.device)))))
+            with self.precision.autocast():
+                self.tolaria.read_host(next(iter(self.setup.validation())))
 
     # --- Beginning and end ---
 
@@ -318,14 +275,14 @@ class Trainer:
                 host_params=plane.host_params,
                 host_flops=plane.host_flops,
                 points=[attrs.asdict(slot.spec) for slot in plane.slots.values()],
-                steps=self.total_steps,
+                steps=self.timetable.steps,
             )
         )
 
     def _finish(self) -> RunResult:
         if not self.test:
             return self._end("finished", "", None)
-        with self.autocast():
+        with self.precision.autocast():
             batches = self.task.test.batches(self.config.batch_size, device=str(self.device))
             test = measure_counterfactuals(self.tolaria.plane, batches, self.tolaria.objective, paths=[])
         self.tolaria.clock.total_flops += test.flops
@@ -447,7 +404,7 @@ class Trainer:
             "training": training_plain(self.tolaria.plane, self.tolaria.optimizer),
             "tolaria": self.tolaria.state_dict(),
             "position": attrs.asdict(self.position),
-            "scaler": self._scaler.state_dict() if self._scaler is not None else {},
+            "scaler": self.training_step.scaler.state_dict() if self.training_step.scaler is not None else {},
             "sinks": self.hub.positions(),
         }
 
@@ -464,60 +421,6 @@ class Trainer:
             self.position = Position(**plain["position"])
             self._hits.copy_(tensors["trainer.hits"])
             load_random(tensors, self.device)
-            if self._scaler is not None:
-                self._scaler.load_state_dict(plain["scaler"])
+            if self.training_step.scaler is not None:
+                self.training_step.scaler.load_state_dict(plain["scaler"])
             self.hub.rewind(plain["sinks"])
-
-
-class _Limited:
-    """The validation batches that a decision reads: the same ones each time, up to `decision_examples`."""
-
-    def __init__(self, task: TaskProtocol, config: RunConfig, device: str) -> None:
-        self.task, self.config, self.device = task, config, device
-
-    def __iter__(self) -> Iterator[Batch]:
-        seen, limit = 0, self.config.decision_examples
-        for batch in self.task.validation.batches(self.config.batch_size, device=self.device):
-            yield batch
-            seen += batch.size
-            if limit and seen >= limit:
-                return
-
-
-def steps_per_epoch(config: RunConfig, task: TaskProtocol) -> int:
-    """Batches in an epoch.
-
-    Raises:
-        BadOption: the training split is a stream of unknown length, and no number was given.
-    """
-    count = task.train.batch_count(config.batch_size)
-    if config.steps_per_epoch:
-        return config.steps_per_epoch if count is None else min(count, config.steps_per_epoch)
-    if count is None:
-        raise BadOption(f"nobody knows how long {task.name} is", "batches in an epoch", "--steps-per-epoch 1000")
-    return max(1, count)
-
-
-def decisions_per_epoch(config: RunConfig, steps: int) -> int:
-    """Decision steps in an epoch of `steps` batches."""
-    wanted = config.decisions_per_epoch or -(-_LEAST_DECISIONS // config.epochs)
-    return min(wanted, steps)
-
-
-def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, or None for full precision.
-
-    Raises:
-        BadOption: the device does not support it.
-    """
-    if amp == "off" or (amp == "auto" and device.type != "cuda"):
-        return None
-    if device.type == "cuda" and amp in ("auto", "bf16"):
-        if torch.cuda.is_bf16_supported():
-            return torch.bfloat16
-        if amp == "auto":
-            return None
-        raise BadOption(f"{torch.cuda.get_device_name(device)} has no bf16", "off or fp16", "--amp fp16")
-    if amp == "fp16" and device.type == "cpu":
-        raise BadOption("fp16 needs a GPU", "off or bf16", "--amp off")
-    return torch.bfloat16 if amp == "bf16" else torch.float16

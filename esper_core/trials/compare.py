@@ -24,7 +24,6 @@ from typing import Any, Final
 import attrs
 import torch
 
-from esper_core.kasmina.counterfactual import measure_counterfactuals
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
 from esper_core.registry import Registry, load_registry
 from esper_core.storage.tensor_file import parse_json, read_json_file, write_json_file
@@ -32,8 +31,17 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
+from esper_core.tolaria.setup import Setup, keep_used_settings, set_up
 from esper_core.trials.intervals import paired_interval
-from esper_core.trials.static import Ground, Organ, StaticResult, implant, lay_ground, organs_of, train_static
+from esper_core.trials.static import (
+    Organ,
+    StaticResult,
+    implant,
+    organs_of,
+    read_split,
+    step_flops,
+    train_static,
+)
 from esper_core.trials.verdict import verdict_of
 
 ARMS: Final = ("grown", "host", "host@FLOPs", "static", "static@FLOPs", "random search", "random controller")
@@ -230,6 +238,7 @@ def _grow(unit: Unit, registry: Registry) -> dict[str, Any]:
     controller = "random" if unit.arm == "random controller" else unit.config.controller
     overseers = () if unit.arm == "random controller" else unit.config.overseers
     config = attrs.evolve(unit.config, controller=controller, overseers=overseers, out=str(path))
+    config = keep_used_settings(config, registry)
     if (path / "run.json").is_file():
         result = RunFolder.open(path)[0].result()
         if result.get("status") != "finished":
@@ -280,52 +289,51 @@ def _seconds(path: Path) -> float:
     return math.fsum(float(json.loads(line)["seconds"]) for line in lines if line.strip())
 
 
-def _train_fixed(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, float, tuple[Organ, ...]]:
+def _train_fixed(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[Organ, ...]]:
     """The arm's model, what it reached, the FLOPs that the arm spent in all, and its seeds."""
     if unit.arm == "random search":
         return _search(unit, registry)
     organs: tuple[Organ, ...] = ()
     if not unit.arm.startswith("host"):
         organs = organs_of(load_plane(unit.grown_run, registry)[1]["structure"])
-    ground = lay_ground(_with_new_weights(unit.config) if organs else unit.config, registry)
-    implant(ground.plane, organs)
-    steps = ground.epoch_steps * unit.config.epochs
+    setup = set_up(_with_new_weights(unit.config, registry) if organs else unit.config, registry)
+    implant(setup.plane, organs)
+    steps = setup.timetable.steps
     if unit.arm.endswith("@FLOPs"):
-        steps = max(1, round(training_flops(unit.grown_run) / ground.step_flops()))
-    result = train_static(ground, steps)
-    return ground, result, result.flops, organs
+        steps = max(1, round(training_flops(unit.grown_run) / step_flops(setup)))
+    result = train_static(setup, steps)
+    return setup, result, result.flops, organs
 
 
-def _with_new_weights(config: RunConfig) -> RunConfig:
+def _with_new_weights(config: RunConfig, registry: Registry) -> RunConfig:
     """The configuration in which copies of blocks get new weights, as a static network has them."""
-    return attrs.evolve(config, settings={**config.settings, "copy.birth": "random"})
+    return keep_used_settings(attrs.evolve(config, settings={**config.settings, "copy.birth": "random"}), registry)
 
 
-def _search(unit: Unit, registry: Registry) -> tuple[Ground, StaticResult, float, tuple[Organ, ...]]:
+def _search(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[Organ, ...]]:
     """Random architectures that share the grown run's FLOPs; the best by validation is the arm's model."""
     budget, spent = training_flops(unit.grown_run) / unit.candidates, 0.0
-    best: tuple[Ground, StaticResult, tuple[Organ, ...]] | None = None
+    best: tuple[Setup, StaticResult, tuple[Organ, ...]] | None = None
     for index in range(unit.candidates):
-        ground = lay_ground(_with_new_weights(unit.config), registry)
-        organs = draw_organs(ground, random.Random(f"{unit.seed}:{index}"))
-        result = train_static(ground, max(1, round(budget / ground.step_flops())), test=False)
+        setup = set_up(_with_new_weights(unit.config, registry), registry)
+        organs = draw_organs(setup, random.Random(f"{unit.seed}:{index}"))
+        result = train_static(setup, max(1, round(budget / step_flops(setup))), test=False)
         spent += result.flops
-        if best is None or _score(ground, result) > _score(best[0], best[1]):
-            best = ground, result, organs
+        if best is None or _score(setup, result) > _score(best[0], best[1]):
+            best = setup, result, organs
     assert best is not None
-    ground, result, organs = best
-    batches = ground.task.test.batches(unit.config.batch_size, device=str(ground.device))
-    final = measure_counterfactuals(ground.plane, batches, ground.objective, paths=[], count_cost=False)
+    setup, result, organs = best
+    final = read_split(setup, "test")
     result = attrs.evolve(result, test_loss=final.loss, test_accuracy=final.score)
-    return ground, result, spent, organs
+    return setup, result, spent, organs
 
 
-def _score(ground: Ground, result: StaticResult) -> float:
-    language = ground.task.kind == "language-modelling"
+def _score(setup: Setup, result: StaticResult) -> float:
+    language = setup.task.kind == "language-modelling"
     return -result.validation_loss if language else result.validation_accuracy
 
 
-def draw_organs(ground: Ground, draw: random.Random) -> tuple[Organ, ...]:
+def draw_organs(setup: Setup, draw: random.Random) -> tuple[Organ, ...]:
     """Implant a random architecture within the run's budgets: each slot gets a seed with even odds, at least one does.
 
     Returns:
@@ -333,13 +341,13 @@ def draw_organs(ground: Ground, draw: random.Random) -> tuple[Organ, ...]:
     """
     organs: list[Organ] = []
     while True:
-        views = {view.path: view for view in ground.plane.views()}
+        views = {view.path: view for view in setup.plane.views()}
         able = [path for path, view in views.items() if view.blueprints]
         if not able:
             return tuple(organs)
         path = draw.choice(able)
-        organ = Organ(path, draw.choice(views[path].blueprints).name, draw.choice(ground.plane.blends))
-        implant(ground.plane, [organ])
+        organ = Organ(path, draw.choice(views[path].blueprints).name, draw.choice(setup.plane.blends))
+        implant(setup.plane, [organ])
         organs.append(organ)
         if draw.random() < 1 / max(2, len(able)):
             return tuple(organs)

@@ -7,23 +7,17 @@ weights of the host, so that the two can be paired.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-import torch
 
-from esper_core.kasmina.counterfactual import measure_counterfactuals
+from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.kasmina.plane import Plane
-from esper_core.leyline.host import Batch, TaskProtocol
-from esper_core.leyline.objective import Objective
+from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import STAGES, Stage
-from esper_core.registry import Registry
-from esper_core.tolaria import assembly
-from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
-from esper_core.tolaria.schedules import learning_rate_share
-from esper_core.tolaria.trainer import choose_amp, steps_per_epoch
+from esper_core.tolaria.setup import Setup
+from esper_core.tolaria.timetable import Timetable
 
 
 @attrs.frozen
@@ -49,49 +43,10 @@ class StaticResult:
     seconds: float
 
 
-@attrs.define
-class Ground:
-    """A host on its device with a plane over it, and the task."""
-
-    config: RunConfig
-    task: TaskProtocol
-    plane: Plane
-    device: torch.device
-    objective: Objective
-
-    @property
-    def epoch_steps(self) -> int:
-        """Batches in an epoch."""
-        return steps_per_epoch(self.config, self.task)
-
-    def autocast(self) -> torch.autocast:
-        """Mixed precision, if the run uses it; fp16 would need its scaler."""
-        amp = choose_amp(self.config.amp, self.device)
-        return torch.autocast(self.device.type, dtype=amp, enabled=amp is not None)
-
-    def step_flops(self) -> float:
-        """FLOPs of one optimizer step of the model as it stands: forward, and twice that for backward."""
-        ledger = self.plane.ledger
-        return 3.0 * (ledger.host_flops + ledger.seed_flops) * self.config.batch_size
-
-
-def lay_ground(config: RunConfig, registry: Registry) -> Ground:
-    """Task, host and bare plane of a run, as `tolaria` builds them."""
-    device = assembly.choose_device(config.device)
-    assembly.make_deterministic(config.seed)
-    task, _ = assembly.build_task(config, registry)
-    host = assembly.build_host(config, registry, task.outputs, task.input_shape)
-    objective = assembly.build_objective(config, registry, task)
-    host.module.to(device).train()
-    steps = steps_per_epoch(config, task) * config.epochs
-    flops = assembly.host_flops(host, task, objective, device)
-    return Ground(
-        config,
-        task,
-        assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps),
-        device,
-        objective,
-    )
+def step_flops(setup: Setup) -> float:
+    """FLOPs of one optimizer step of the model as it stands: forward, and twice that for backward."""
+    ledger = setup.plane.ledger
+    return 3.0 * (ledger.host_flops + ledger.seed_flops) * setup.config.batch_size
 
 
 def organs_of(structure: Sequence[Mapping[str, Any]]) -> tuple[Organ, ...]:
@@ -119,44 +74,15 @@ def implant(plane: Plane, organs: Sequence[Organ]) -> None:
                 plane.advance(organ.path, gated=False, source="static")
 
 
-def train_static(ground: Ground, steps: int, *, test: bool = True) -> StaticResult:
+def train_static(setup: Setup, steps: int, *, test: bool = True) -> StaticResult:
     """Train what stands on the plane for `steps` optimizer steps, with the run's schedule squeezed into these.
 
     Args:
         test: also read the test split, once, at the end.
     """
-    began, config, plane = time.monotonic(), ground.config, ground.plane
-    options = attrs.evolve(assembly.part_config(config, "optimizer", OptimizerConfig), seed_warmup=0)
-    optimizer = GrowthOptimizer(
-        plane.host.module.parameters(), attrs.evolve(config, seed_learning_rate_factor=1.0), options
-    )
-    optimizer.follow(plane)
-    optimizer.check(plane)
-    flops = ground.step_flops()
-    for step, batch in zip(range(steps), batches_of(ground), strict=False):
-        rate = config.learning_rate * learning_rate_share(config.schedule, step / steps, config.warmup, config.decay)
-        optimizer.zero_grad()
-        with ground.autocast():
-            loss = ground.objective.loss(plane.host.forward_with_slots(batch.inputs), batch.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(rate)
-    device = str(ground.device)
-    seen = measure_counterfactuals(
-        plane,
-        ground.task.validation.batches(config.batch_size, device=device),
-        ground.objective,
-        paths=[],
-        count_cost=False,
-    )
-    final = None
-    if test:
-        final = measure_counterfactuals(
-            plane,
-            ground.task.test.batches(config.batch_size, device=device),
-            ground.objective,
-            paths=[],
-            count_cost=False,
-        )
+    began, plane, flops = time.monotonic(), setup.plane, step_flops(setup)
+    train_steps(setup, batches_of(setup), range(steps), Timetable.of_steps(setup.config, steps))
+    seen, final = read_split(setup, "validation"), read_split(setup, "test") if test else None
     return StaticResult(
         validation_loss=seen.loss,
         validation_accuracy=seen.score,
@@ -169,13 +95,31 @@ def train_static(ground: Ground, steps: int, *, test: bool = True) -> StaticResu
     )
 
 
-def batches_of(ground: Ground) -> Iterator[Batch]:
+def train_steps(setup: Setup, batches: Iterable[Batch], steps: range, timetable: Timetable) -> None:
+    """Train what stands on the plane, its seeds like the host, with a new optimizer at the rates of `timetable`."""
+    alike = attrs.evolve(setup, config=attrs.evolve(setup.config, seed_learning_rate_factor=1.0))
+    optimizer = alike.build_optimizer(seed_warmup=0)
+    optimizer.follow(setup.plane)
+    optimizer.check(setup.plane)
+    step = setup.build_step(setup.plane, optimizer)
+    for number, batch in zip(steps, batches, strict=False):
+        step(batch, timetable.rate(timetable.progress(number)))
+
+
+def read_split(setup: Setup, split: str) -> Measurement:
+    """Loss and score on a whole split, in the precision of the run."""
+    batches = getattr(setup.task, split).batches(setup.config.batch_size, device=str(setup.device))
+    with setup.precision.autocast():
+        return measure_counterfactuals(setup.plane, batches, setup.objective, paths=[], count_cost=False)
+
+
+def batches_of(setup: Setup) -> Iterator[Batch]:
     """Epoch after epoch, in the order of a growing run of the same seed."""
-    config, epoch, length = ground.config, 0, ground.epoch_steps
+    config, epoch = setup.config, 0
     while True:
-        batches = ground.task.train.batches(
-            config.batch_size, seed=config.seed, epoch=epoch, start=0, shuffle=True, device=str(ground.device)
+        batches = setup.task.train.batches(
+            config.batch_size, seed=config.seed, epoch=epoch, start=0, shuffle=True, device=str(setup.device)
         )
-        for _, batch in zip(range(length), batches, strict=False):
+        for _, batch in zip(range(setup.timetable.epoch_steps), batches, strict=False):
             yield batch
         epoch += 1

@@ -15,8 +15,9 @@ from esper_core.registry import load_registry
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import start_run
+from esper_core.tolaria.setup import set_up
 from esper_core.trials.compare import ARMS, CompareConfig, compare_run, draw_organs, training_flops
-from esper_core.trials.static import Organ, implant, lay_ground, organs_of, train_static
+from esper_core.trials.static import Organ, implant, organs_of, train_static
 
 CONFIG = RunConfig(
     host="cnn", task="digits", blueprints=("conv", "depthwise"), budget_params="200%", epochs=4, batch_size=64,
@@ -36,15 +37,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_static_host_is_the_waiting_run_bit_for_bit(tmp_path: Path) -> None:
     config = attrs.evolve(CONFIG, controller="wait", decision_examples=0)
     waited = start_run(attrs.evolve(config, out=str(tmp_path / "wait")))
-    ground = lay_ground(config, load_registry())
-    static = train_static(ground, ground.epoch_steps * config.epochs)
+    ground = set_up(config, load_registry())
+    static = train_static(ground, ground.timetable.steps)
     assert static.test_loss == waited.test_loss
     assert static.validation_loss == waited.validation_loss
     assert static.params == waited.params
 
 
 def test_implanted_seeds_are_whole_trained_and_counted() -> None:
-    ground = lay_ground(CONFIG, load_registry())
+    ground = set_up(CONFIG, load_registry())
     organs = (Organ("block1", "conv", "residual:cosine"), Organ("block2", "depthwise", "residual:cosine"))
     implant(ground.plane, organs)
     assert organs_of(ground.plane.structure()) == organs
@@ -63,7 +64,7 @@ def test_random_architectures_keep_to_the_budget_and_differ() -> None:
     config = attrs.evolve(CONFIG, budget_params="80%")
     drawn = set()
     for index in range(6):
-        ground = lay_ground(config, registry)
+        ground = set_up(config, registry)
         drawn.add(draw_organs(ground, random.Random(index)))
         assert 0 < ground.plane.ledger.excess_params_ratio <= 0.8
     assert len(drawn) > 2

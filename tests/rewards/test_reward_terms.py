@@ -17,10 +17,10 @@ from esper_core.simic.gym.reward import (
     OutcomeMeter,
     Standing,
     compute_shaped_reward,
-    parse_rewards,
     slot_credits,
 )
 from esper_core.testing.reward import IDLE, RewardConformance
+from esper_core.tolaria.assembly import parse_rewards
 from esper_plugins.rewards.plugin import esper_rewards
 
 SPECS = {spec.name: spec for spec in esper_rewards()}

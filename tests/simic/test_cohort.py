@@ -16,7 +16,8 @@ from esper_core.simic.gym.environment import EpisodeGroup, Ground
 from esper_core.simic.gym.member import Member
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.run import _build_trainer, _lay
+from esper_core.tolaria.run import build_trainer
+from esper_core.tolaria.setup import set_up
 
 CONFIG = RunConfig(
     host="cnn", task="digits", epochs=2, steps_per_epoch=18, batch_size=16, decisions_per_epoch=6, decision_examples=64,
@@ -96,7 +97,7 @@ def test_the_trunk_and_a_waiting_member_are_a_run_that_waits(ground: Ground) -> 
     """The twin is the WAIT control itself: an ordinary run under the controller `wait` ends with the same bits."""
     group, _, _ = play(ground, 2, share=True)
     config = attrs.evolve(CONFIG, controller="wait")
-    trainer = _build_trainer(_lay(config, ground.registry, lambda text: None), {})
+    trainer = build_trainer(set_up(config, ground.registry), {})
     trainer.run()
     state = trainer.tolaria.plane.host.module.state_dict()
     for member in (group.cohort.trunk, group.cohort.members[0]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from esper_core.leyline.errors import BadOption
-from esper_core.tolaria import flop_budget, run
+from esper_core.tolaria import flop_budget, setup
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from tests.tolaria import ground
@@ -45,7 +45,7 @@ def test_a_budgeted_run_resumes_bit_for_bit(tmp_path):
 
 
 def test_minutes_become_a_budget_that_a_resumed_run_keeps(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "measure_speed", lambda *args: BUDGET / 60)
+    monkeypatch.setattr(setup, "measure_speed", lambda *args: BUDGET / 60)
     told: list[str] = []
     config = ground.config(tmp_path / "run", controller="wait", minutes=1.0)
     start_run(config, registry=ground.registry(), notify=told.append, test=False)
@@ -66,7 +66,7 @@ def test_measuring_the_speed_leaves_no_trace(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flop_budget, "_TRIAL_SECONDS", 0.01)
-        patch.setattr(run, "measure_speed", measured)
+        patch.setattr(setup, "measure_speed", measured)
         config = ground.config(tmp_path / "b", controller="wait", minutes=1.0)
         start_run(config, registry=ground.registry())
     assert ground.events(tmp_path / "b", "decided") == seen

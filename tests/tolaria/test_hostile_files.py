@@ -27,6 +27,7 @@ from esper_core.tolaria.checkpoint import Checkpoints
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import start_run
 from esper_core.tolaria.run_folder import RunFolder
+from esper_core.tolaria.setup import set_up
 from tests.tolaria import ground
 
 _NASTY = ("../../etc/passwd", "/etc/passwd", "a/../../b", "\0", "C:\\x", "${HOME}", "__class__", "é" * 300, "")
@@ -184,7 +185,7 @@ def _restore(tensors, plain, registry) -> None:
         from esper_core.tolaria import run as runs
 
         config = ground.config(epochs=1)
-        _TRAINERS.append(runs._build_trainer(runs._lay(config, registry, print), {}))
+        _TRAINERS.append(runs.build_trainer(set_up(config, registry), {}))
     plain = {**plain, "sinks": {}} if isinstance(plain.get("sinks"), dict) else plain
     _TRAINERS[0].load(tensors, plain)
 

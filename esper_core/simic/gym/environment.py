@@ -1,127 +1,106 @@
 """An episode: a group of environments and their WAIT twin, from the first batch to the last decision.
 
 The group shares initial weights, batches and order, so that a reward is a paired difference, and so that its hosts can
-be computed once while they are equal (`simic.gym.cohort`). `EsperEnv` is a group of one with Gymnasium's interface.
+be computed once while they are equal (`simic.gym.cohort`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import attrs
-import numpy as np
 import torch
 
-from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
+from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import Batch, TaskProtocol
-from esper_core.leyline.objective import Objective
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
-from esper_core.registry import Registry, load_registry
+from esper_core.registry import Registry
 from esper_core.simic.gym.cohort import Cohort
 from esper_core.simic.gym.member import LentSensors, LentTolaria, Member, Puppet
 from esper_core.simic.gym.reward import OutcomeMeter, Standing, compute_shaped_reward, slot_credits
-from esper_core.tamiyo.blend_probe import BlendProbe
-from esper_core.tamiyo.observation import FIELDS, OPS, Observation, observe
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.governor import Governor, GovernorConfig
-from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
-from esper_core.tolaria.schedules import learning_rate_share
-from esper_core.tolaria.trainer import decisions_per_epoch, steps_per_epoch
+from esper_core.tolaria.setup import Setup, set_up
 
 
 @attrs.frozen
 class Ground:
-    """What all environments of a group start from: task, plane and lengths.
+    """What all environments of a group start from.
 
     Attributes:
-        plane: over a host with its initial weights; copied for each environment, never trained itself.
-        steps: optimizer steps in an epoch. due: those of an epoch after which a decision is taken.
+        setup: of the run; its host has its initial weights, and is copied for each environment, never trained itself.
     """
 
-    config: RunConfig
-    registry: Registry
-    task: TaskProtocol
-    plane: Plane
-    steps: int
-    due: frozenset[int]
-    objective: Objective
+    setup: Setup
 
     @classmethod
     def lay(cls, config: RunConfig, registry: Registry, task: TaskProtocol | None = None) -> Ground:
-        """Build task, host and plane as `esper run` would.
+        """Build task, host and plane as `esper run` would, on the CPU.
 
         Raises:
-            EsperError: something in the configuration cannot be used.
+            EsperError: something in the configuration cannot be used, or not in a world.
         """
-        task = task or assembly.build_task(config, registry)[0]
-        host = assembly.build_host(config, registry, task.outputs, task.input_shape)
-        objective = assembly.build_objective(config, registry, task)
-        host.module.train()
-        steps = steps_per_epoch(config, task)
-        flops = assembly.host_flops(host, task, objective, torch.device("cpu"))
-        plane = assembly.build_plane(config, registry, host, host_flops=flops, total_steps=steps * config.epochs)
-        count = decisions_per_epoch(config, steps)
-        return cls(
-            config,
-            registry,
-            task,
-            plane,
-            steps,
-            frozenset(round((i + 1) * steps / count) for i in range(count)),
-            objective,
-        )
+        refuse_outside_of_worlds(config)
+        return cls(set_up(attrs.evolve(config, device="cpu"), registry, task=task, gym=True))
+
+    @property
+    def config(self) -> RunConfig:
+        """The run that every environment is."""
+        return self.setup.config
+
+    @property
+    def registry(self) -> Registry:
+        """Where parts come from."""
+        return self.setup.registry
 
     @property
     def decisions(self) -> int:
         """Decision steps of the whole run; the last one, at its end, changes nothing any more."""
-        return len(self.due) * self.config.epochs
+        return self.setup.timetable.decisions
 
     def member(self) -> Member:
         """A fresh environment."""
-        config, plane = self.config, copy.deepcopy(self.plane)
-        optimizer = GrowthOptimizer(
-            plane.host.module.parameters(), config, assembly.part_config(config, "optimizer", OptimizerConfig)
-        )
-        wanted = assembly.part_config(config, "sensors", assembly.SensorConfig).every
-        every = min(wanted, max(1, self.steps * config.epochs // (2 * self.decisions)))
+        setup = attrs.evolve(self.setup, plane=copy.deepcopy(self.setup.plane))
+        config, plane, optimizer = setup.config, setup.plane, setup.build_optimizer()
+        every = setup.timetable.sensor_interval(assembly.part_config(config, "sensors", assembly.SensorConfig).every)
         tolaria = LentTolaria(
-            plane, optimizer, Puppet(),
-            Governor(assembly.part_config(config, "governor", GovernorConfig), self.objective.chance),
-            self.objective,
-            decisions=self.decisions, epochs=config.epochs, sensors=LentSensors(plane, every=every),
+            plane, optimizer, Puppet(), setup.build_governor(), setup.objective, decisions=self.decisions,
+            epochs=config.epochs, sensors=LentSensors(plane, every=every),
         )  # fmt: skip
         outer = torch.get_rng_state()
         torch.manual_seed(config.seed)
         random = torch.get_rng_state()
         torch.set_rng_state(outer)
-        return Member(tolaria, random)
+        return Member(tolaria, setup.build_step(plane, optimizer, watch=tolaria.after_backward), random)
 
     def batches(self) -> Iterator[tuple[Batch, float, float, bool]]:
         """Every batch of the run with its learning rate, epochs done after it, and whether a decision is due then."""
-        config, total = self.config, self.steps * self.config.epochs
+        config, timetable = self.config, self.setup.timetable
         for epoch in range(config.epochs):
-            split = self.task.train.batches(config.batch_size, seed=config.seed, epoch=epoch, shuffle=True)
-            for number, batch in zip(range(1, self.steps + 1), split, strict=False):
-                progress = (epoch * self.steps + number - 1) / total
-                share = learning_rate_share(config.schedule, progress, config.warmup, config.decay)
-                rate = config.learning_rate * share
-                yield batch, rate, epoch + number / self.steps, number in self.due
+            split = self.setup.task.train.batches(config.batch_size, seed=config.seed, epoch=epoch, shuffle=True)
+            for number, batch in zip(range(1, timetable.epoch_steps + 1), split, strict=False):
+                rate = timetable.rate(timetable.progress(epoch * timetable.epoch_steps + number - 1))
+                yield batch, rate, epoch + number / timetable.epoch_steps, number in timetable.due
 
     def validation(self) -> list[Batch]:
         """The validation batches that a decision reads, large ones: nothing is learnt from them."""
-        chosen, seen, limit = [], 0, self.config.decision_examples
-        for batch in self.task.validation.batches(min(limit or 512, 512)):
-            chosen.append(batch)
-            seen += batch.size
-            if limit and seen >= limit:
-                break
-        return chosen
+        return list(self.setup.validation(min(self.config.decision_examples or 512, 512)))
+
+
+def refuse_outside_of_worlds(config: RunConfig) -> None:
+    """Refuse what a world of a curriculum would ignore.
+
+    Raises:
+        BadOption: the configuration asks for a device, overseers, sinks, a folder or a budget of FLOPs.
+    """
+    for name in ("device", "overseers", "sinks", "out", "budget_total", "minutes", "checkpoint_every"):
+        value = getattr(config, name)
+        if value != getattr(RunConfig(), name) and (name, value) != ("device", "cpu"):
+            raise BadOption(f"a world with {name}={value!r}, which has no effect there", f"a world without {name}")
 
 
 @attrs.define
@@ -203,66 +182,3 @@ class EpisodeGroup:
         account.credited = worth
         reward, components = compute_shaped_reward(outcome, self.terms, self.weights)
         return Paid(reward, components, outcome)
-
-
-class EsperEnv:
-    """One environment with Gymnasium's interface (`reset`, `step`, `close`); observations are dicts of arrays.
-
-    Each episode takes the next seed. An action is an array (K, 5) of indices in the order of `observation.FIELDS`, read
-    until its first WAIT; `info["action_mask"]` and the observation's `legal` tell what is legal. An illegal command is
-    refused, changes nothing, and is listed in `info["refused"]`.
-
-    Args:
-        config: the run that an episode is; its seed is that of the first episode.
-        registry: where parts come from; None for what is installed.
-        commands: K.
-    """
-
-    metadata: Mapping[str, Any] = {"render_modes": []}
-
-    def __init__(self, config: RunConfig, registry: Registry | None = None, *, commands: int = 4) -> None:
-        self.config, self.registry, self.commands = config, registry or load_registry(), commands
-        self.rewards = assembly.build_rewards(config, self.registry)
-        self._probe = BlendProbe(self.registry)
-        self._episode, self._seen = -1, None
-        self._group: EpisodeGroup | None = None
-        self._last: Observation | None = None
-
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-        """Begin an episode and train up to its first decision. `options` override fields of the configuration."""
-        self._episode = self._episode + 1 if seed is None else seed - self.config.seed
-        config = attrs.evolve(self.config, seed=self.config.seed + self._episode, **dict(options or {}))
-        self._group = EpisodeGroup(Ground.lay(config, self.registry), 1, self.rewards)
-        views, paid = self._group.advance()
-        return self._arrays(views[0]), self._info(paid[0], [])
-
-    def step(
-        self, action: Sequence[Sequence[int]] | np.ndarray[Any, Any]
-    ) -> tuple[dict[str, np.ndarray[Any, Any]], float, bool, bool, dict[str, Any]]:
-        """Act, train up to the next decision: observation, reward, terminated, truncated, info."""
-        assert self._group is not None and self._last is not None, "reset first"
-        commands = []
-        for row in np.asarray(action, dtype=np.int64).reshape(-1, len(FIELDS))[: self.commands]:
-            if OPS[int(row[0])] is Op.WAIT:
-                break
-            commands.append(self._last.command([int(i) for i in row], "agent"))
-        done = self._group.act(0, commands)
-        views, paid = self._group.advance()
-        info = self._info(paid[0], [c for c in commands if c not in done])
-        failed = bool(self._group.cohort.members[0].failed)
-        return self._arrays(views[0]), paid[0].reward, self._group.done or failed, False, info
-
-    def close(self) -> None:
-        """Let go of the episode."""
-        self._group = self._last = None
-
-    def _arrays(self, view: RunView) -> dict[str, np.ndarray[Any, Any]]:
-        self._last = observe(view, self._probe.describe(view.blends))
-        names = ("slots", "run", "blueprints", "blends", "legal", "grows", "blending")
-        return {name: getattr(self._last, name) for name in names}
-
-    def _info(self, paid: Paid, refused: Sequence[Command]) -> dict[str, Any]:
-        assert self._last is not None
-        return {"components": dict(paid.components), "refused": list(refused), "action_mask": self._last.legal}

@@ -19,6 +19,7 @@ from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.session import Tolaria
+from esper_core.tolaria.step import TrainingStep
 
 
 class Puppet:
@@ -74,12 +75,14 @@ class Member:
     """One environment.
 
     Attributes:
-        tolaria: everything that grows and watches. random: state of its own random number generator.
+        tolaria: everything that grows and watches. step: trains host and seeds.
+        random: state of its own random number generator.
         shared: its host is the trunk's, bit for bit, since all its seeds have been isolated so far.
         failed: why it stopped, or empty. loss: of the last batch. measured: the last reading of the validation split.
     """
 
     tolaria: LentTolaria
+    step: TrainingStep
     random: Tensor
     shared: bool = False
     failed: str = ""
@@ -111,12 +114,10 @@ class Member:
         outer = torch.get_rng_state()
         torch.set_rng_state(self.random)
         try:
-            loss = self.tolaria.objective.loss(self.plane.host.forward_with_slots(batch.inputs), batch.targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.loss = self.step.backward(batch)
         finally:
             self.random = torch.get_rng_state()
             torch.set_rng_state(outer)
-        self.loss = loss.detach()
 
     def follow(self, trunk: Member, seen: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Backward of isolated seeds alone. `seen`: path to (feature, the loss's gradient there), of the trunk."""
@@ -126,7 +127,8 @@ class Member:
                 feature, gradient = seen[path]
                 if not any(p.requires_grad for p in slot.seed.parameters()):
                     feature = feature.detach().requires_grad_()  # nothing to teach, but the sensors look
-                outputs.append(slot(feature))
+                with self.step.precision.autocast():
+                    outputs.append(slot(feature))
                 gradients.append(gradient)
         if outputs:
             torch.autograd.backward(outputs, gradients)
@@ -137,12 +139,8 @@ class Member:
 
     def move(self, rate: float) -> None:
         """Update what has gradients of its own: host and seeds, or the seeds alone while the host is shared."""
-        self.tolaria.after_backward()
-        if self.shared:
-            for parameter in self.plane.host.module.parameters():
-                parameter.grad = None
-        self.optimizer.step(rate * self.tolaria.governor.caution)
-        self.optimizer.zero_grad()
+        host = self.plane.host.module.parameters() if self.shared else ()
+        self.step.update(rate * self.tolaria.governor.caution, drop=host)
 
     def after_step(self, examples: int) -> None:
         """Let everyone who watches know of the step that was taken."""
@@ -182,7 +180,8 @@ class Member:
         self.tolaria.controller = puppet
         decision = self.tolaria.clock.decision
         try:
-            measured = self.tolaria.decide(batches, epoch)
+            with self.step.precision.autocast():
+                measured = self.tolaria.decide(batches, epoch)
         except RunFailed as error:
             self.failed = str(error)
             measured = self.measured or Measurement(float("inf"), 0.0, 0, {}, {}, 0.0)

@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
 
-from esper_core.leyline.errors import BadOption
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 
 LOSS_CAP: Final = 5.0
 """Bound (nats) on the loss gain. Levels are bounded, never their changes: a bounded fall that is climbed back in small
 steps would pay. A loss that is not finite counts as the bound, which is the worst."""
-
-
-def parse_rewards(references: Iterable[str]) -> dict[str, float]:
-    """Weights by term from `accuracy=1`, `rent=0.5`, or `churn` alone, which weighs 1.
-
-    Raises:
-        BadOption: an empty name, a repeated one, or a weight that is not a finite number.
-    """
-    weights: dict[str, float] = {}
-    for reference in references:
-        name, separator, text = reference.strip().partition("=")
-        name = name.strip()
-        try:
-            weight = float(text) if separator else 1.0
-        except ValueError:
-            weight = math.nan
-        if not name or not math.isfinite(weight):
-            raise BadOption(f"reward {reference!r} cannot be read", "name=weight", "--rewards accuracy=1,rent=1")
-        if name in weights:
-            raise BadOption(f"reward {name!r} is given twice", "each term once")
-        weights[name] = weight
-    return weights
 
 
 def compute_shaped_reward(
