@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from esper_core.emrakul.audit_config import AuditConfig
+from esper_core.kasmina.paths import base_of
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op, legal_ops
+from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Interval, RunView, SlotView
 
 _TREND = 5
 """Decisions over which it is seen where the training loss is heading."""
-
-
-@attrs.frozen
-class Verdict:
-    """The end of an audit.
-
-    Attributes:
-        verdict: `cull` or `revive`.
-        churn: what the seed would bring if it were put back now; None if the audit was called off before it was known.
-        rise: of the validation loss since the audit began, over where it was heading (nats); None if unknown.
-    """
-
-    slot: str
-    verdict: Op
-    churn: Interval | None
-    rent: float
-    rise: float | None = None
 
 
 @attrs.frozen
@@ -51,12 +37,18 @@ class Opening:
 class Auditor:
     """Emrakul around another controller, whose commands pass unless they concern a seed under audit.
 
-    What a seed is worth to a host that had time to do without it cannot be read off one network, so there are bounds.
-    Its *churn*, measured by putting it back into the host of now, understates: that host, and its batch statistics,
-    have left it behind. The *rise* of the loss since the audit began is counted from where the loss was heading, since
-    training goes on meanwhile.
-    What its removal cost before anything could adapt overstates. A seed is kept if its churn exceeds its rent, or if
-    the rise does and the last bound allows it.
+    The rule of the verdict: REVIVE if the harm that the removal is shown to do exceeds the rent, CULL otherwise.
+    What a seed is worth to a host that had time to do without it cannot be read off one network, so the harm has two
+    witnesses (`Verdict.harm`). The *churn*, measured by putting the seed back into the host of now, understates: that
+    host, and its batch statistics, have left it behind. The *rise* of the loss is counted from where the loss was
+    heading when the audit began, since training goes on meanwhile, and up to what the seed was worth then.
+
+    An audit during which the governor steps in has shown harm at once: the loop restores the model from before the
+    audit and calls `collapsed`. Such a seed is not audited again unless it is measured below its rent. An audit that
+    is called off, or of which nothing could be measured, shows nothing, and the seed returns.
+
+    Seeds of one stack, and a seed and those nested in it, stand in for one another. So they are audited one after the
+    other, with a rest in between in which the rest of the stack is measured without the one that went.
 
     Args:
         argument, seed: unused.
@@ -82,6 +74,7 @@ class Auditor:
         self._open: dict[str, Opening] = {}  # slot → its audit
         self._rests_until: dict[str, int] = {}
         self._audits: dict[str, int] = {}
+        self._essential: set[str] = set()  # shown by a collapse, until it is measured below its rent
 
     def decide(self, view: RunView) -> Sequence[Command]:
         """The inner controller's commands less those under audit, and Emrakul's own."""
@@ -91,8 +84,27 @@ class Auditor:
         verdicts = [c for path in list(self._open) if (c := self._judge(slots[path], view)) is not None]
         audits = self._begin(view)
         held = set(self._open) | {command.slot for command in verdicts}
+        self._essential &= {path for path, slot in slots.items() if slot.blueprint}
         grown = self.inner.decide(view) if self.inner else ()
         return [c for c in grown if c.slot not in held] + verdicts + audits
+
+    def collapsed(self, path: str, decision: int, rent: float, rise: float) -> None:
+        """The model collapsed while the seed at `path` withered, and stands again as before the audit.
+
+        Args:
+            decision: now. rent: what the seed pays. rise: of the training loss (nats).
+        """
+        opening = self._open.pop(path, None)
+        self._essential.add(path)
+        self._rest(path, decision)
+        if self.report:
+            worth = opening.worth if opening else None
+            self.report(Verdict(path, Op.REVIVE, None, rent, rise, worth, "the model collapsed without it"))
+
+    def removed(self, path: str) -> None:
+        """The loop removed the seed at `path`, which was measured to do harm."""
+        self._open.pop(path, None)
+        self._audits.pop(path, None)
 
     def state_dict(self) -> dict[str, object]:
         """Open audits, rests and counts, and the inner controller's state."""
@@ -100,6 +112,7 @@ class Auditor:
             "open": {path: attrs.asdict(opening) for path, opening in self._open.items()},
             "rests_until": self._rests_until,
             "audits": self._audits,
+            "essential": sorted(self._essential),
             "inner": self.inner.state_dict() if self.inner else {},
         }
 
@@ -110,18 +123,23 @@ class Auditor:
             for path, value in state["open"].items()
         }
         self._rests_until, self._audits = dict(state["rests_until"]), dict(state["audits"])
+        self._essential = set(state.get("essential", ()))
         if self.inner:
             self.inner.load_state_dict(state["inner"])
 
     def _begin(self, view: RunView) -> list[Command]:
         config = self.config
         last = min((1 - config.reserve) * view.decisions, view.decisions - 2)
-        if not config.start * view.decisions <= view.decision < last or view.governor != "calm":
+        if not config.start * view.decisions <= view.decision < last or view.governor == "recovering":
             return []
         suspects = [slot for slot in view.slots if self._is_suspect(slot, view)]
         suspects.sort(key=lambda slot: slot.counterfactual.mean if slot.counterfactual else float("-inf"))
-        commands = []
-        for slot in suspects[: config.at_once - len(self._open)]:
+        commands: list[Command] = []
+        for slot in suspects:
+            if len(self._open) >= config.at_once:
+                break
+            if any(_kin(slot.path, other) for other in self._open):
+                continue
             gain = slot.counterfactual
             self._open[slot.path] = Opening(view.decision, view.validation_loss, gain, _fall(view))
             shown = f"[{gain.low:.4g}, {gain.high:.4g}]" if gain else "unmeasured"
@@ -136,10 +154,14 @@ class Auditor:
             or slot.path in self._open
         ):
             return False
-        if view.decision < self._rests_until.get(slot.path, 0) or slot.alpha < 1:
+        if slot.alpha < 1 or any(
+            view.decision < until and _kin(slot.path, other) for other, until in self._rests_until.items()
+        ):
             return False
         gain, rent = slot.counterfactual, _rent(slot, view)
         if slot.stage.spec.on_trial:  # still on trial: only what is shown to be parasitic
+            return gain is not None and gain.high <= rent
+        if slot.path in self._essential:
             return gain is not None and gain.high <= rent
         return self.config.everyone or gain is None or gain.low <= rent
 
@@ -147,31 +169,45 @@ class Auditor:
         opening, rent = self._open[slot.path], _rent(slot, view)
         if Op.CULL not in slot.legal:
             late = view.decision - opening.decision >= self.config.patience or view.decision + 1 >= view.decisions
-            return self._close(slot, view, Verdict(slot.path, Op.REVIVE, None, rent)) if late else None
+            off = Verdict(slot.path, Op.REVIVE, None, rent, None, opening.worth, "called off before alpha was 0")
+            return self._close(view, off) if late else None
         known = self.measure(slot.path) if self.measure else opening.worth
         losses = opening.loss, view.validation_loss
         heading = opening.fall * (view.decision - opening.decision)
         rise = None if losses[0] is None or losses[1] is None else losses[1] - losses[0] + heading
-        missed = rise is not None and opening.worth is not None and min(rise, opening.worth.mean) > rent
-        # What is unknown is not shown to be dead weight.
-        keeps = known is None or not known.mean <= rent or missed
-        verdict = Verdict(slot.path, Op.REVIVE if keeps else Op.CULL, known, rent, rise)
-        return self._close(slot, view, verdict) if verdict.verdict in slot.legal else None
+        verdict = Verdict(slot.path, Op.REVIVE, known, rent, rise, opening.worth)
+        harm = verdict.harm
+        if known is None or harm is None:  # what is unknown is not shown to be dead weight
+            verdict = attrs.evolve(verdict, reason="the churn could not be measured")
+        else:
+            keeps = harm > rent
+            reason = f"harm {harm:.4g} {'exceeds' if keeps else 'does not exceed'} rent {rent:.3g}"
+            verdict = attrs.evolve(verdict, verdict=Op.REVIVE if keeps else Op.CULL, reason=reason)
+        return self._close(view, verdict) if verdict.verdict in slot.legal else None
 
-    def _close(self, slot: SlotView, view: RunView, verdict: Verdict) -> Command:
+    def _close(self, view: RunView, verdict: Verdict) -> Command:
         """Carry a verdict out. The audit stays open until that shows, for a rollback may undo it."""
-        count = self._audits[slot.path] = self._audits.get(slot.path, 0) + 1
-        self._rests_until[slot.path] = view.decision + self.config.cooldown * 2 ** min(count - 1, 16)
+        self._rest(verdict.slot, view.decision)
         if verdict.verdict is Op.CULL:
-            self._audits.pop(slot.path)
+            self._audits.pop(verdict.slot)
         if self.report:
-            self.report(verdict)
+            self.report(attrs.evolve(verdict, barren=math.ceil(self.config.memory * view.decisions)))
         churn = verdict.churn
         shown = f"{churn.mean:.4g} [{churn.low:.4g}, {churn.high:.4g}]" if churn else "unmeasured"
-        rise = "" if verdict.rise is None else f", rise {verdict.rise:.3g},"
-        reason = f"churn {shown}{rise} against rent {verdict.rent:.3g}"
+        rise = "" if verdict.rise is None else f", rise {verdict.rise:.3g}"
+        reason = f"{verdict.reason}: churn {shown}{rise}"
         # Slowly, or a host that had got used to its absence is thrown out of balance.
-        return Command(verdict.verdict, slot.path, tempo=Tempo.SLOW, source="emrakul", reason=reason)
+        return Command(verdict.verdict, verdict.slot, tempo=Tempo.SLOW, source="emrakul", reason=reason)
+
+    def _rest(self, path: str, decision: int) -> None:
+        count = self._audits[path] = self._audits.get(path, 0) + 1
+        self._rests_until[path] = decision + self.config.cooldown * 2 ** min(count - 1, 16)
+
+
+def _kin(one: str, other: str) -> bool:
+    """Whether two slots stand in for one another: the same one, of one stack, or one inside the other's seed."""
+    short, long = sorted((one, other), key=len)
+    return base_of(one) == base_of(other) or long.startswith(short + "/")
 
 
 def _fall(view: RunView) -> float:
@@ -181,4 +217,4 @@ def _fall(view: RunView) -> float:
 
 
 def _rent(slot: SlotView, view: RunView) -> float:
-    return view.rent * slot.params / max(view.host_params, 1)
+    return view.rent * slot.tree_params / max(view.host_params, 1)

@@ -28,3 +28,11 @@ class AuditConfig:
     everyone: bool = attrs.field(
         default=False, metadata={"help": "also audit seeds whose interval lies above their rent already"}
     )
+    memory: float = attrs.field(
+        default=0.25,
+        metadata={
+            "help": "share of the run for which a slot gets no seed of a family that was culled there as useless",
+            "minimum": 0.0,
+            "maximum": 1.0,
+        },
+    )

@@ -23,6 +23,7 @@ class Growth:
         direct: the seed learns nothing in isolation, and begins to blend as soon as it is born.
         origins: the points behind whose blocks the clones in the seed come from.
         culled: blueprint to how many seeds of it were culled here.
+        barren: family to decision steps for which no seed of it may germinate here, since one was culled as useless.
         births: seeds that have germinated here; with the plane's seed it fixes the next one's initial weights.
         params, flops: of the seed and its blend; flops of one example's forward pass.
         age, stage_age, stage_steps: since birth and since the stage began.
@@ -43,6 +44,7 @@ class Growth:
     direct: bool = False
     origins: list[str] = attrs.Factory(list)
     culled: dict[str, int] = attrs.Factory(dict)
+    barren: dict[str, int] = attrs.Factory(dict)
     births: int = 0
     params: int = 0
     flops: int = 0
@@ -69,7 +71,9 @@ class Growth:
 
     def clear(self) -> None:
         """Forget the seed; births, losses and embargo stay."""
-        fresh = Growth(culled=self.culled, births=self.births, embargo_left=self.embargo_left, stage=self.stage)
+        fresh = Growth(
+            culled=self.culled, barren=self.barren, births=self.births, embargo_left=self.embargo_left, stage=self.stage
+        )
         for field in attrs.fields(Growth):
             setattr(self, field.name, getattr(fresh, field.name))
 

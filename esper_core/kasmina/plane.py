@@ -315,6 +315,12 @@ class Plane:
         growth = self._territory.growth(path)
         growth.embargo_left = max(growth.embargo_left, decisions)
 
+    def bar(self, path: str, family: str, decisions: int) -> None:
+        """Refuse germination of blueprints of `family` at `path` for that many decision steps, whoever asks."""
+        growth = self._territory.growth(path)
+        if decisions > 0:
+            growth.barren = {**growth.barren, family: max(growth.barren.get(family, 0), decisions)}
+
     # --- Time ---
 
     def step(self) -> list[StageChange]:
@@ -349,6 +355,8 @@ class Plane:
         changes: list[StageChange] = []
         for path, growth in list(self.growths.items()):
             growth.embargo_left = max(0, growth.embargo_left - 1)
+            if growth.barren:
+                growth.barren = {family: left - 1 for family, left in growth.barren.items() if left > 1}
             growth.stage_age += 1
             if self._slots[path].seed is not None:
                 growth.age += 1
@@ -434,6 +442,12 @@ class Plane:
         if not command.blueprint:
             raise BadOption(f"germinate at {command.slot} without a blueprint", "the name of one")
         parse_blend(command.blend or self.blends[0], self.registry)
+        spec = self.candidates.get(command.blueprint)
+        if spec is not None and spec.family in growth.barren:
+            raise IllegalCommand(
+                f"germinate {command.blueprint} at {command.slot}: a seed of family {spec.family} was useless there",
+                f"another family, or {growth.barren[spec.family]} decisions more",
+            )
         self._check_budget((command,))
 
     def _check_budget(self, commands: Sequence[Command]) -> None:

@@ -121,9 +121,9 @@ def _may_germinate(growth: Growth) -> bool:
 
 
 def _affordable(plane: Plane, path: str, left: tuple[int | None, int | None]) -> tuple[BlueprintView, ...]:
-    views = []
+    views, barren = [], plane.growths[path].barren
     for name, spec in plane.candidates.items():
-        if nursery.refusal(plane, path, name, spec):
+        if spec.family in barren or nursery.refusal(plane, path, name, spec):
             continue
         params, flops = plane.cost(path, name)
         if all(limit is None or cost <= limit for cost, limit in zip((params, flops), left, strict=True)):

@@ -148,7 +148,11 @@ class CounterfactualMeasured(Event):
 
 @attrs.frozen(kw_only=True)
 class Audited(Event):
-    """Emrakul's verdict on a withered seed: `cull` or `revive`, with the churn that decided it (nats)."""
+    """Emrakul's verdict on a withered seed: `cull` or `revive`, and what decided it (nats).
+
+    `revive` if `harm` exceeds `rent`. `harm` is the greater of the churn, if its interval lies above 0, and the rise of
+    the loss during the audit, up to the seed's worth before it. None is unmeasured.
+    """
 
     kind: ClassVar[str] = "audited"
     slot: str
@@ -156,6 +160,11 @@ class Audited(Event):
     churn_low: float
     churn_high: float
     verdict: str
+    rise: float | None = None
+    worth: float | None = None
+    harm: float | None = None
+    rent: float | None = None
+    reason: str = ""
 
 
 @attrs.frozen(kw_only=True)

@@ -168,12 +168,19 @@ class Governor:
             del self.commands[:-64]
 
     def blame(self, since: int, alive: Mapping[str, Stage]) -> dict[str, str] | None:
-        """The guilty command: the latest risky one since step `since`, or the one that let a seed in.
+        """The guilty command: the one that had a seed wither, the latest risky one since `since`, or one that let a
+        seed in.
 
         Args:
             since: step of the state that is returned to.
             alive: stage of every slot now.
         """
+        fading = {slot for slot, stage in alive.items() if stage.spec.leaving}
+        removals = [c for _, c in self.commands if c["slot"] in fading and c["op"] == Op.WITHER]
+        return removals[-1] if removals else self.suspects(since, alive)
+
+    def suspects(self, since: int, alive: Mapping[str, Stage]) -> dict[str, str] | None:
+        """The same, whatever withers."""
         recent = [command for step, command in self.commands if step >= since]
         risky = [command for command in recent if command["op"] in _RISKY]
         if risky or recent:
@@ -182,19 +189,35 @@ class Governor:
         entering = [c for _, c in self.commands if c["slot"] in open_slots and c["op"] == Op.ADVANCE]
         return entering[-1] if entering else None
 
-    def roll_back(self, step: int, to_step: int, guilty: Mapping[str, str] | None) -> None:
-        """Record a rollback; forget the losses since `to_step`, and embargo the guilty command."""
+    def roll_back(self, step: int, to_step: int, guilty: Mapping[str, str] | None, *, strike: bool = True) -> None:
+        """Record a rollback; forget the losses since `to_step`, and embargo the guilty command.
+
+        Args:
+            strike: whether it brings the run nearer to being beyond rescue. A seed that was missed while it withered
+                does not: that is what the audit asked, and the state from before it is whole.
+        """
         self.rollbacks += 1
-        self.strikes += 1
+        self.strikes += strike
         self.last_rollback, self.recovering = step, self.config.recovery
         self.losses = deque((number, value) for number, value in self.losses if number <= to_step)
         self.commands = [(number, command) for number, command in self.commands if number < to_step]
-        if guilty is None:
+        if guilty is None and strike:
             self.caution *= self.config.caution
-        else:
+        elif guilty is not None:
             key = f"{guilty['op']} {guilty['slot']}"
             self.embargoes[key] = self.config.embargo
             self.offences[guilty["slot"]] = self.offences.get(guilty["slot"], 0) + 1
+
+    def settle(self) -> None:
+        """Forget the level of the losses: the model is another one, and its loss finds its own level."""
+        self.losses.clear()
+        self.best_validation = math.inf
+        self.recovering = self.config.recovery
+
+    @property
+    def typical(self) -> float:
+        """The moving median of the batch losses (nats); NaN before the first."""
+        return self._level()[0] if self.losses else math.nan
 
     @property
     def beyond_rescue(self) -> bool:

@@ -33,11 +33,13 @@ from esper_core.leyline.events import (
 from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Objective
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
-from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage, find_transition
+from esper_core.leyline.stages import STAGES, Op, Stage, find_transition
+from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Course, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host, split_readings
 from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.governor import Alarm, Governor
+from esper_core.tolaria.inquest import answer, auditors, tell_restored, withering
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.snapshot import Snapshot
 from esper_core.tolaria.step import Precision, TrainingStep
@@ -108,12 +110,12 @@ class Tolaria:
         self.budget: float | None = None
         self._deaths, self._churn = 0, dict[str, float]()
         self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
-        self._flops_each: float | None = None  # a training step's for one example; None once the structure changed
+        self.flops_each: float | None = None  # a training step's for one example; None once the structure changed
         self._probe_flops: dict[object, float] = {}
         parameter = next(iter(plane.host.module.parameters()))
         self._losses = torch.zeros(governor.config.check_every, device=parameter.device)
         self._waiting = 0
-        plane.on_change(self._tell)
+        plane.on_change(self.tell)
         optimizer.follow(plane)
         optimizer.check(plane)
         if sensors is not None:
@@ -154,9 +156,9 @@ class Tolaria:
         if self.sensors is not None:
             self.sensors.after_step()
         self.clock.step += 1
-        if self._flops_each is None:
-            self._flops_each = 3.0 * (self.plane.ledger.host_flops + self.plane.ledger.seed_flops)
-        self.clock.total_flops += examples * self._flops_each
+        if self.flops_each is None:
+            self.flops_each = 3.0 * (self.plane.ledger.host_flops + self.plane.ledger.seed_flops)
+        self.clock.total_flops += examples * self.flops_each
         self._losses[self._waiting].copy_(loss.detach())
         self._waiting += 1
         changes = self.plane.step()
@@ -165,7 +167,7 @@ class Tolaria:
         if self.clock.step % self.governor.config.check_every == 0 or self._waiting == len(self._losses):
             alarm = self._drain()
             if alarm is not None:
-                self._roll_back(alarm)
+                answer(self, alarm)
             elif self.clock.step - self.snapshot.step >= self.governor.config.snapshot_every:
                 self.keep()
 
@@ -179,7 +181,7 @@ class Tolaria:
         Raises:
             RunFailed: beyond rescue; the model is back in its last good state.
         """
-        self.batches = batches
+        self.batches = batches = list(batches) if iter(batches) is batches else batches  # audits read them again
         alarm = self._drain()
         if self.snapshot.step < 0:
             self.keep()
@@ -189,7 +191,7 @@ class Tolaria:
         commands: list[Command] = []
         view = None
         if alarm is not None:
-            self._roll_back(alarm)
+            answer(self, alarm)
         else:
             self.plane.decide()
             self.keep()
@@ -240,8 +242,8 @@ class Tolaria:
         self.optimizer.check(self.plane)
 
     def keep(self) -> None:
-        """Take a snapshot, if the state is worth one."""
-        if self.governor.calm() and self._is_finite():
+        """Take a snapshot, if the state is worth one: never while a seed withers, for it may have to come back."""
+        if not withering(self) and self.governor.calm() and self._is_finite():
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
 
     def read_host(self, batch: Batch) -> None:
@@ -394,34 +396,47 @@ class Tolaria:
 
     # --- Catastrophes ---
 
-    def _roll_back(self, alarm: Alarm) -> None:
+    def stages(self) -> dict[str, Stage]:
+        """The stage of every slot."""
+        return {path: growth.stage for path, growth in self.plane.growths.items()}
+
+    def roll_back(self, alarm: Alarm) -> None:
+        """Return to the last good state, tell of all that changed, and bar the guilty command.
+
+        Raises:
+            RunFailed: beyond rescue.
+        """
         plane, governor, snapshot, step = self.plane, self.governor, self.snapshot, self.clock.step
         self.emit(GovernorAlarm(step=step, cause=alarm.cause, value=alarm.value, limit=alarm.limit))
-        before = {path: (g.stage, g.births, g.blueprint, g.blend) for path, g in plane.growths.items()}
-        guilty = governor.blame(snapshot.step, {path: stage for path, (stage, *_) in before.items()})
+        before = {path: (g.stage, g.births, g.blueprint, g.blend, g.params) for path, g in plane.growths.items()}
+        missed = withering(self) if math.isfinite(alarm.value) else []
+        guilty = (governor.blame if missed else governor.suspects)(snapshot.step, self.stages())
+        if guilty is not None and guilty["op"] == Op.CULL and guilty["source"] == "emrakul":
+            missed.append(guilty["slot"])
+        rise = alarm.value - governor.typical
         snapshot.restore(plane, self.optimizer)
-        self._flops_each = None
-        governor.roll_back(step, snapshot.step, guilty)
+        self.flops_each = None
+        governor.roll_back(step, snapshot.step, guilty, strike=not missed)
         if self.sensors is not None:
             self.sensors.clear()
         after = snapshot.plain["structure"]
         born = {entry["path"]: entry["births"] for entry in after if STAGES[Stage(entry["stage"])].occupied}
         lost = [p for p, (stage, births, *_) in before.items() if STAGES[stage].occupied and born.get(p) != births]
-        self._deaths += 1
-        penalty = governor.config.penalty
+        audited = bool(missed) and guilty is not None and guilty["source"] == "emrakul"
+        self._deaths += not audited  # the auditor's experiment is nobody's fault
+        penalty = 0.0 if audited else governor.config.penalty
         self.emit(RolledBack(step=step, to_step=snapshot.step, lost=lost, guilty=guilty, penalty=penalty))
-        for path, (stage, _, blueprint, blend) in before.items():
-            now = plane.growths[path].stage if path in plane.growths else EMPTY
-            if now is not stage:
-                told = Command(Op.WAIT, path, source="governor", reason=f"rolled back to step {snapshot.step}")
-                self._tell(StageChange(path, stage, now, told, blueprint, blend))
+        tell_restored(self, before)
         if governor.beyond_rescue:
             raise RunFailed(
                 f"the run is beyond rescue after {governor.strikes} rollbacks in a row ({alarm.cause})",
                 "a loss that stays finite",
                 "a lower --learning-rate",
             )
-        if guilty is not None and guilty["slot"] in plane.growths:
+        for path in missed:
+            for auditor in auditors(self.controller) if path in plane.growths else ():
+                auditor.collapsed(path, self.clock.decision, plane.rent_of(path), rise)
+        if guilty is not None and guilty["slot"] in plane.growths and guilty["op"] not in (Op.WITHER, Op.CULL):
             slot = guilty["slot"]
             plane.embargo(slot, governor.config.embargo)
             entering = plane.growths[slot].stage.spec.entering
@@ -450,7 +465,7 @@ class Tolaria:
             if getattr(controller, "measure", self) is None:
                 controller.measure = self._churn_of  # type: ignore[attr-defined]
             if getattr(controller, "report", self) is None:
-                controller.report = self._tell_audit  # type: ignore[attr-defined]
+                controller.report = self.tell_audit  # type: ignore[attr-defined]
             controller = getattr(controller, "inner", None)
 
     def _churn_of(self, path: str) -> Interval:
@@ -460,9 +475,10 @@ class Tolaria:
         self._churn[path] = measured.worth[path].loss.mean
         return measured.worth[path].loss
 
-    def _tell(self, change: StageChange) -> None:
+    def tell(self, change: StageChange) -> None:
+        """Emit a change of a stage."""
         growth = self.plane.growths.get(change.slot)
-        self._flops_each = None
+        self.flops_each = None
         self.emit(
             StageChanged(
                 step=self.clock.step,
@@ -484,7 +500,8 @@ class Tolaria:
             )
         )
 
-    def _tell_audit(self, verdict: Any) -> None:
+    def tell_audit(self, verdict: Verdict) -> None:
+        """Emit a verdict, and have the slot remember what was useless there."""
         churn = verdict.churn or Interval(math.nan, math.nan, math.nan, 0)
         self.emit(
             Audited(
@@ -494,8 +511,16 @@ class Tolaria:
                 churn_low=churn.low,
                 churn_high=churn.high,
                 verdict=verdict.verdict.value,
+                rise=verdict.rise,
+                worth=verdict.worth.mean if verdict.worth else None,
+                harm=verdict.harm,
+                rent=verdict.rent,
+                reason=verdict.reason,
             )
         )
+        growth = self.plane.growths[verdict.slot]
+        if verdict.verdict is Op.CULL and growth.blueprint in self.plane.candidates:
+            self.plane.bar(verdict.slot, self.plane.candidates[growth.blueprint].family, verdict.barren)
 
     def _tell_reward(self) -> None:
         """The terms that one run alone can measure; gains over a twin that waits are `esper tamiyo train`'s."""
@@ -545,6 +570,6 @@ class Tolaria:
         waiting = [float(value) for value in state["waiting"]]
         self._waiting = len(waiting)
         self._losses[: len(waiting)] = torch.tensor(waiting)
-        self._flops_each, self._probe_flops = None, {}
+        self.flops_each, self._probe_flops = None, {}
         self._deaths, self._churn = int(state["deaths"]), dict(state["churn"])
         self.host_readings = dict(state["host"])

@@ -129,12 +129,14 @@ class Snapshot:
     def restore(self, plane: Plane, optimizer: GrowthOptimizer) -> None:
         """Return model, seeds, optimizer and generators to that state. A seed born since is gone.
 
-        Births are not forgotten, so that the next seed at such a slot is another one.
+        Births are not forgotten, so that the next seed at such a slot is another one, nor what proved useless where.
         """
         births = {path: growth.births for path, growth in plane.growths.items()}
+        barren = {path: growth.barren for path, growth in plane.growths.items()}
         load_training(plane, optimizer, self.tensors, self.plain, "the snapshot")
         for path, growth in plane.growths.items():
             growth.births = max(growth.births, births.get(path, 0))
+            growth.barren = barren.get(path, growth.barren)
         load_random(self.tensors, next(iter(plane.host.module.parameters())).device)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "controllers"))
 from lab import CONV, USELESS, Lab
 
-from esper_core.emrakul.audit import Auditor, Verdict
+from esper_core.emrakul.audit import Auditor
 from esper_core.leyline.actions import Command
 from esper_core.leyline.stages import Op, Stage
+from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Interval, RunView
 from esper_core.tamiyo.heuristic import HeuristicController
 from esper_core.tamiyo.random import RandomController

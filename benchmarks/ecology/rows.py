@@ -1,0 +1,78 @@
+"""Rows of a protocol: one JSON line a run, written as soon as it is done, so that a stopped protocol goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+Job = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+def key_of(job: Job) -> str:
+    """What tells one run of a protocol from another; the same job has the same key."""
+    return json.dumps(job, sort_keys=True)
+
+
+def read_rows(file: Path) -> dict[str, Row]:
+    """The finished runs in `file` by key; a line that was cut off is left out."""
+    rows = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[key_of(row["job"])] = row
+    return rows
+
+
+def run_rows(file: Path, jobs: Sequence[Job], work: Callable[[Job], Row], workers: int) -> list[Row]:
+    """Every job's row, in the order of `jobs`; those in `file` already are not run again.
+
+    Raises:
+        RuntimeError: some runs raised; the others are in `file`.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done, broken = read_rows(file), []
+    missing = [job for job in jobs if key_of(job) not in done]
+    began = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        futures = {pool.submit(_timed, work, job): job for job in missing}
+        for number, future in enumerate(as_completed(futures), 1):
+            row = future.result()
+            if "error" in row:
+                broken.append(row)
+                print(row["error"], flush=True)
+                continue
+            done[key_of(row["job"])] = row
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+            left = (time.monotonic() - began) / number * (len(missing) - number)
+            print(f"{number}/{len(missing)} {dict(row['job'])} {row['wall_s']:.0f} s; {left:.0f} s left", flush=True)
+    if broken:
+        raise RuntimeError(f"{len(broken)} of {len(jobs)} runs raised; the first: {broken[0]['job']}")
+    return [done[key_of(job)] for job in jobs]
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _timed(work: Callable[[Job], Row], job: Job) -> Row:
+    began = time.monotonic()
+    try:
+        outcome = work(job)
+    except Exception:  # noqa: BLE001 - told with the job that raised it, after the other runs
+        return {"job": dict(job), "error": traceback.format_exc()}
+    return {"job": dict(job), **outcome, "wall_s": round(time.monotonic() - began, 1)}

@@ -1,0 +1,206 @@
+"""The books of a run: ledger, events and model agree at every step of a life; audits end no run."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from esper_core.emrakul.audit import Auditor
+from esper_core.kasmina.ledger import count_parameters
+from esper_core.leyline.actions import Command
+from esper_core.leyline.errors import EsperError, IllegalCommand
+from esper_core.leyline.host import Batch
+from esper_core.leyline.stages import STAGES, Op, Stage
+from esper_core.tamiyo.wait import WaitController
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.governor import Alarm, Governor, GovernorConfig
+from esper_core.tolaria.inquest import answer
+from esper_core.tolaria.optimizer import GrowthOptimizer
+from esper_core.tolaria.session import Tolaria
+from esper_plugins.objectives.classes import Classification
+from tests.kasmina.small import batch, small_plane
+
+CHANCE, CROSS_ENTROPY = math.log(5), Classification(outputs=5)
+GOVERNOR = GovernorConfig(patience=100, check_every=1000, snapshot_every=1000)
+
+
+class Life:
+    """A plane under Tolaria, and what its events say lives."""
+
+    def __init__(self, controller: Any = None, **options: Any) -> None:
+        self.plane = small_plane(ramp_steps=2, embargo=1, **options)
+        optimizer = GrowthOptimizer(self.plane.host.module.parameters(), RunConfig())
+        self.books: dict[str, int] = {}
+        self.events: list[Any] = []
+        governor = Governor(GOVERNOR, CHANCE)
+        self.tolaria = Tolaria(
+            self.plane, optimizer, controller or WaitController(), governor, CROSS_ENTROPY, emit=self.take, decisions=50
+        )
+        self.batches = [Batch(*batch(n, 24)) for n in range(2)]
+
+    def take(self, event: Any) -> None:
+        self.events.append(event)
+        if event.kind == "stage_changed":
+            self.books[event.slot] = event.params if STAGES[Stage(event.after)].occupied else 0
+
+    def train(self, loss: float = 0.1) -> None:
+        self.tolaria.after_step(torch.tensor(loss), 24)
+
+    def check(self) -> None:
+        plane = self.plane
+        assert plane.ledger.seed_params == sum(self.books.values()) == count_parameters(plane.module)
+        for path in plane.slots:
+            tree = [p for p in plane.slots if p == path or p.startswith(path + "/")]
+            own = sum(plane.ledger.slot_params.get(p, 0) for p in tree)
+            assert plane.rent_of(path) == pytest.approx(plane.rent * own / plane.host_params)
+
+    def told(self, kind: str) -> list[Any]:
+        return [event for event in self.events if event.kind == kind]
+
+    def fossil(self, path: str, blueprint: str = "poly", scale: float = 0.0) -> None:
+        """A fossilised seed whose last layer has weights of that size."""
+        self.plane.germinate(path, blueprint)
+        for _ in range(2):
+            self.train()
+        self.plane.advance(path, gated=False)
+        for _ in range(3):
+            self.train()
+        growth = self.plane.growths[path]
+        growth.enter(Stage.FOSSILIZED)
+        self.plane.slots[path].set_stage(Stage.FOSSILIZED)
+        nn.init.normal_(self.plane.slots[path].seed.last.weight, std=scale)
+
+
+steps = st.one_of(
+    st.tuples(
+        st.sampled_from([op for op in Op if op is not Op.WAIT]),
+        st.sampled_from(["block0", "block1", "block1/slot0", "block1/slot0/slot0", "block0+1"]),
+        st.sampled_from(["poly", "test-organ"]),
+        st.booleans(),
+    ),
+    st.sampled_from(["train", "decide", "keep", "rollback", "alarm"]),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(steps, max_size=30))
+def test_ledger_events_and_model_agree_at_every_step_of_any_life(sequence: list[Any]) -> None:
+    life = Life(max_stack=2)
+    life.tolaria.keep()
+    for step in sequence:
+        if step == "train":
+            life.train()
+        elif step == "decide":
+            life.plane.decide()
+        elif step == "keep":
+            life.tolaria.keep()
+        elif step in ("rollback", "alarm"):
+            value = float("nan") if step == "rollback" else 3.0
+            life.tolaria.governor.observe([0.1] * 60, 1)
+            answer(life.tolaria, Alarm("for the test", value, 1.0))
+        else:
+            op, path, blueprint, gated = step
+            command = Command(op, path, blueprint if op is Op.GERMINATE else "", source="emrakul")
+            with suppress(EsperError):
+                life.plane.apply(command, gated=gated)
+        life.check()
+
+
+def audit(scale: float) -> tuple[Life, Auditor, dict[str, torch.Tensor]]:
+    """A fossil whose audit has just begun, and the weights of before."""
+    auditor = Auditor(inner=WaitController(), everyone=True, start=0.0)
+    life = Life(auditor)
+    life.fossil("block1", scale=scale)
+    before = {name: tensor.clone() for name, tensor in life.plane.module.state_dict().items()}
+    life.tolaria.decide(life.batches, 0.0)
+    assert life.plane.growths["block1"].stage is Stage.WITHERING
+    return life, auditor, before
+
+
+def test_a_seed_that_is_missed_while_it_withers_comes_back_from_before_and_no_strike_is_counted() -> None:
+    life, auditor, before = audit(0.0)
+    taken = life.tolaria.snapshot.step
+    for _ in range(4):
+        life.train()
+    life.tolaria.keep()
+    assert life.tolaria.snapshot.step == taken, "no snapshot is taken while a seed withers"
+    for parameter in life.plane.module.parameters():
+        parameter.data += 1.0
+    for number in range(10):
+        answer(life.tolaria, Alarm("for the test", 1.5, 1.0))
+        life.check()
+        assert life.plane.growths["block1"].stage is Stage.FOSSILIZED and life.plane.growths["block1"].alpha == 1.0
+        if number < 9:
+            life.plane.wither("block1", source="emrakul")
+            life.tolaria.governor.note(Command(Op.WITHER, "block1", source="emrakul"), life.tolaria.clock.step)
+            life.train()
+    assert all(torch.equal(before[name], now) for name, now in life.plane.module.state_dict().items())
+    assert life.tolaria.governor.strikes == 0 and life.tolaria.governor.rollbacks == 10
+    assert {e.guilty["op"] for e in life.told("rolled_back")} == {"wither"}
+    assert {e.penalty for e in life.told("rolled_back")} == {0.0}
+    verdict = life.told("audited")[0]
+    assert (verdict.verdict, verdict.slot) == ("revive", "block1") and "collapsed" in verdict.reason
+    auditor._rests_until.clear()
+    life.tolaria.decide(life.batches, 0.0)
+    assert life.plane.growths["block1"].stage is Stage.FOSSILIZED, "what was shown to be essential is left in peace"
+
+
+@pytest.mark.parametrize("withers", [True, False])
+def test_a_seed_that_is_measured_to_do_harm_goes_at_once_and_its_family_is_remembered(withers: bool) -> None:
+    life, _, _ = audit(0.0) if withers else (Life(), None, None)
+    if not withers:
+        life.fossil("block1")
+        life.tolaria.decide(life.batches, 0.0)
+    life.train()
+    slot, host = life.plane.slots["block1"], life.plane.host
+    nn.init.normal_(slot.seed.last.weight, std=50.0)
+    host.module.eval()
+    with torch.no_grad():  # the right class is the one that the seed speaks against
+        for number, one in enumerate(life.batches):
+            spoken = host.forward_with_slots(one.inputs.clone()).log_softmax(-1)
+            slot.muted = True
+            unspoken = host.forward_with_slots(one.inputs.clone()).log_softmax(-1)
+            slot.muted = False
+            life.batches[number] = Batch(one.inputs, (unspoken - spoken).argmax(-1))
+    host.module.train()
+    life.tolaria.governor.observe([0.1] * 60, 1)
+    answer(life.tolaria, Alarm("for the test", 1.5, 1.0))
+    life.check()
+    assert life.plane.growths["block1"].stage is Stage.CULLED and not life.told("rolled_back")
+    assert [(e.verdict, e.slot) for e in life.told("audited")] == [("cull", "block1")]
+    for _ in range(6):
+        life.plane.decide()
+    with pytest.raises(IllegalCommand, match="useless there"):
+        life.plane.germinate("block1", "poly")
+    view = next(v for v in life.plane.views() if v.path == "block1")
+    assert all(b.family != "convolution" for b in view.blueprints)
+
+
+def test_what_was_useless_somewhere_is_remembered_for_a_while_through_rollback_and_rebuilding() -> None:
+    life = Life()
+    life.tolaria.keep()
+    life.plane.bar("block0", "convolution", 2)
+    life.tolaria.roll_back(Alarm("for the test", float("nan"), 1.0))
+    life.plane.rebuild(life.plane.structure())
+    for expected in (False, False, True):
+        views = {v.path: v for v in life.plane.views()}
+        assert any(b.name == "poly" for b in views["block0"].blueprints) is expected
+        assert any(b.name == "poly" for b in views["block1"].blueprints)
+        life.plane.decide()
+
+
+def test_a_mild_alarm_to_which_rollbacks_return_is_a_new_level_and_not_the_end() -> None:
+    life = Life()
+    life.tolaria.governor = Governor(GovernorConfig(patience=3), CHANCE)
+    life.tolaria.keep()
+    for _ in range(8):
+        life.tolaria.governor.observe([0.1] * 60, 1)
+        answer(life.tolaria, Alarm("for the test", 0.4, 0.3))
+    assert life.tolaria.governor.rollbacks == 2 and len(life.told("governor_alarm")) == 8
