@@ -283,7 +283,8 @@ def test_an_optional_unknown_hook_is_no_fault(site: Path) -> None:
 
 def test_embedding_and_building() -> None:
     registry = Registry()
-    registry.register(Embedded(), name="here", distribution="mine", version="2")
+    plugin = Embedded()
+    registry.register(plugin, name="here", distribution="mine", version="2")
     assert registry.build("controller", "made", "x", seed=3) == ("x", 3, 1)
     assert registry.build("controller", "mine/made", "x", options={"size": "7"}) == ("x", 0, 7)
     with pytest.raises(BadOption, match=r"made takes no option 'sise'.*did you mean size"):
@@ -291,7 +292,7 @@ def test_embedding_and_building() -> None:
     assert registry.hook.esper_veto(command="bad", plane=None) == "no"
     assert registry.hook.esper_veto(command="good", plane=None) is None
     with pytest.raises(PluginBroken, match="same module as plugin mine/here"):
-        registry.register(registry._embedded[0][0])
+        registry.register(plugin)
 
 
 def test_embedding_something_broken_raises() -> None:

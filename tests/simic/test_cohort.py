@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esper_core.leyline.actions import Command
-from esper_core.leyline.stages import STAGES, Op
+from esper_core.leyline.stages import STAGES, Op, Stage
 from esper_core.leyline.view import RunView
 from esper_core.registry import load_registry
 from esper_core.simic.gym.environment import EpisodeGroup, Ground
@@ -163,6 +163,17 @@ def test_a_seed_that_turns_infinite_does_not_reach_the_others(ground: Ground) ->
     assert not STAGES[group.cohort.members[0].plane.growths["block2"].stage].occupied  # culled, not spread
 
 
+@pytest.mark.parametrize("who", ["member", "trunk"])
+def test_a_rollback_ends_sharing(ground: Ground, who: str) -> None:
+    """After a rollback a host is no longer the trunk's, although no seed shows in it."""
+    group = EpisodeGroup(ground, 2, assembly.build_rewards(CONFIG, ground.registry), share=True)
+    first, second = group.cohort.members
+    assert first.shared and second.shared
+    (first if who == "member" else group.cohort.trunk).tolaria.governor.rollbacks = 1
+    group.advance()
+    assert not first.shared and second.shared is (who == "member")
+
+
 def test_a_rollback_is_paid_for_at_the_step_of_the_deed(ground: Ground) -> None:
     config = attrs.evolve(CONFIG, settings={**CONFIG.settings, "plane.ramp": 0.01})
     own = Ground.lay(config, ground.registry)
@@ -172,9 +183,8 @@ def test_a_rollback_is_paid_for_at_the_step_of_the_deed(ground: Ground) -> None:
         group.act(k, [Command(Op.GERMINATE, "block1", "conv")])
     group.advance()
     for k in range(2):
-        assert group.act(k, [Command(Op.ADVANCE, "block1")]) or group.cohort.members[k].plane.apply(
-            Command(Op.ADVANCE, "block1"), gated=False
-        )
+        change = group.cohort.members[k].plane.apply(Command(Op.ADVANCE, "block1"), gated=False)
+        assert change is not None and change.after is Stage.BLENDING
     with torch.no_grad():
         for parameter in group.cohort.members[0].plane.slots["block1"].seed.parameters():
             parameter.fill_(float("nan"))

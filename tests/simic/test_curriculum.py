@@ -55,6 +55,15 @@ def test_no_held_out_host_is_trained_on(name: str) -> None:
     assert not shapes(True) & shapes(False)
 
 
+def test_worlds_are_drawn_by_their_weights() -> None:
+    plan = parse_curriculum(TOML, "tiny")
+    (world,) = plan.chosen(held_out=False)
+    for weights, least, most in (((3.0, 1.0), 0.65, 0.85), ((0.0, 1.0), 0.0, 0.0), ((1.0, 1.0), 0.4, 0.6)):
+        worlds = [attrs.evolve(world, name=f"w{i}", weight=weight) for i, weight in enumerate(weights)]
+        drawn = [attrs.evolve(plan, worlds=worlds).draw(0, i, 0)[0].name for i in range(400)]
+        assert least <= drawn.count("w0") / len(drawn) <= most, weights
+
+
 def test_tuning_is_as_ppo_but_for_what_it_names() -> None:
     plan = parse_curriculum(TOML + "\n[tuning]\nclip = 0.5\n", "tiny")
     assert plan.tuning == attrs.evolve(plan.ppo, clip=0.5) and parse_curriculum(TOML, "tiny").tuning == plan.ppo

@@ -254,4 +254,4 @@ def test_an_adapter_speaks_through_the_controller(tmp_path: Path) -> None:
     view = make_view(2, 3, 2)
     bare.decide(view)
     adapted.decide(view)
-    assert not torch.equal(bare.hidden, adapted.hidden) or bare.state_dict() != adapted.state_dict()
+    assert not torch.equal(bare.hidden, adapted.hidden)

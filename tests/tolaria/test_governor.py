@@ -55,6 +55,17 @@ def test_a_jump_is_an_alarm_within_a_block(jump):
     assert 600 < step <= 625 and "deviations" in alarm.cause and alarm.value > alarm.limit
 
 
+def test_a_seed_on_probation_makes_the_watch_tight():
+    alarms = {}
+    for stage in (Stage.FOSSILIZED, Stage.PROBATIONARY):
+        draw = random.Random(0)
+        governor = Governor(GovernorConfig(floor=0.0), math.log(10))
+        governor.status([Stage.DORMANT, stage])
+        assert governor.observe([1.0 + draw.gauss(0, 0.1) for _ in range(150)], 150) is None
+        alarms[stage] = governor.observe([1.25] * 25, 175)  # between two and three deviations
+    assert alarms[Stage.FOSSILIZED] is None and "2 deviations" in alarms[Stage.PROBATIONARY].cause
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_an_alarm_at_once(value):
     assert Governor(GovernorConfig(), math.log(10)).observe([2.3, value], 2).cause == "training loss is not finite"
@@ -122,6 +133,13 @@ def test_state_survives_json(losses, cut):
 
 
 def test_there_is_no_way_to_turn_it_off():
+    """Whatever its options are set to, a loss that is no number is an alarm, and a rollback is counted."""
     from esper_core.leyline.options import options_of
 
-    assert not [o for o in options_of(GovernorConfig) if o.kind == "bool" or "enable" in o.name or "off" in o.name]
+    for option in options_of(GovernorConfig):
+        for value in (option.minimum, option.maximum if option.maximum is not None else 1e9):
+            governor = Governor(GovernorConfig(**{option.name: type(option.default)(value)}), math.log(10))
+            assert governor.observe([1.0] * 20, 20) is None
+            assert governor.observe([1.0, math.nan], 22) is not None, (option.name, value)
+            governor.roll_back(22, 20, None)
+            assert governor.rollbacks == 1
