@@ -24,11 +24,14 @@ if TYPE_CHECKING:
               help="random architectures that share the budget of the random search")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=2, metavar="N", show_default=True,
               help="processes, of one thread each")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="print compare.json instead of a table")
+@click.option("--frontier", is_flag=True,
+              help="instead: static networks of every size, tuned, at the run's FLOPs")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="print compare.json (frontier.json) instead of a table")
 @click.pass_context
 def compare(
-    context: click.Context, run: str, seeds: int, arms: str, candidates: int, workers: int, as_json: bool
-) -> None:
+    context: click.Context, run: str, seeds: int, arms: str, candidates: int, workers: int, frontier: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Train the arms that growing must beat, on the same data with paired seeds, and print the table.
 
     What is done already is not run again, so it can be stopped and called again. The arms are `host`, `host@FLOPs`,
@@ -37,10 +40,26 @@ def compare(
     \b
     esper compare runs/cnn-digits-1
     esper compare runs/cnn-digits-1 --seeds 10 --arms host,static@FLOPs
+    esper compare runs/gpt-stdlib-1 --frontier --seeds 3
     """
+    if frontier:
+        print_frontier(str(find_run(run)), seeds, workers, as_json=as_json)
+        return
     settings = context.find_object(Settings) or Settings()
     print_arms(str(find_run(run)), seeds, tuple(a.strip() for a in arms.split(",") if a.strip()), candidates, workers,
                settings.disabled, as_json=as_json)  # fmt: skip
+
+
+def print_frontier(run: str, seeds: int, workers: int, *, as_json: bool) -> None:
+    """Sweep static sizes beside a run, and print what was found."""
+    from esper_core.cli.context import current_registry
+    from esper_core.trials.frontier.of_run import compare_frontier
+    from esper_core.trials.frontier.table import show
+
+    summary = compare_frontier(
+        run, current_registry(), seeds=seeds, workers=workers, notify=lambda text: click.echo(text, err=True)
+    )
+    click.echo(json.dumps(summary, indent=1) if as_json else show(summary))
 
 
 def print_arms(

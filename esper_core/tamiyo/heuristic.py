@@ -18,6 +18,7 @@ import attrs
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import STAGES, Op, begins_blending
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
+from esper_core.tamiyo.depth_plan import FAMILY, plan_depth
 from esper_core.tamiyo.heuristic_config import HeuristicConfig
 
 FAMILY_PRIORS: Final = MappingProxyType(
@@ -240,6 +241,12 @@ class HeuristicController:
     # New seeds
 
     def _plant(self, view: RunView) -> Iterator[Command]:
+        config = self.config
+        deepen, _ = plan_depth(view, last=config.deepen_last, latest=config.last, order=config.deepen_order)
+        if deepen is not None:
+            self._planted += len(deepen.slots)
+            yield deepen
+            return
         room = self.config.at_once - sum(slot.stage.spec.growing for slot in view.slots)
         if room <= 0 or not self._in_season(view):
             return
@@ -269,6 +276,8 @@ class HeuristicController:
             need = measured[slot.path]
             relative = 1.0 if need is None else min(max(need / typical, 0.1), 10.0)
             for blueprint in slot.blueprints:
+                if blueprint.family == FAMILY and view.course is not None:
+                    continue  # depth goes by the plan
                 gain = self.expected_gain(blueprint, slot, view) * math.pow(relative, self.config.need_power)
                 failures = self._failures.get(f"{slot.path} {blueprint.name}", 0)
                 offers.append(Offer(slot, blueprint, gain * math.pow(self.config.failure_factor, failures)))

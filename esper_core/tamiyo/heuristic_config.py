@@ -7,8 +7,14 @@ from typing import Any
 import attrs
 
 
-def _option(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
-    bounds = {k: v for k, v in (("minimum", minimum), ("maximum", maximum)) if v is not None}
+def _option(
+    default: Any,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    bounds = {k: v for k, v in (("minimum", minimum), ("maximum", maximum), ("choices", choices)) if v is not None}
     return attrs.field(default=default, metadata={"help": help, **bounds})
 
 
@@ -18,6 +24,13 @@ class HeuristicConfig:
 
     start: float = _option(0.3, "share of the run before the first germination", 0.0, 1.0)
     last: float = _option(0.7, "share of the run after which nothing new germinates", 0.0, 1.0)
+    deepen_last: float = _option(
+        0.25, "share of a budget of FLOPs that is spent when depth doubles for the last time", 0.0, 1.0
+    )
+    deepen_order: str = _option(
+        "stack", "how copies stand: stack (ABCABC), better with adamw, or interleave (AABBCC), better with muon",
+        choices=("stack", "interleave"),
+    )  # fmt: skip
     at_once: int = _option(8, "seeds that may be in a stage before fossilized at the same time", 1)
     isolation: float = _option(
         0.0, "share of the run that a seed learns in isolation (never under one decision)", 0.0, 1.0

@@ -96,7 +96,7 @@ def suit_budget(config: RunConfig, host: HostProtocol) -> tuple[RunConfig, list[
     """The configuration where what the user left as it is suits a budget, and what the user should know of that.
 
     A constant rate that falls at the end; the host's own blocks as what grows, where they can be copied; no other limit
-    on parameters than what the FLOPs can feed.
+    on parameters and no other rent than the FLOPs that they cost.
     """
     if not (config.budget_total or config.minutes):
         return config, []
@@ -108,12 +108,14 @@ def suit_budget(config: RunConfig, host: HostProtocol) -> tuple[RunConfig, list[
     if config.blueprints == defaults["blueprints"] and any(not block.reason for block in blocks.values()):
         changes["blueprints"] = ("copy",)
     if "copy" in changes.get("blueprints", config.blueprints):
-        if config.budget_params == defaults["budget_params"]:
-            changes["budget_params"] = ""
-        if "copy.blocks" not in config.settings:
-            changes["settings"] = {**config.settings, "copy.blocks": "all"}
+        for name, free in (("budget_params", ""), ("rent", 0.0)):
+            if getattr(config, name) == defaults[name]:
+                changes[name] = free
+        order = config.settings.get("heuristic.deepen_order", "interleave" if config.optimizer == "muon" else "stack")
+        own = {"heuristic.deepen_order": order, "copy.blocks": "all" if order == "stack" else "1"}
+        changes["settings"] = {**own, **config.settings}
     told = {"schedule": "a constant rate that falls at the end", "blueprints": "copies of the host's own blocks",
-            "budget_params": "no limit on parameters but the FLOPs"}  # fmt: skip
+            "budget_params": "no limit on parameters but the FLOPs", "rent": "no rent but them"}  # fmt: skip
     said = ", ".join(words for name, words in told.items() if name in changes)
     notes = [f"a budget of FLOPs, so unless told otherwise: {said}"] if said else []
     return attrs.evolve(config, **changes), notes

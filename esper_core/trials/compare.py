@@ -24,9 +24,12 @@ from typing import Any, Final
 import attrs
 import torch
 
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
-from esper_core.registry import Registry, load_registry
+from esper_core.leyline.specs import HostSpec
+from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.storage.tensor_file import parse_json, read_json_file, write_json_file
+from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import resume_run, start_run
@@ -294,15 +297,48 @@ def _train_fixed(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, f
     if unit.arm == "random search":
         return _search(unit, registry)
     organs: tuple[Organ, ...] = ()
+    config = unit.config
     if not unit.arm.startswith("host"):
-        organs = organs_of(load_plane(unit.grown_run, registry)[1]["structure"])
-    setup = set_up(_with_new_weights(unit.config, registry) if organs else unit.config, registry)
+        plane, header = load_plane(unit.grown_run, registry)
+        organs = organs_of(header["structure"])
+        built = deeper_host(config, plane, organs, registry)
+        organs, config = (organs, _with_new_weights(config, registry)) if built is None else ((), built)
+    setup = set_up(config, registry)
     implant(setup.plane, organs)
     steps = setup.timetable.steps
     if unit.arm.endswith("@FLOPs"):
         steps = max(1, round(training_flops(unit.grown_run) / step_flops(setup)))
     result = train_static(setup, steps)
     return setup, result, result.flops, organs
+
+
+def deeper_host(config: RunConfig, plane: Plane, organs: Sequence[Organ], registry: Registry) -> RunConfig | None:
+    """The configuration of a host that is as deep from the start as a grown one has become; None if there is none.
+
+    Only where nothing but copies of blocks grew, in a host with an option for its depth: a network that is built so has
+    its own initial weights, and copies of untrained blocks would not.
+
+    Args:
+        config: of the grown run. plane: the grown network. organs: its seeds.
+    """
+    spec = registry.find("host", split_reference(config.host)[0]).spec
+    assert isinstance(spec, HostSpec)
+    families = {plane.candidates[organ.blueprint].family for organ in organs}
+    if not spec.sizes or families != {"depth"}:
+        return None
+    name = f"{spec.name}.{spec.sizes[0]}"
+    default = next(option.default for option in spec.options if option.name == spec.sizes[0])
+    depth, wanted = config.settings.get(name, default), plane.host_params + plane.ledger.seed_params
+    if not isinstance(depth, int) or depth < 1:
+        return None
+    task, _ = assembly.build_task(config, registry)
+    for times in range(2, 33):
+        deeper = attrs.evolve(config, settings={**config.settings, name: depth * times})
+        host = assembly.build_host(deeper, registry, task.outputs, task.input_shape)
+        params = sum(p.numel() for p in host.module.parameters())
+        if params >= wanted:
+            return deeper if params == wanted else None
+    return None
 
 
 def _with_new_weights(config: RunConfig, registry: Registry) -> RunConfig:

@@ -7,8 +7,13 @@ import math
 from pathlib import Path
 
 import attrs
+import pytest
 
+from esper_core.leyline.errors import BadOption
+from esper_core.registry import load_registry
+from esper_core.tolaria.config import RunConfig
 from esper_core.trials.frontier.job import Job
+from esper_core.trials.frontier.of_run import _plan, describe, frontier_of, sizes_around
 from esper_core.trials.frontier.plan import Frontier
 from esper_core.trials.frontier.queue import append_row, read_rows
 from esper_core.trials.frontier.table import show, summarise
@@ -80,6 +85,47 @@ def test_it_goes_on_from_any_row(tmp_path: Path) -> None:
     assert len(rows) == 9
     run(rows)
     assert [row["key"] for row in rows] == [job.key for job in jobs]
+
+
+def run_row(job: Job) -> dict:
+    """As `outcome`, for a network that doubles once at 0.3 of its steps; a small network's token is worth 0.6."""
+    depth = job.size["layers"] * job.size["width"] / 64
+    steps = job.budget / (1e8 * depth)
+    grown_at = [] if job.is_static else [0.3]
+    tokens = steps if job.is_static else (steps := job.budget / (1e8 * 1.7)) * (0.7 + 0.6 * 0.3)
+    loss = 2.0 * tokens**-0.05 * (1.0 if depth in (1, 2) else 1.1)
+    return {
+        **outcome(job), "loss": loss, "test_loss": loss, "steps": steps, "grown_at": grown_at,
+        "curve": [[at, loss * (2 - at / 50)] for at in range(50)],
+    }  # fmt: skip
+
+
+def test_the_frontier_of_a_run_tells_what_tokens_and_flops_were_worth() -> None:
+    config = RunConfig(host="gpt", budget_total="1e12", learning_rate=0.008, settings={"gpt.layers": 1})
+    frontier = frontier_of(config, 1e12, load_registry(), seeds=2)
+    assert (1, 64) in frontier.sizes and (2, 64) in frontier.sizes and len(frontier.sizes) > 6
+    assert frontier.arms()[0].size == {"layers": 1, "width": 64}
+    rows: list[dict] = []
+    while jobs := [job for job in _plan(frontier, rows) if job.key not in {row["key"] for row in rows}]:
+        rows.append(run_row(jobs[0]))
+    found = describe(frontier, rows)
+    assert found["token_worth"] == pytest.approx(0.6, abs=1e-6)
+    assert found["equal_loss"] == pytest.approx(1.7 / (0.7 + 0.6 * 0.3))  # here the host alone is the better buy
+    assert min(found["regret"].values()) == 0.0 and "a token of the smaller" in show(found)
+
+
+def test_a_run_without_budget_or_sizes_has_no_frontier() -> None:
+    with pytest.raises(BadOption, match="sizes"):
+        frontier_of(RunConfig(host="timm:resnet18", budget_total="1e12"), 1e12, load_registry(), 2)
+    with pytest.raises(BadOption, match="sizes"):  # 0 stands for what a model is configured to have
+        frontier_of(RunConfig(host="transformers:gpt2", budget_total="1e12"), 1e12, load_registry(), 2)
+
+
+@pytest.mark.parametrize("host", [(1, 64), (2, 96), (6, 192), (3,), (4, 48)])
+def test_sizes_keep_heads_whole_and_hold_the_hosts(host) -> None:
+    sizes = sizes_around(host)
+    assert host in sizes and len(sizes) == len(set(sizes)) and all(size[0] >= 1 for size in sizes)
+    assert all(size[1] % 16 == 0 for size in sizes if len(size) > 1)
 
 
 def test_a_job_is_known_by_what_changes_its_result() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,16 @@ def recorded_lines(name: str) -> tuple[str, ...]:
 @functools.cache
 def recorded_events(name: str) -> tuple[Event, ...]:
     """The run's events, in order."""
+    return tuple(read_events(recorded_lines(name)))
+
+
+def read_events(lines: Iterable[str]) -> list[Event]:
+    """The events of lines of an `events.jsonl`."""
     found = []
-    for line in recorded_lines(name):
+    for line in lines:
         fields = json.loads(line)
         found.append(_KINDS[fields.pop("kind")](**fields))
-    return tuple(found)
+    return found
 
 
 @functools.cache

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from esper_core.leyline import scaling
 from esper_core.leyline.errors import BadOption
+from esper_core.leyline.specs import HostSpec
+from esper_core.registry import load_registry
 from esper_core.tolaria import flop_budget, setup
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
+from esper_core.trials.compare import deeper_host
+from esper_core.trials.static import organs_of
+from esper_hosts.gpt import start_size
 from tests.tolaria import ground
 from tests.tolaria.test_resume import Interrupter
 
@@ -76,3 +84,38 @@ def test_measuring_the_speed_leaves_no_trace(tmp_path):
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(BadOption, match="budget_total"):
         flop_budget.budget_of(ground.config(budget_total=text))
+
+
+@pytest.mark.parametrize(("optimizer", "slots"), [("adamw", ["blocks.0", "blocks.0+1"]), ("muon", ["blocks.0"])])
+def test_the_heuristic_deepens_a_network_by_its_budget_alone(tmp_path, monkeypatch, optimizer, slots):
+    monkeypatch.setattr(scaling, "NEED", {"adamw": 20.0, "muon": 60.0}[optimizer])
+    settings = {"gpt.layers": 1, "gpt.width": 16, "gpt.heads": 1, "stdlib.length": 16}
+    config = RunConfig(
+        host="gpt", budget_total="1e9", batch_size=8, optimizer=optimizer, settings=settings, out=str(tmp_path / "run"),
+        decisions_per_epoch=0, device="cpu",
+    )  # fmt: skip
+    told: list[str] = []
+    result = start_run(config, notify=told.append)
+    assert any("copies of the host's own blocks" in line for line in told)
+    born = [e for e in ground.events(tmp_path / "run", "stage_changed") if e["after"] == "germinated"]
+    assert [event["slot"] for event in born] == slots and result.fossilized == tuple(slots)
+    assert BUDGET / 4 <= spent(tmp_path / "run") < 1.05 * BUDGET / 4
+    block = 12 * 16**2 + 2 * 16
+    assert result.params - result.host_params == (2 ** len(slots) - 1) * block
+    registry = load_registry()
+    plane, header = load_plane(tmp_path / "run", registry)
+    ran = RunFolder.open(tmp_path / "run")[1]
+    deeper = deeper_host(ran, plane, organs_of(header["structure"]), registry)
+    assert deeper is not None and deeper.settings["gpt.layers"] == 2 ** len(slots)
+
+
+def test_a_budget_chooses_where_to_start_unless_the_user_did():
+    spec = HostSpec(name="gpt", summary="", factory="a:b", sensors=("alpha",), sizes=("layers", "width"), start="a:c")
+    sizes = [fit_start(spec, budget)["gpt.width"] for budget in ("5e12", "3e15", "1e16")]
+    assert sizes == sorted(sizes) and sizes[0] == 64 and 192 <= sizes[1] <= 256
+    kept = RunConfig(host="gpt", budget_total="3e15", settings={"gpt.layers": 1})
+    assert flop_budget.fit_to_budget(kept, spec, start_size) is kept
+
+
+def fit_start(spec: HostSpec, budget: str) -> dict:
+    return dict(flop_budget.fit_to_budget(RunConfig(host="gpt", budget_total=budget), spec, start_size).settings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import attrs
+
 from esper_core.trials.frontier.job import Job
 from esper_core.trials.frontier.plan import Frontier
 
@@ -12,7 +14,7 @@ _ALL: Final = {
     "host": "gpt", "blueprints": ("copy",), "budget_params": "", "rent": 0.0, "warmup": 0.02, "clip": 1.0,
     "weight_decay": 0.1,
 }  # fmt: skip
-_ADAMW: Final = {"optimizer.beta2": 0.95, "copy.blocks": "all"}
+_ADAMW: Final = {"optimizer.beta2": 0.95}
 _STDLIB: Final = {
     **_ALL, "task": "stdlib", "batch_size": 32, "device": "cpu",
     "settings": {**_ADAMW, "stdlib.length": 128, "sensors.every": 1000},
@@ -28,6 +30,7 @@ def p9(quick: bool = False) -> list[Frontier]:
     """Two cores, the standard library's text: 5 seeds of all arms, or 2 seeds of fewer on fewer FLOPs."""
     heuristic = _grown("heuristic", 1, 64, heuristic=True)
     by_hand = _grown("by hand 1-2 at 0.2", 1, 64, (0.2, 2))
+    narrow = _grown("heuristic from 1x48", 1, 48, heuristic=True)
     zero = _grown("zero output 1-2 at 0.2", 1, 64, (0.2, 2), birth="zero")
     if quick:
         return [
@@ -39,7 +42,7 @@ def p9(quick: bool = False) -> list[Frontier]:
     sizes = ((2, 64), (3, 64), (4, 64), (2, 48), (3, 48), (4, 48), (1, 96), (2, 96), (1, 128), (3, 32))
     return [
         Frontier(
-            name="p9", base=_STDLIB, budget=5e12, host=(1, 64), sizes=sizes, grown=(heuristic, by_hand),
+            name="p9", base=_STDLIB, budget=5e12, host=(1, 64), sizes=sizes, grown=(heuristic, by_hand, narrow),
             controls=(zero,), rates=(0.008, 0.016, 0.004), seeds=5,
         )
     ]  # fmt: skip
@@ -55,36 +58,38 @@ def _debian(tokens: str, data: str) -> Mapping[str, Any]:
 
 
 P8_SIZES: Final = (
-    (6, 192), (8, 192), (5, 256), (6, 256), (7, 256), (10, 192), (4, 256), (8, 160), (10, 160), (12, 160), (4, 320),
-    (8, 256), (3, 384), (12, 192),
+    (8, 192), (6, 192), (8, 160), (10, 160), (12, 128), (10, 192), (6, 256), (5, 256), (12, 160), (8, 256), (10, 128),
+    (4, 320),
 )  # fmt: skip
 
 
 def p8(data: str = "text/english") -> list[Frontier]:
-    """One GPU, Debian's documentation: the budget of the bar first, then a third of it and three times it."""
+    """One GPU, Debian's documentation: 1e15, 3e15 and 1e16 FLOP, each with AdamW and with Muon."""
     base = _debian("byte", data)
-    by_hand = (
-        _grown("by hand 3-6-12x192", 3, 192, (0.07, 2), (0.28, 2)),
-        _grown("by hand 2-4-8x256", 2, 256, (0.07, 2), (0.3, 2)),
+    muon = {"base": base, "config": {"optimizer": "muon"}}
+    stacked = (
+        _grown("heuristic 3x160", 3, 160, heuristic=True),
+        _grown("by hand 3-6-12x160", 3, 160, (0.07, 2), (0.28, 2)),
     )
-    zero = _grown("zero output 3-6-12x192", 3, 192, (0.07, 2), (0.28, 2), birth="zero")
-    middle = Frontier(
-        name="p8", base=base, budget=3e15, host=(3, 192), sizes=P8_SIZES,
-        grown=(_grown("heuristic 3x192", 3, 192, heuristic=True), *by_hand), controls=(zero,),
-        rates=(0.003, 0.0015, 0.006), most_rates=3, finalists=2, seeds=3,
-    )  # fmt: skip
-    small = Frontier(
-        name="p8-1e15", base=base, budget=1e15, host=(3, 192),
-        sizes=((4, 192), (6, 192), (4, 256), (5, 256), (6, 160), (8, 160), (6, 128), (8, 128)),
-        grown=(_grown("heuristic 3x192", 3, 192, heuristic=True),),
-        rates=(0.003, 0.006), most_rates=3, decays=(0.4,), finalists=2, seeds=2,
-    )  # fmt: skip
-    large = Frontier(
-        name="p8-1e16", base=base, budget=1e16, host=(3, 256), sizes=((10, 256), (12, 256), (8, 320), (12, 192)),
-        grown=(_grown("heuristic 3x256", 3, 256, heuristic=True),),
-        rates=(0.002,), most_rates=1, decays=(0.4,), finalists=1, seeds=1,
-    )  # fmt: skip
-    return [middle, small, large]
+    interleaved = (
+        _grown("heuristic 3x160", 3, 160, heuristic=True, order="interleave"),
+        _grown("by hand 5-10x160", 5, 160, (0.2, 2), order="interleave"),
+    )
+    bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004,), "most_rates": 2, "margin": 0.02,
+           "decays": (0.4, 0.2), "finalists": 1, "seeds": 3}  # fmt: skip
+    low = {"budget": 1e15, "host": (3, 160), "rates": (0.004,), "most_rates": 2, "decays": (0.4,), "seeds": 2,
+           "sizes": ((6, 128), (8, 128), (10, 128), (12, 128), (5, 192), (6, 192), (8, 192), (4, 256))}  # fmt: skip
+    high = {"budget": 1e16, "host": (4, 192), "sizes": ((12, 192), (10, 256), (16, 192), (8, 320)), "rates": (0.003,),
+            "most_rates": 1, "decays": (0.4,), "finalists": 1, "seeds": 1}  # fmt: skip
+    large = (_grown("heuristic 4x192", 4, 192, heuristic=True),)
+    return [
+        Frontier(name="p8-1e15", base=base, grown=stacked[:1], **low),
+        Frontier(name="p8-muon-1e15", **muon, grown=interleaved[:1], **low),
+        Frontier(name="p8", base=base, grown=stacked, **bar),
+        Frontier(name="p8-muon", **muon, grown=interleaved, **bar),
+        Frontier(name="p8-1e16", base=base, grown=large, **high),
+        Frontier(name="p8-muon-1e16", **muon, **high, grown=(attrs.evolve(large[0], order="interleave"),)),
+    ]
 
 
 PROTOCOLS: Final[Mapping[str, Callable[..., Sequence[Frontier]]]] = {

@@ -88,12 +88,14 @@ def config_of(job: Job, base: Mapping[str, Any], folder: Path) -> RunConfig:
     settings |= {f"{host_name(base)}.{name}": value for name, value in job.size.items()}
     controller = str(base.get("controller", "heuristic")) if job.heuristic else "wait"
     if not job.is_static:
-        settings |= {"copy.birth": job.birth, "copy.moments": job.moments}
+        blocks = "all" if job.order == "stack" else "1"
+        settings |= {"copy.birth": job.birth, "copy.moments": job.moments, "copy.blocks": blocks}
+    if job.heuristic:
+        settings["heuristic.deepen_order"] = job.order
     if job.grow and not job.heuristic:
         plan = folder / "plan.json"
         plan.write_text(json.dumps({"advance": True, "steps": list(_steps(job))}), encoding="utf-8")
         controller = f"schedule:{plan}"
-        settings["copy.blocks"] = "all" if job.order == "stack" else "1"
     values = {
         **{k: v for k, v in base.items() if k != "settings"}, **job.config, "schedule": "wsd",
         "controller": controller, "seed": job.seed, "learning_rate": job.rate, "decay": job.decay,
@@ -109,15 +111,17 @@ def host_name(base: Mapping[str, Any]) -> str:
 
 
 def _steps(job: Job) -> list[dict[str, Any]]:
-    """Steps of a schedule: a stack grows behind the last block, and the next stack upon it."""
-    steps, height = [], 0
-    for share, factor in job.grow:
-        for _ in range(int(math.log2(factor))):
-            last = job.slot + (f"+{height}" if height else "")
-            slot = "*" if job.order == "interleave" else last
-            steps.append({"op": "germinate", "slot": slot, "share": share, "blueprint": "copy", "tempo": job.tempo})
-            height += 1
-    return steps
+    """Steps of a schedule: a stack grows behind the last block, and the next stack upon it; interleaving once only."""
+    told = {"op": "germinate", "blueprint": "copy", "tempo": job.tempo}
+    if job.order == "interleave":
+        share, _ = job.grow[0]
+        prefix, _, index = job.slot.rpartition(".")
+        return [{**told, "share": share, "slot": f"{prefix}.{block}"} for block in range(int(index) + 1)]
+    shares = [share for share, factor in job.grow for _ in range(int(math.log2(factor)))]
+    return [
+        {**told, "share": share, "slot": job.slot + (f"+{height}" if height else "")}
+        for height, share in enumerate(shares)
+    ]
 
 
 def run_job(job: Job, base: Mapping[str, Any], scratch: Path | None = None) -> dict[str, Any]:

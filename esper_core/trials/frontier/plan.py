@@ -29,6 +29,7 @@ class Frontier:
         name: of the whole. base: configuration of all its runs. budget: FLOPs.
         sizes: of the static networks: values of the host's size options. host: that of the network which is grown.
         options: the host's size options, in that order.
+        config: fields of the configuration that set this one apart from others in the same file of rows.
         grown: the arms that grow, as jobs without rate, decay and seed; the first is the heuristic's.
         controls: jobs that show what an operator is worth; they take rate and decay from the first grown arm.
         rates: tried for every arm. most_rates: tried for an arm at most. decays: shares of the budget.
@@ -42,6 +43,7 @@ class Frontier:
     sizes: Sequence[tuple[int, ...]]
     host: tuple[int, ...]
     options: Sequence[str] = ("layers", "width")
+    config: Mapping[str, Any] = attrs.field(factory=dict)
     grown: Sequence[Job]
     controls: Sequence[Job] = ()
     rates: Sequence[float]
@@ -61,7 +63,13 @@ class Frontier:
         ]
         return [
             attrs.evolve(
-                job, stage="tune", rate=self.rates[0], decay=self.decays[0], seed=self.tune_seed, budget=self.budget
+                job,
+                stage="tune",
+                rate=self.rates[0],
+                decay=self.decays[0],
+                seed=self.tune_seed,
+                budget=self.budget,
+                config={**self.config, **job.config},
             )
             for job in (*self.grown, *statics)
         ]
@@ -89,7 +97,12 @@ class Frontier:
         arms = self.arms()
         tuned = [self.tuned(arm, found) for arm in self._chosen(arms, found)]
         first = self.tuned(arms[0], found)
-        controls = [attrs.evolve(job, rate=first.rate, decay=first.decay, budget=self.budget) for job in self.controls]
+        controls = [
+            attrs.evolve(
+                job, rate=first.rate, decay=first.decay, budget=self.budget, config={**self.config, **job.config}
+            )
+            for job in self.controls
+        ]
         for seed in range(self.seeds):
             for job in (*tuned, *controls):
                 yield attrs.evolve(job, stage="final", seed=seed, test=True)

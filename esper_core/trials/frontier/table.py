@@ -118,4 +118,12 @@ def show(summary: Mapping[str, Any]) -> str:
         lines.append(
             f"  {pair['arm']:26s} {100 * pair['share']:+.2f}% [{low}, {high}] of {pair['minus']}, {pair['n']} seeds"
         )
+    if summary.get("equal_loss"):
+        lines.append(
+            f"  FLOPs for the static frontier's loss: {summary['equal_loss']:.2f} of the best static network's"
+        )
+    if summary.get("token_worth") is not None:
+        lines.append(f"  a token of the smaller networks was worth {summary['token_worth']:.2f} of the final one's")
+    for name, regret in sorted((summary.get("regret") or {}).items(), key=lambda item: item[1]):
+        lines.append(f"  anytime {name:26s} at worst {100 * regret:.2f}% above the best arm at the same FLOPs")
     return "\n".join(lines)
