@@ -26,13 +26,12 @@ install: $(INSTALLED) ## install Esper and its tools into .venv
 system: ## fetch what tests use beyond Python, where that can be done: Fashion-MNIST files and a browser
 	@.ci/system-packages
 
-demo: $(INSTALLED) ## grow a ResNet-18 on handwritten digits beside the same host alone, and write the report
-	@rm -rf runs/demo runs/demo-host-alone
-	$(BIN)/esper run --config examples/demo.toml --controller wait --out runs/demo-host-alone --quiet
+demo: $(INSTALLED) ## grow a small GPT beside its host and the static network of its final size, at equal FLOPs; report
+	@rm -rf runs/demo
 	$(BIN)/esper run --config examples/demo.toml --out runs/demo
-	$(BIN)/esper runs compare runs/demo-host-alone runs/demo
+	$(BIN)/esper compare runs/demo --arms host@FLOPs,static@FLOPs --seeds 3 --workers $(WORKERS)
 	@echo
-	@echo "one seed each; the report: runs/demo/report.html"
+	@echo "the report: runs/demo/report.html"
 
 test: $(INSTALLED) system lint types arrows ## everything that must hold, within fifteen minutes on two cores
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from benchmarks.growth.frontier.page import sections
+
 RESULTS: Final = Path(__file__).parent / "results"
 PAGE: Final = Path(__file__).parents[2] / "docs" / "growth.md"
 
@@ -57,6 +59,7 @@ def page() -> str:
         note = RESULTS.parent / "notes" / f"{name}.md"
         if note.is_file():
             parts.append(note.read_text(encoding="utf-8").strip())
+    parts.extend(sections(RESULTS, RESULTS.parent / "notes"))
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.growth.frontier import anytime
 from benchmarks.growth.frontier.protocols import PROTOCOLS
 from esper_core.trials.frontier.queue import read_rows, run_queue
 from esper_core.trials.frontier.table import equal_loss, show, summarise
@@ -25,7 +26,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 def main() -> None:
     """Parse, run, summarise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("protocol", choices=sorted(PROTOCOLS))
+    parser.add_argument("protocol", choices=sorted([*PROTOCOLS, "p10"]))
     parser.add_argument("--rows", type=Path, default=None, help="JSONL of finished jobs (results/NAME.jsonl)")
     parser.add_argument("--data", default=None, help="P8: prefix of the three text files, such as text/english")
     parser.add_argument("--cuda", type=int, default=0, help="processes on the GPU")
@@ -35,29 +36,42 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="only summarise the rows there are")
     args = parser.parse_args()
     began = time.monotonic()
-    frontiers = PROTOCOLS[args.protocol](**({"data": args.data} if args.data else {}))
-    if args.only:
-        frontiers = [f for f in frontiers if f.name in args.only.split(",")]
     rows = args.rows or RESULTS / f"{args.protocol}.jsonl"
     workers = {kind: count for kind, count in (("cuda", args.cuda), ("cpu", args.cpu)) if count} or {"cpu": 2}
-    whole = True
-    for frontier in frontiers if not args.show else ():
-        left = args.limit - (time.monotonic() - began)
-        whole = run_queue(frontier.plan, frontier.base, rows, workers=workers, limit=left) and whole
-    found = read_rows(rows)
-    summaries = [summarise(frontier, found) for frontier in frontiers]
-    for summary in summaries:
-        print(show(summary))
     told: dict[str, Any] = {
         "protocol": args.protocol,
         "command": f"python -m benchmarks.growth.frontier {args.protocol}",
         "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if args.cuda else 'CPU'}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "whole": whole, "summaries": summaries, "equal_loss": equal_loss(summaries),
-    }  # fmt: skip
-    if not args.show:
+    }
+    if args.protocol == "p10":
+        whole = args.show or run_queue(anytime.plan, anytime.BASE, rows, workers=workers, limit=args.limit, notify=_say)
+        summary = anytime.summarise(read_rows(rows))
+        print(anytime.show(summary))
+        _end({**told, "whole": whole, **summary}, rows, args.show)
+        return
+    frontiers = PROTOCOLS[args.protocol](**({"data": args.data} if args.data else {}))
+    if args.only:
+        frontiers = [f for f in frontiers if f.name in args.only.split(",")]
+    whole = True
+    for frontier in frontiers if not args.show else ():
+        left = args.limit - (time.monotonic() - began)
+        whole = run_queue(frontier.plan, frontier.base, rows, workers=workers, limit=left, notify=_say) and whole
+    found = read_rows(rows)
+    summaries = [summarise(frontier, found) for frontier in frontiers]
+    for summary in summaries:
+        print(show(summary))
+    _end({**told, "whole": whole, "summaries": summaries, "equal_loss": equal_loss(summaries)}, rows, args.show)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _end(told: dict[str, Any], rows: Path, only_show: bool) -> None:
+    if not only_show:
         rows.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print("everything is done" if whole else f"not everything is done; the rows so far are in {rows}")
+    print("everything is done" if told["whole"] else f"not everything is done; the rows so far are in {rows}")
 
 
 if __name__ == "__main__":

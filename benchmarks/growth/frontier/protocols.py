@@ -15,6 +15,8 @@ _ALL: Final = {
     "weight_decay": 0.1,
 }  # fmt: skip
 _ADAMW: Final = {"optimizer.beta2": 0.95}
+WARM: Final = {"warmup": 0.08}
+"""Of the runs on CPU cores, which have about a thousand steps: 0.02 of them is too short for the larger static ones."""
 _STDLIB: Final = {
     **_ALL, "task": "stdlib", "batch_size": 32, "device": "cpu",
     "settings": {**_ADAMW, "stdlib.length": 128, "sensors.every": 1000},
@@ -35,14 +37,16 @@ def p9(quick: bool = False) -> list[Frontier]:
     if quick:
         return [
             Frontier(
-                name="p9-quick", base=_STDLIB, budget=2e12, host=(1, 64), sizes=((2, 64), (3, 64), (2, 48), (1, 96)),
+                name="p9-quick", base=_STDLIB, config=WARM, budget=2e12, host=(1, 64),
+                sizes=((2, 64), (3, 64), (2, 48), (1, 96)),
                 grown=(heuristic,), controls=(zero,), rates=(0.008, 0.016), most_rates=2, decays=(0.4,), seeds=2,
             )
         ]  # fmt: skip
     sizes = ((2, 64), (3, 64), (4, 64), (2, 48), (3, 48), (4, 48), (1, 96), (2, 96), (1, 128), (3, 32))
     return [
         Frontier(
-            name="p9", base=_STDLIB, budget=5e12, host=(1, 64), sizes=sizes, grown=(heuristic, by_hand, narrow),
+            name="p9", base=_STDLIB, config=WARM, budget=5e12, host=(1, 64), sizes=sizes,
+            grown=(heuristic, by_hand, narrow),
             controls=(zero,), rates=(0.008, 0.016, 0.004), seeds=5,
         )
     ]  # fmt: skip
