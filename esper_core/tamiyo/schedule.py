@@ -17,7 +17,6 @@ A step whose time has come but which is not legal yet waits until it is. JSON ma
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.errors import BadFile, did_you_mean
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView, SlotView
-
-_LIMIT_BYTES = 1 << 20
+from esper_core.storage.toml_file import parse_toml, read_text_file
 
 
 @attrs.frozen
@@ -83,13 +81,12 @@ def read_schedule(path: Path) -> tuple[tuple[ScheduledStep, ...], bool]:
     Raises:
         BadFile: missing, unreadable, or with a step that is not one.
     """
+    expected = "a TOML or JSON file of steps"
+    text = read_text_file(path, expected)
     try:
-        if path.stat().st_size > _LIMIT_BYTES:
-            raise BadFile(f"schedule {path} is larger than {_LIMIT_BYTES} bytes", "a short list of steps")
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadFile(f"schedule {path} cannot be read: {error}", "a TOML or JSON file of steps") from error
+        content = json.loads(text) if path.suffix == ".json" else parse_toml(text, f"schedule {path}", expected)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"schedule {path} cannot be read: {error}", expected) from error
     table = {"steps": content} if isinstance(content, list) else content
     if not isinstance(table, Mapping) or set(table) - {"steps", "advance"} or not isinstance(table.get("steps"), list):
         raise BadFile(f"schedule {path} has no list of steps", "[[steps]] tables and, if wanted, `advance`")

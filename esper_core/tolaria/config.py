@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 import attrs
 
-from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
+from esper_core.leyline.errors import BadOption, did_you_mean
 from esper_core.leyline.options import Option, OptionValue
-
-_LIMIT_BYTES: Final = 1 << 20
+from esper_core.storage.toml_file import flatten, parse_toml, read_text_file
 
 
 def _texts(value: object) -> object:
@@ -30,15 +28,6 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
     """A field whose metadata holds `help`, `group` and perhaps `choices`, `minimum`, `maximum`."""
     converter = _texts if isinstance(default, tuple) else None
     return attrs.field(default=default, converter=converter, metadata={"help": help, **metadata})
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, OptionValue]]:
-    """`{"heuristic": {"start": 0.1}}` and `{"heuristic.start": 0.1}` say the same."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @attrs.frozen(kw_only=True)
@@ -184,12 +173,8 @@ class RunConfig:
             BadOption: see `from_mapping`.
         """
         path = Path(path)
-        try:
-            if path.stat().st_size > _LIMIT_BYTES:
-                raise BadFile(f"{path} is larger than {_LIMIT_BYTES} bytes", "a configuration in TOML")
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadFile(f"{path} cannot be read: {error}", "a configuration in TOML") from error
+        expected = "a configuration in TOML"
+        values = parse_toml(read_text_file(path, expected), path, expected)
         merged = {str(key).replace("-", "_"): value for key, value in values.items()}
         settings = {**_checked_settings(merged.get("settings", {})), **_checked_settings(overrides.get("settings", {}))}
         return cls.from_mapping({**merged, **overrides, "settings": settings})
@@ -214,7 +199,7 @@ def option_of(field: attrs.Attribute[Any]) -> Option:
 def _checked_settings(value: object) -> dict[str, OptionValue]:
     if not isinstance(value, Mapping):
         raise BadOption(f"settings={value!r} is no table", "part.option = value", "heuristic.start = 0.1")
-    flat = dict(_flatten(value))
+    flat = dict(flatten(value))
     for key, item in flat.items():
         if "." not in key.strip("."):
             raise BadOption(f"setting {key!r} names no part", "part.option", f"--set heuristic.{key}={item}")

@@ -124,13 +124,15 @@ class Governor:
         centre, deviation = self._level()
         return median(self._latest(self.config.streak)) <= centre + deviation
 
+    def watch(self, stages: Iterable[Stage]) -> None:
+        """Set how tight the watch is from here on, by the stages that are present."""
+        self.tight = any(stage.spec.tight for stage in stages)
+
     def status(self, stages: Iterable[Stage]) -> str:
-        """`calm`, `watching` (a seed is being let in) or `recovering`; sets how tight the watch is."""
-        present = set(stages)
-        self.tight = any(stage.spec.tight for stage in present)
+        """`calm`, `watching` (a seed is being let in) or `recovering`. Changes nothing."""
         if self.recovering > 0:
             return "recovering"
-        return "watching" if any(stage.spec.watched for stage in present) else "calm"
+        return "watching" if any(stage.spec.watched for stage in stages) else "calm"
 
     def _limit(self) -> tuple[float, float]:
         """What the latest losses must not exceed for long, and how many deviations that is."""

@@ -195,6 +195,7 @@ class Tolaria:
         else:
             self.plane.decide()
             self.keep()
+            self.governor.watch(self._stages())
             view = self.view(measured, epoch)
             for command in self.controller.decide(view):
                 if self.obey(command):
@@ -304,7 +305,10 @@ class Tolaria:
     @property
     def status(self) -> str:
         """The governor's word on the run: `calm`, `watching` or `recovering`."""
-        return self.governor.status(growth.stage for growth in self.plane.growths.values())
+        return self.governor.status(self._stages())
+
+    def _stages(self) -> list[Stage]:
+        return [growth.stage for growth in self.plane.growths.values()]
 
     # --- Inside a decision ---
 
@@ -375,6 +379,8 @@ class Tolaria:
 
     def _finish_decision(self, measured: Measurement, commands: Sequence[Command], view: RunView | None) -> None:
         clock = self.clock
+        if view is None:
+            self.governor.watch(self._stages())
         clock.history.append((self._train_loss(), measured.loss, measured.score))
         self.emit(
             Decided(

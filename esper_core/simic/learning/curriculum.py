@@ -7,7 +7,6 @@ may be a table `{pool, least, most}`: each episode offers a random subset, so th
 from __future__ import annotations
 
 import random
-import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,11 +17,11 @@ import attrs
 from esper_core.leyline.errors import BadFile, UnknownName, did_you_mean
 from esper_core.simic.learning.imitation import ImitationConfig
 from esper_core.simic.learning.ppo import PPOConfig
+from esper_core.storage.toml_file import flatten, parse_toml, read_text_file
 from esper_core.tamiyo.core import CoreConfig
 from esper_core.tolaria.config import RunConfig
 
 _Part = TypeVar("_Part", bound=attrs.AttrsInstance)
-_LIMIT_BYTES = 1 << 20
 
 
 @attrs.frozen(kw_only=True)
@@ -132,15 +131,10 @@ def load_curriculum(name: str) -> Curriculum:
 def curriculum_text(name: str) -> str:
     """The TOML of a curriculum; see `load_curriculum`."""
     path = Path(name)
-    try:
-        if path.suffix == ".toml" and path.is_file():
-            if path.stat().st_size > _LIMIT_BYTES:
-                raise BadFile(f"{path} is larger than {_LIMIT_BYTES} bytes", "a curriculum")
-            return path.read_text(encoding="utf-8")
-        if name in stages():
-            return str((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"the curriculum {name!r} cannot be read: {error}", "a TOML file") from error
+    if path.suffix == ".toml" and path.is_file():
+        return read_text_file(path, "a curriculum")
+    if name in stages():
+        return str((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
     raise UnknownName(f"no curriculum {name!r}", f"{', '.join(stages())}, or the path of a TOML file",
                       did_you_mean(name, stages()))  # fmt: skip
 
@@ -151,8 +145,9 @@ def parse_curriculum(text: str, name: str) -> Curriculum:
     Raises:
         BadFile: no TOML, a key that does not exist, or a value that does not fit.
     """
+    expected = "a TOML file as in docs/curriculum.md"
     try:
-        return _read(tomllib.loads(text), name)
+        return _read(parse_toml(text, f"the curriculum {name!r}", expected), name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFile(
             f"the curriculum {name!r} cannot be read: {error}", "a TOML file as in docs/curriculum.md"
@@ -164,7 +159,7 @@ def _read(data: dict[str, Any], name: str) -> Curriculum:
     worlds = []
     for raw in data.pop("worlds", []):
         own = raw.get("run", {})
-        settings = {**_flat(shared.get("settings", {})), **_flat(own.get("settings", {}))}
+        settings = {**dict(flatten(shared.get("settings", {}))), **dict(flatten(own.get("settings", {})))}
         worlds.append(_part(World, {**raw, "run": {**shared, **own, "settings": settings}}, f"a world of {name}"))
     ppo = data.pop("ppo", {})
     parts = {"ppo": _part(PPOConfig, _tuples(ppo), "ppo"),
@@ -184,13 +179,6 @@ def _part(kind: type[_Part], values: Mapping[str, Any], where: str) -> _Part:
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return out
 
 
 def _folder() -> Any:

@@ -1,0 +1,54 @@
+"""TOML of bounded size."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from esper_core.leyline.errors import BadFile
+
+MAX_TOML_BYTES: Final = 1 << 20
+
+
+def read_text_file(path: str | Path, expected: str) -> str:
+    """The text of a small file in UTF-8.
+
+    Args:
+        expected: what the file should be, for the message.
+
+    Raises:
+        BadFile: missing, too large, or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_TOML_BYTES:
+            raise BadFile(f"{path} is larger than {MAX_TOML_BYTES} bytes", expected)
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read: {error}", expected) from error
+
+
+def parse_toml(text: str, source: object, expected: str) -> dict[str, Any]:
+    """The table that a TOML text describes.
+
+    Args:
+        source: where the text is from. expected: what it should be; both for the message.
+
+    Raises:
+        BadFile: no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{source} cannot be read: {error}", expected) from error
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` as `("a.b", 1)`."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
