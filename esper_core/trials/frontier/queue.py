@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import queue
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -134,9 +135,17 @@ def _next_answer(answers: Any, pool: Sequence[Any], deadline: float) -> tuple[st
             return answer
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, however that ended; nobody would take its answer."""
+    while os.getppid() == parent:
+        time.sleep(2.0)
+    os._exit(1)
+
+
 def _work(kind: str, inbox: Any, answers: Any, base: dict[str, Any], rows: Path) -> None:
     import torch
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
     base = {**base, "device": kind}

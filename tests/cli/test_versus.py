@@ -1,0 +1,30 @@
+"""`--versus host` ends with what growing gained at equal FLOPs; `compare --frontier` says what it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_run_verbs import esper, home, train  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def versus(home: Path) -> str:  # noqa: F811
+    return train(home, "versus", "--versus", "host", "--seeds", "2").output
+
+
+def test_a_run_carries_its_own_control(home: Path, versus: str) -> None:  # noqa: F811
+    found = json.loads((home / "versus" / "compare.json").read_text())
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert set(arms) == {"grown", "host@FLOPs"} and arms["grown"]["seeds"] == [0, 1]
+    assert arms["host@FLOPs"]["flops"] == pytest.approx(arms["grown"]["flops"], rel=0.05)
+    text = found["verdict"]["text"]
+    assert "over the host alone at equal FLOPs, " in text and "2 seeds" in text
+    assert "versus host" in versus and text.split(":")[0] in " ".join(versus.split())
+    assert text in (home / "versus" / "report.html").read_text()
+
+
+def test_a_run_by_epochs_has_no_frontier(home: Path, versus: str) -> None:  # noqa: F811
+    assert "budget" in esper(home, "compare", "versus", "--frontier", code=2).output
