@@ -139,6 +139,7 @@ class RunView:
         course: how much of its budget of FLOPs is spent; None where the run goes by epochs.
         readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
             unmeasured.
+        settling: optimizer steps for which governor and judge hold still after blocks were copied in.
     """
 
     decision: int
@@ -163,6 +164,7 @@ class RunView:
     blends: tuple[str, ...]
     course: Course | None = None
     readings: Mapping[str, float] = attrs.Factory(dict)
+    settling: int = 0
 
     @property
     def share(self) -> float:

@@ -6,10 +6,12 @@ TOML or JSON; in TOML:
     [[steps]]
     epoch = 2                 # or `decision = 4`, counted from 0, or `share = 0.3` of the run
     op = "germinate"
-    slot = "block2"           # `*` stands for every slot
+    slot = "block2"           # or a list; `*` stands for every slot
     blueprint = "depthwise"
     blend = "residual:cosine"
     tempo = "fast"
+    options = {kernel_size = 5}   # of the blueprint, before those of the run
+    together = true           # the slots in one event, all of them or none (default: each as soon as it can)
 
 A step whose time has come but which is not legal yet waits until it is. JSON may be the bare list of steps.
 """
@@ -30,18 +32,33 @@ from esper_core.leyline.view import RunView, SlotView
 from esper_core.storage.toml_file import parse_toml, read_text_file
 
 
+def _slots(value: object) -> tuple[str, ...]:
+    slots = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not slots or not all(isinstance(slot, str) for slot in slots):
+        raise ValueError(f"slot {value!r} is no path and no list of paths")
+    return slots
+
+
+def _options(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"options {value!r} are no table")
+    return {str(key): item for key, item in value.items()}
+
+
 @attrs.frozen
 class ScheduledStep:
     """One step: due at `decision`, or else at a `share` of the run, or else at `epoch` (fractions allowed)."""
 
     op: Op = attrs.field(converter=Op)
-    slot: str = attrs.field(validator=attrs.validators.instance_of(str))
+    slot: tuple[str, ...] = attrs.field(converter=_slots)
     epoch: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     decision: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     share: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     blueprint: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
     blend: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
     tempo: Tempo = attrs.field(default=Tempo.STANDARD, converter=Tempo)
+    options: dict[str, Any] = attrs.field(factory=dict, converter=_options)
+    together: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
 
     def is_due(self, view: RunView) -> bool:
         """Whether its time has come."""
@@ -53,7 +70,7 @@ class ScheduledStep:
 
     def covers(self, slot: SlotView) -> bool:
         """Whether the step is about `slot`."""
-        return self.slot in ("*", slot.path)
+        return "*" in self.slot or slot.path in self.slot
 
 
 def _parse_step(raw: object, index: int, path: Path) -> ScheduledStep:
@@ -104,15 +121,34 @@ class ScheduleController:
 
     def decide(self, view: RunView) -> Sequence[Command]:
         """The steps that are due and legal; at most one a slot."""
-        return [command for slot in view.slots if (command := self._for(slot, view)) is not None]
+        commands: dict[object, Command] = {}
+        for slot in view.slots:
+            for key, command in self._for(slot, view):
+                first = commands.get(key)
+                commands[key] = command if first is None else attrs.evolve(first, others=(*first.others, command.slot))
+        return list(commands.values())
 
-    def _for(self, slot: SlotView, view: RunView) -> Command | None:
+    def _for(self, slot: SlotView, view: RunView) -> Iterator[tuple[object, Command]]:
+        """At most one command; those with the same key belong together."""
         for index in self._due(slot, view):
             step = self.steps[index]
-            if step.op in slot.legal:
+            if _can(step, slot) and (not step.together or self._all_can(step, view)):
                 self._done.add((index, slot.path))
                 reason = f"step {index} of the schedule"
-                return Command(step.op, slot.path, step.blueprint, step.blend, step.tempo, "schedule", reason)
+                yield index if step.together else (index, slot.path), Command(
+                    step.op, slot.path, step.blueprint, step.blend, step.tempo, "schedule", reason,
+                    options=step.options,
+                )  # fmt: skip
+                return
+        if (command := self._move_on(slot)) is not None:
+            yield slot.path, command
+
+    def _all_can(self, step: ScheduledStep, view: RunView) -> bool:
+        """Whether the step is legal at every slot that it names; `*` names those at which it is."""
+        known = {slot.path: slot for slot in view.slots}
+        return "*" in step.slot or all(path in known and _can(step, known[path]) for path in step.slot)
+
+    def _move_on(self, slot: SlotView) -> Command | None:
         if self.advance and Op.ADVANCE in slot.legal:
             return Command(Op.ADVANCE, slot.path, blend=slot.blend, source="schedule", reason="its gates pass")
         if slot.stage.spec.leaving and Op.CULL in slot.legal and self.advance:
@@ -131,3 +167,9 @@ class ScheduleController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self._done = {(int(index), str(slot)) for index, slot in state["done"]}
+
+
+def _can(step: ScheduledStep, slot: SlotView) -> bool:
+    """Whether the step is legal at a slot; with others together, its blueprint must fit there, too."""
+    fits = not step.together or step.op is not Op.GERMINATE or step.blueprint in {b.name for b in slot.blueprints}
+    return step.op in slot.legal and fits

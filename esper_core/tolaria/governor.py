@@ -48,6 +48,9 @@ class GovernorConfig:
     recovery: int = _option(2, "decisions after a rollback in which nothing new should grow", 0)
     patience: int = _option(5, "rollbacks in a row after which the run is beyond rescue", 1)
     pardon: int = _option(200, "optimizer steps without alarm that end such a row", 1)
+    settle: int = _option(
+        100, "optimizer steps after a structural jump in which nobody judges; a loss that is not finite still counts", 0
+    )
     caution: float = _option(0.5, "factor on the learning rate after a rollback that no command explains", 0.01, 1.0)
     penalty: float = _option(1.0, "what a rollback costs in the event log and for a learning controller", 0.0)
 
@@ -71,6 +74,7 @@ class Governor:
             alarm, and deviations are measured by the running loss instead.
         rollbacks: so far. strikes: of these, in a row.
         caution: factor on the learning rate.
+        settles_until: the step up to which losses are not judged, since the network was made deeper at once.
     """
 
     config: GovernorConfig
@@ -82,6 +86,7 @@ class Governor:
     recovering: int = 0
     best_validation: float = math.inf
     tight: bool = False
+    settles_until: int = -1
     commands: list[tuple[int, dict[str, str]]] = attrs.Factory(list)
     embargoes: dict[str, int] = attrs.Factory(dict)
     offences: dict[str, int] = attrs.Factory(dict)
@@ -97,6 +102,11 @@ class Governor:
         for number, value in enumerate(values, start=step - len(values) + 1):
             if not math.isfinite(value):
                 return alarm or Alarm("training loss is not finite", value, math.inf)
+            if number <= self.settles_until:
+                continue
+            if self.losses and self.losses[0][0] <= self.settles_until:  # the losses of another network
+                self.losses.clear()
+                limit = math.inf
             self.losses.append((number, value))
             while len(self.losses) > self.config.window:
                 self.losses.popleft()
@@ -107,10 +117,20 @@ class Governor:
             self.strikes = 0
         return alarm
 
-    def observe_validation(self, loss: float) -> Alarm | None:
-        """Take in the validation loss of a decision."""
+    def settle(self, step: int) -> None:
+        """Hold still for a while from `step` on: blocks were copied in, and the loss jumps before it falls."""
+        self.settles_until = max(self.settles_until, step + self.config.settle)
+
+    def settling(self, step: int) -> int:
+        """Optimizer steps for which nobody judges yet."""
+        return max(0, self.settles_until - step)
+
+    def observe_validation(self, loss: float, step: int = 0) -> Alarm | None:
+        """Take in the validation loss of a decision at optimizer step `step`."""
         if not math.isfinite(loss):
             return Alarm("validation loss is not finite", loss, math.inf)
+        if self.settling(step):
+            return None
         chance = self.chance
         if chance is not None and self.best_validation < 0.8 * chance and loss >= 0.97 * chance:
             return Alarm("validation loss has collapsed to chance", loss, 0.97 * chance)
@@ -200,7 +220,7 @@ class Governor:
         """
         self.rollbacks += 1
         self.strikes += strike
-        self.last_rollback, self.recovering = step, self.config.recovery
+        self.last_rollback, self.recovering, self.settles_until = step, self.config.recovery, -1
         self.losses = deque((number, value) for number, value in self.losses if number <= to_step)
         self.commands = [(number, command) for number, command in self.commands if number < to_step]
         if guilty is None and strike:

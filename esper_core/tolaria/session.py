@@ -187,7 +187,7 @@ class Tolaria:
             self.keep()
         self._read_sensors()
         measured = self._measure(batches)
-        alarm = alarm or self.governor.observe_validation(measured.loss) or self._find_sick()
+        alarm = alarm or self.governor.observe_validation(measured.loss, self.clock.step) or self._find_sick()
         commands: list[Command] = []
         view = None
         if alarm is not None:
@@ -243,7 +243,12 @@ class Tolaria:
         self.optimizer.check(self.plane)
 
     def keep(self) -> None:
-        """Take a snapshot, if the state is worth one: never while a seed withers, for it may have to come back."""
+        """Take a snapshot, if the state is worth one: never while a seed withers, for it may have to come back.
+
+        Nor while the run settles: the way back leads to before the jump until it has proved itself.
+        """
+        if self.governor.settling(self.clock.step) and self.snapshot.step >= 0:
+            return
         if not withering(self) and self.governor.calm() and self._is_finite():
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
 
@@ -296,6 +301,7 @@ class Tolaria:
             blends=tuple(plane.blends),
             course=None if self.budget is None else self._course(self.budget),
             readings=of_host,
+            settling=self.governor.settling(clock.step),
         )
 
     def _course(self, budget: float) -> Course:
@@ -344,7 +350,8 @@ class Tolaria:
         growths, decision = self.plane.growths, self.clock.decision
         fossils_due = decision % self.fossils_every == 0 or decision + 1 >= self.decisions
         live = self.plane.contributing()
-        paths = [path for path in live if fossils_due or not growths[path].stage.spec.permanent]
+        settled = not self.governor.settling(self.clock.step)  # no gains of a network that still jumps
+        paths = [path for path in live if settled and (fossils_due or not growths[path].stage.spec.permanent)]
         key = (tuple((path, growths[path].births) for path in live), tuple(paths))
         measured = measure_counterfactuals(
             self.plane, batches, self.objective, paths=paths, count_cost=key not in self._probe_flops
@@ -485,6 +492,8 @@ class Tolaria:
         """Emit a change of a stage."""
         growth = self.plane.growths.get(change.slot)
         self.flops_each = None
+        if growth is not None and growth.direct and change.after.spec.ramps_to == 1.0:
+            self.governor.settle(self.clock.step + growth.ramp_steps - growth.ramp_done)
         self.emit(
             StageChanged(
                 step=self.clock.step,
