@@ -117,7 +117,7 @@ class Governor:
             self.strikes = 0
         return alarm
 
-    def settle(self, step: int) -> None:
+    def hold_still(self, step: int) -> None:
         """Hold still for a while from `step` on: blocks were copied in, and the loss jumps before it falls."""
         self.settles_until = max(self.settles_until, step + self.config.settle)
 

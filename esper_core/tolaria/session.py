@@ -493,7 +493,7 @@ class Tolaria:
         growth = self.plane.growths.get(change.slot)
         self.flops_each = None
         if growth is not None and growth.direct and change.after.spec.ramps_to == 1.0:
-            self.governor.settle(self.clock.step + growth.ramp_steps - growth.ramp_done)
+            self.governor.hold_still(self.clock.step + growth.ramp_steps - growth.ramp_done)
         self.emit(
             StageChanged(
                 step=self.clock.step,

@@ -109,9 +109,9 @@ def test_a_rollback_undoes_it_exactly() -> None:
 def test_the_governor_holds_still_and_then_judges_the_new_network() -> None:
     governor = Governor(GovernorConfig(warmup=10, settle=20), 5.0)
     assert governor.observe([1.0] * 100, 100) is None
-    governor.settle(100)
+    governor.hold_still(100)
     assert governor.observe([9.0] * 20, 120) is None and governor.observe_validation(9.0, 110) is None
     assert governor.observe([2.0] * 30, 150) is None  # the level of before is not held against it
     assert governor.observe([9.0] * 30, 180) is not None
-    governor.settle(180)
+    governor.hold_still(180)
     assert governor.observe([float("nan")], 181) is not None
