@@ -87,7 +87,8 @@ def show(
     if report is not None:
         table.add_row("report", str(report))
     name = run["folder"]
-    table.add_row("next", f"esper resume {name}" if stopped else f"esper eval {name}, esper export {name}")
+    asked = f", esper compare {name} --arms host@FLOPs" if run["germinated"] and not compare else ""
+    table.add_row("next", f"esper resume {name}" if stopped else f"esper eval {name}, esper export {name}{asked}")
     verb = "stopped, saved" if stopped else run["status"]
     epochs = f"{run['epochs']} epoch{'s' * (run['epochs'] != 1)}"
     console.print()

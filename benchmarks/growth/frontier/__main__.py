@@ -15,18 +15,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.growth.frontier import anytime
+from benchmarks.growth.frontier import ablation, anytime
 from benchmarks.growth.frontier.protocols import PROTOCOLS
 from esper_core.trials.frontier.queue import read_rows, run_queue
 from esper_core.trials.frontier.table import equal_loss, show, summarise
 
+LISTS = {"p10": anytime, "ablation": ablation}
+"""Protocols that are lists of runs, without tuning."""
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
     """Parse, run, summarise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("protocol", choices=sorted([*PROTOCOLS, "p10"]))
+    parser.add_argument("protocol", choices=sorted([*PROTOCOLS, *LISTS]))
     parser.add_argument("--rows", type=Path, default=None, help="JSONL of finished jobs (results/NAME.jsonl)")
     parser.add_argument("--data", default=None, help="P8: prefix of the three text files, such as text/english")
     parser.add_argument("--cuda", type=int, default=0, help="processes on the GPU")
@@ -44,10 +46,11 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if args.cuda else 'CPU'}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    if args.protocol == "p10":
-        whole = args.show or run_queue(anytime.plan, anytime.BASE, rows, workers=workers, limit=args.limit, notify=_say)
-        summary = anytime.summarise(read_rows(rows))
-        print(anytime.show(summary))
+    if args.protocol in LISTS:
+        module = LISTS[args.protocol]
+        whole = args.show or run_queue(module.plan, module.BASE, rows, workers=workers, limit=args.limit, notify=_say)
+        summary = module.summarise(read_rows(rows))
+        print(module.show(summary))
         _end({**told, "whole": whole, **summary}, rows, args.show)
         return
     frontiers = PROTOCOLS[args.protocol](**({"data": args.data} if args.data else {}))

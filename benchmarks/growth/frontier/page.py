@@ -13,6 +13,7 @@ TITLES: Final = {
     "p9-quick": "P9 in its quick form",
     "p8": "P8: a byte-level GPT on Debian's documentation, on a GPU",
     "p10": "P10: a budget that nobody knows",
+    "ablation": "What of growing by copies it is that pays",
 }
 
 
@@ -31,6 +32,9 @@ def sections(results: Path, notes: Path) -> Iterator[str]:
             yield note.read_text(encoding="utf-8").strip()
         if name == "p10":
             yield "\n".join(_anytime(found))
+            continue
+        if name == "ablation":
+            yield "\n".join(_variants(found))
             continue
         for summary in found["summaries"]:
             if summary["tuned"]:
@@ -85,3 +89,13 @@ def _anytime(found: Mapping[str, Any]) -> Iterator[str]:
     for arm in sorted(found["arms"], key=lambda arm: arm["worst"]):
         losses = " | ".join(f"{fmean(arm['loss'][f'{budget:g}']):.4f}" for budget in whole)
         yield f"| {arm['name']} | {100 * arm['worst']:+.2f}% | {100 * arm['mean']:+.2f}% | {losses} |"
+
+
+def _variants(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "| variant | validation loss | against copies | seeds |"
+    yield "|---|---:|---|---:|"
+    for arm in sorted((arm for arm in found["arms"] if arm["loss"]), key=lambda arm: fmean(arm["loss"])):
+        against = ""
+        if arm["share"] is not None and arm["name"] != "copies":
+            against = f"{100 * arm['share']:+.2f}% [{100 * arm['low']:+.2f}, {100 * arm['high']:+.2f}]"
+        yield f"| {arm['name']} | {fmean(arm['loss']):.4f} | {against} | {len(arm['loss'])} |"
