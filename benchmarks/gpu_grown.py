@@ -86,8 +86,8 @@ def grown_run(registry: Registry, *, device: str, quick: bool) -> dict[str, Any]
             seconds = time.perf_counter() - start
             out[name] = {
                 "status": result.status, "seconds": seconds, "steps": result.steps,
-                "steps/s, decisions included": result.steps / seconds, "test accuracy": result.test_accuracy,
-                "validation accuracy": result.validation_accuracy, "parameters": result.params,
+                "steps/s, decisions included": result.steps / seconds, "test accuracy": result.test_score,
+                "validation accuracy": result.validation_score, "parameters": result.params,
                 "of the host": result.host_params, "total FLOPs": result.total_flops,
                 "fossilized": list(result.fossilized), "stages entered": stages(result.folder),
             }  # fmt: skip

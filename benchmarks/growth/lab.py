@@ -108,8 +108,8 @@ def run_one(job: Job) -> dict[str, Any]:
     outcome = {
         "regime": job.regime, "seed": job.seed, "forced": job.forced, "kept": watch.living, "decision": watch.born,
         "story": watch.story, "gain": watch.gain, "ratio": (result.params - result.host_params) / result.host_params,
-        "validation_loss": result.validation_loss, "validation_accuracy": result.validation_accuracy,
-        "loss": result.test_loss, "accuracy": result.test_accuracy, "flops": result.total_flops,
+        "validation_loss": result.validation_loss, "validation_score": result.validation_score,
+        "loss": result.test_loss, "accuracy": result.test_score, "flops": result.total_flops,
         "wall_s": time.monotonic() - began,
     }  # fmt: skip
     write_json_file(job.file, outcome)
@@ -155,12 +155,12 @@ def judge(rows: Iterable[Mapping[str, Any]], regime: str, rent: float) -> dict[s
         name: fmean(row["gain"][0] - rent * row["ratio"] if row["gain"] else math.nan for row in side)
         for name, side in sides.items()
     }
-    accuracy = {name: fmean(row["validation_accuracy"] for row in side) for name, side in sides.items()}
+    accuracy = {name: fmean(row["validation_score"] for row in side) for name, side in sides.items()}
     say(
         f"{regime} horizon at rent {rent:g}: {LIGHT} {fmean(costs[LIGHT]):.4f}, {HEAVY} {fmean(costs[HEAVY]):.4f}, "
         f"difference {mean:+.4f} [{low:+.4f}, {high:+.4f}]; counterfactual less rent {gains}"
     )
     return {
         "regime": regime, "rent": rent, "cost": costs, "light_less_heavy": {"mean": mean, "low": low, "high": high},
-        "counterfactual_less_rent": gains, "validation_accuracy": accuracy,
+        "counterfactual_less_rent": gains, "validation_score": accuracy,
     }  # fmt: skip

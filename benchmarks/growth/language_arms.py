@@ -96,7 +96,7 @@ def train_fixed(config: RunConfig, organs: Sequence[Organ], flops: float) -> dic
     return {
         "seed": config.seed,
         "loss": found.test_loss,
-        "accuracy": found.test_accuracy,
+        "accuracy": found.test_score,
         "params": found.params,
         "flops": found.flops,
         "steps": found.steps,

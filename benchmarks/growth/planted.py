@@ -104,7 +104,7 @@ def run_one(job: tuple[Path, str, int]) -> dict[str, Any]:
     result = start_run(config, {"watch": watch}, registry=registry, keep=False)
     found = {
         "blueprint": name, "seed": seed, "fates": watch.fates(), "verdicts": watch.verdicts, "reasons": watch.reasons,
-        "test_accuracy": result.test_accuracy,
+        "test_score": result.test_score,
     }  # fmt: skip
     file.write_text(json.dumps(found))
     return found

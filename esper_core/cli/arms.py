@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper_core.nissa.report.wording import number, printable, quantity
+from esper_core.leyline.objective import Metric
+from esper_core.nissa.report.wording import metric_of, number, printable, quantity
 
 FOREST: Final = 21
 """Cells of the drawn interval."""
@@ -19,7 +20,9 @@ FOREST: Final = 21
 def show_arms(compare: Mapping[str, Any], console: Console) -> None:
     """Print the arms of a `compare.json`: mean over seeds, and the paired difference from the grown arm."""
     console.print(arms_table(compare, wide=console.width >= 100))
-    metric = "bits per byte (less is better)" if compare.get("metric") == "bits_per_byte" else "points of accuracy"
+    judge = judge_of(compare)
+    metric = f"points of {judge.name}" if judge.share else judge.name
+    metric += "" if judge.higher_is_better else " (less is better)"
     console.print(
         Text(f"Differences: grown minus the arm, in {metric}, paired by seed, with 95% intervals.", style="dim")
     )
@@ -30,24 +33,24 @@ def show_arms(compare: Mapping[str, Any], console: Console) -> None:
 
 def arms_table(compare: Mapping[str, Any], *, wide: bool = True) -> Table:
     """The arms as a rich table; a `wide` one has the intervals drawn and the seconds."""
-    bits = compare.get("metric") == "bits_per_byte"
+    judge = judge_of(compare)
     paired = {str(p.get("minus")): p for p in compare.get("paired", []) if p.get("arm") == "grown"}
     widest, largest = (max([1e-12, *(abs(number(p.get(end)) or 0.0) for p in paired.values() for end in ends)])
                        for ends in (("low", "high", "mean"), ("mean",)))  # fmt: skip
     reach = min(widest, 4 * largest)  # one huge interval must not flatten the others
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("arm", no_wrap=True)
-    table.add_column("bits/byte" if bits else "accuracy", justify="right")
+    table.add_column("bits/byte" if judge.name == "bits per byte" else judge.name, justify="right")
     table.add_column("grown − arm", no_wrap=True)
     if wide:
         table.add_column("−" + "0".center(FOREST - 2) + "+", no_wrap=True, header_style="dim")
     for name in ("parameters", "FLOP", *(("seconds", "seeds") if wide else ())):
         table.add_column(name, justify="right")
     for arm in compare.get("arms", []):
-        scores = arm_scores(arm, bits=bits)
-        shown = "unknown" if not scores else f"{fmean(scores):.4f}" if bits else f"{100 * fmean(scores):.2f}%"
+        scores = arm_scores(compare, arm)
+        shown = "unknown" if not scores else f"{100 * fmean(scores):.2f}%" if judge.share else f"{fmean(scores):.4f}"
         difference = paired.get(str(arm.get("name")), {})
-        words, style = _difference(difference, bits=bits)
+        words, style = _difference(difference, judge)
         cells: list[str | Text] = [str(arm.get("name")), shown, Text(words, style)]
         if wide:
             cells.append(Text(_forest(difference, reach), style))
@@ -59,20 +62,28 @@ def arms_table(compare: Mapping[str, Any], *, wide: bool = True) -> Table:
     return table
 
 
-def arm_scores(arm: Mapping[str, Any], *, bits: bool) -> Sequence[float]:
+def judge_of(compare: Mapping[str, Any]) -> Metric:
+    """The metric by which the arms of a `compare.json`, of whatever version, are held against each other."""
+    if "judge" in compare:
+        return metric_of({"metric": compare["judge"]})
+    bits = compare.get("metric") == "bits_per_byte"
+    return Metric("bits per byte", higher_is_better=False, share=False) if bits else Metric()
+
+
+def arm_scores(compare: Mapping[str, Any], arm: Mapping[str, Any]) -> Sequence[float]:
     """The arm's measured scores, one a seed."""
-    values = (arm.get("bits_per_byte") if bits else None) or arm.get("accuracy") or []
+    values = arm.get(str(compare.get("metric") or "accuracy")) or arm.get("accuracy") or []
     return [score for score in map(number, values) if score is not None]
 
 
-def _difference(paired: Mapping[str, Any], *, bits: bool) -> tuple[str, str]:
+def _difference(paired: Mapping[str, Any], judge: Metric) -> tuple[str, str]:
     mean, low, high = (number(paired.get(key)) for key in ("mean", "low", "high"))
     if mean is None:
         return "", ""
-    unit, digits = (1.0, 4) if bits else (100.0, 2)
+    unit, digits = (100.0, 2) if judge.share else (1.0, 4)
     if low is None or high is None:
         return f"{unit * mean:+.{digits}f} [unknown]", ""
-    won, lost = (high < 0, low > 0) if bits else (low > 0, high < 0)
+    won, lost = (low > 0, high < 0) if judge.higher_is_better else (high < 0, low > 0)
     words = f"{unit * mean:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
     return words, "green" if won else "red" if lost else ""
 

@@ -20,13 +20,12 @@ SPLITS = ("train", "validation", "test")
 def evaluate(run: str, split: str, device: str, as_json: bool) -> None:
     """Measure the grown model of RUN on a split of its task."""
     folder = find_run(run)
-    from esper_core.nissa.report.wording import nats, percent
+    from esper_core.nissa.report.wording import nats, show_score
     from esper_core.tolaria.run import eval_run
 
     found = eval_run(folder, split=split, device=device, registry=current_registry())
     if as_json:
         print_json(attrs.asdict(found))
     else:
-        click.echo(
-            f"{percent(found.accuracy, 2)} accuracy, loss {nats(found.loss)} on {found.examples} {split} examples"
-        )
+        told = f"{show_score(found.score, found.metric, 2)} {found.metric.name}, loss {nats(found.loss)}"
+        click.echo(f"{told} on {found.examples} {split} examples")

@@ -17,7 +17,7 @@ from rich.text import Text
 from esper_core.cli.watch import SlotLine, Watch
 from esper_core.leyline.events import Event
 from esper_core.leyline.stages import STAGES, Stage, stages_where
-from esper_core.nissa.report.wording import nats, percent
+from esper_core.nissa.report.wording import nats, percent, show_score
 
 FASTEST: Final = 1 / 8
 """Seconds between two frames at least."""
@@ -174,7 +174,7 @@ def _progress(watch: Watch, width: int, ascii_only: bool) -> Text:
 
 def _metrics(watch: Watch, width: int, ascii_only: bool) -> list[Text]:
     figures = [
-        ("accuracy", watch.validation_accuracy, percent(_last(watch.validation_accuracy))),
+        (watch.metric.name, watch.validation_score, show_score(_last(watch.validation_score), watch.metric)),
         ("loss", watch.validation_loss, nats(_last(watch.validation_loss))),
         (
             "seeds",

@@ -20,7 +20,7 @@ class PlainLines:
         """Print `event`, if it deserves a line."""
         phrase = self.watch.take(event)
         if event.kind in ("run_started", "epoch_ended", "command_refused"):
-            phrase = describe(event.to_dict())
+            phrase = describe(event.to_dict(), self.watch.told)
         if event.kind == "epoch_ended":
             left = self.watch.progress()[2]
             phrase = f"{phrase}" + (f", {clock(left)} left" if left else "")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import click
 
 from esper_core.cli.arguments import RUNS, find_run, list_runs, run_argument
@@ -37,11 +38,11 @@ def list_all(folder: str, as_json: bool) -> None:
         return
     from esper_core.nissa.report.wording import percent, quantity
 
-    table = make_table("run", "host", "task", "status", "accuracy", "parameters", "kept", header=True)
+    table = make_table("run", "host", "task", "status", "score", "parameters", "kept", header=True)
     for s in summaries:
         grown = f"{quantity(s['params'])} +{percent(s['excess_params_ratio'])}" if s["params"] else "unknown"
         kept = f"{s['fossilized']} of {s['germinated']}"
-        table.add_row(s["name"], s["host"], s["task"], s["status"], percent(s["accuracy"], 2), grown, kept)
+        table.add_row(s["name"], s["host"], s["task"], s["status"], _scored(s), grown, kept)
     make_console().print(table)
 
 
@@ -59,13 +60,16 @@ def compare(a: str, b: str, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from esper_core.nissa.report.wording import nats, percent, quantity
+    from esper_core.nissa.report.wording import metric_of, nats, percent, quantity, show_score
+
+    metric = metric_of(one)
 
     def points(value: float) -> str:
         return f"{100 * value:+.2f} pt"
 
     figures: list[tuple[str, Callable[[Any], str], Callable[[Any], str]]] = [
-        ("accuracy", lambda v: percent(v, 2), points), ("loss", nats, lambda v: f"{v:+.4f}"),
+        ("score", lambda v: show_score(v, metric, 2), points if metric.share else "{:+.4g}".format),
+        ("loss", nats, lambda v: f"{v:+.4f}"),
         ("params", quantity, lambda v: f"{v:+,.0f}"), ("excess_params_ratio", percent, points),
         ("total_flops", lambda v: quantity(v, "FLOP"), lambda v: f"{v:+.3g}"), ("epochs", str, "{:+d}".format),
         ("germinated", str, "{:+d}".format), ("fossilized", str, "{:+d}".format), ("rollbacks", str, "{:+d}".format),
@@ -75,8 +79,8 @@ def compare(a: str, b: str, as_json: bool) -> None:
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for name, show, difference in figures:
         x, y = one[name], two[name]
-        splits = f" ({', '.join(dict.fromkeys((one['split'], two['split'])))})" if name in ("accuracy", "loss") else ""
-        label = name.replace("_", " ") + splits
+        splits = f" ({', '.join(dict.fromkeys((one['split'], two['split'])))})" if name in ("score", "loss") else ""
+        label = (metric.name if name == "score" else name.replace("_", " ")) + splits
         table.add_row(label, show(x), show(y), difference(y - x) if x is not None and y is not None else "unknown")
     for path in sorted({*one["slots"], *two["slots"]}, key=lambda p: [*one["slots"], *two["slots"]].index(p)):
         table.add_row(path, one["slots"].get(path, "–"), two["slots"].get(path, "–"), "", style="dim")
@@ -85,10 +89,17 @@ def compare(a: str, b: str, as_json: bool) -> None:
     make_console().print(table)
 
 
+def _scored(summary: Mapping[str, Any]) -> str:
+    from esper_core.nissa.report.wording import metric_of, show_score
+
+    metric = metric_of(summary)
+    return f"{show_score(summary['score'], metric, 2)} {metric.name}"
+
+
 def summarise(folder: Path) -> dict[str, Any]:
     """What a run came to, from its `run.json` and events; None where it is unknown."""
     from esper_core.nissa.report.reading import RunDigest, read_json
-    from esper_core.nissa.report.wording import number, printable
+    from esper_core.nissa.report.wording import metric_of, number, printable
 
     digest, manifest = RunDigest(folder, brief=True), read_json(folder / "run.json")
     config = manifest.get("config") if isinstance(manifest, Mapping) else None
@@ -97,7 +108,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     host_params = number(digest.started.get("host_params"))
     seeds = number(last[7]) or 0.0
     params = number(ended.get("params")) or (host_params + seeds if host_params is not None else None)
-    tested = number(ended.get("test_accuracy")) is not None
+    tested = number(ended.get("test_score")) is not None
     lives = {path: slot.segments[-1] for path, slot in digest.slots.items() if slot.segments}
     return {
         "name": folder.name, "folder": str(folder), "host": printable(digest.started.get("host", "unknown")),
@@ -105,7 +116,8 @@ def summarise(folder: Path) -> dict[str, Any]:
         "status": printable(ended.get("status", "unfinished")),
         "epochs": int(last[1] + 1) if last[1] is not None else 0, "steps": digest.last_step,
         "split": "test" if tested else "validation",
-        "accuracy": number(ended.get("test_accuracy")) if tested else last[5],
+        "score": number(ended.get("test_score")) if tested else last[5],
+        "metric": attrs.asdict(metric_of(digest.started)),
         "loss": number(ended.get("test_loss")) if tested else last[4],
         "params": int(params) if params is not None else None, "host_params": host_params,
         "excess_params_ratio": params / host_params - 1 if params and host_params else None,

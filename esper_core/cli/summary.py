@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper_core.cli.arms import arm_scores
+from esper_core.cli.arms import arm_scores, judge_of
 from esper_core.cli.live import clock
 from esper_core.cli.runs import summarise
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import stages_where
 from esper_core.nissa.report.reading import read_lines
-from esper_core.nissa.report.wording import nats, number, percent, printable, quantity
+from esper_core.nissa.report.wording import metric_of, nats, number, percent, printable, quantity, show_score
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
@@ -58,7 +58,8 @@ def show(
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     stopped = run["status"] == "unfinished"
-    reached = f"{percent(run['accuracy'], 2)} accuracy, loss {nats(run['loss'])}"
+    metric = metric_of(run)
+    reached = f"{show_score(run['score'], metric, 2)} {metric.name}, loss {nats(run['loss'])}"
     if run["language"] and run["loss"] is not None:
         reached = f"loss {nats(run['loss'])} nats a token (perplexity {math.exp(min(run['loss'], 700)):.3g})"
     table.add_row("reached", Text(f"{reached} on the {run['split']} split", style="bold"))
@@ -106,17 +107,17 @@ def host_alone(compare: Mapping[str, Any] | None) -> str | None:
     """The host's own mean in a comparison, and what growing added to it; None when it was not measured."""
     if not compare:
         return None
-    bits = compare.get("metric") == "bits_per_byte"
+    judge = judge_of(compare)
     arm = next((a for a in compare.get("arms", []) if "host" in str(a.get("name"))), None)
-    scores = arm_scores(arm, bits=bits) if arm else []
+    scores = arm_scores(compare, arm) if arm else []
     if not arm or not scores:
         return None
     mean = sum(scores) / len(scores)
     paired: Mapping[str, Any] = next((p for p in compare.get("paired", []) if p.get("minus") == arm.get("name")), {})
     low, middle, high = (number(paired.get(key)) for key in ("low", "mean", "high"))
-    text = f"{mean:.4f} bits per byte" if bits else f"{percent(mean, 2)} accuracy"
+    text = f"{percent(mean, 2)} {judge.name}" if judge.share else f"{mean:.4f} {judge.name}"
     if middle is None or low is None or high is None:
         return text
-    scale, unit = (1.0, "") if bits else (100.0, " points")
+    scale, unit = (100.0, " points") if judge.share else (1.0, "")
     gain = f"{scale * middle:+.2f} [{scale * low:+.2f}, {scale * high:+.2f}]{unit}"
     return f"{text}; growing adds {gain} over {len(scores)} seeds"

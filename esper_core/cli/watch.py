@@ -13,9 +13,10 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.events import Event
+from esper_core.leyline.objective import Metric
 from esper_core.leyline.stages import EMPTY, Stage, stages_where
 from esper_core.nissa.report.reading import read_events
-from esper_core.nissa.report.wording import GROUPS, describe, number
+from esper_core.nissa.report.wording import GROUPS, describe, metric_of, number
 
 FEW: Final = 12
 """Slots up to which every slot has its row, even while nothing grows in it."""
@@ -60,10 +61,12 @@ class Watch:
         self.host = self.task = self.controller = ""
         self.seed = self.step = self.first_step = self.epoch = self.rollbacks = self.host_params = 0
         self.slots: dict[str, SlotLine] = {}
-        self.validation_accuracy: deque[float | None] = deque(maxlen=400)
+        self.validation_score: deque[float | None] = deque(maxlen=400)
         self.validation_loss: deque[float | None] = deque(maxlen=400)
         self.seed_share: deque[float | None] = deque(maxlen=400)
         self.governor, self.ended = "calm", ""
+        self.told: object = None
+        self.metric = Metric()
         self.started_at = self.seen_at = 0.0
 
     def take(self, event: Event) -> str | None:
@@ -77,7 +80,7 @@ class Watch:
         handler = getattr(self, f"_on_{event.kind}", None)
         if handler is not None:
             handler(event)
-        return describe(event.to_dict()) if is_record(event) else None
+        return describe(event.to_dict(), self.told) if is_record(event) else None
 
     def replay(self, records: Iterable[Mapping[str, Any] | None]) -> None:
         """Take up what a resumed run logged before, without repeating its lines."""
@@ -118,6 +121,8 @@ class Watch:
 
     def _on_run_started(self, event: Any) -> None:
         self.host, self.task, self.controller, self.seed = event.host, event.task, event.controller, event.seed
+        self.told = getattr(event, "metric", None)
+        self.metric = metric_of({"metric": self.told})
         self.host_params, self.total_steps = event.host_params, int(getattr(event, "steps", 0) or 0)
         for point in event.points:
             self._slot(str(point["name"]))
@@ -125,7 +130,7 @@ class Watch:
     def _on_epoch_ended(self, event: Any) -> None:
         self.epoch = event.epoch + 1
         self.total_steps = self.total_steps or event.step * self.epochs // self.epoch
-        self.validation_accuracy.append(number(event.validation_accuracy))
+        self.validation_score.append(number(event.validation_score))
         self.validation_loss.append(number(event.validation_loss))
         self.seed_share.append(number(event.excess_params_ratio))
 

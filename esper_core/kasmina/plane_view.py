@@ -96,7 +96,7 @@ def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, 
         legal=_legal(plane, path, growth, bool(blueprints)),
         blueprints=blueprints,
         counterfactual=growth.loss,
-        accuracy_counterfactual=growth.accuracy,
+        score_counterfactual=growth.accuracy,
         readings={**growth.readings, "probation_count": growth.probation_count, "rent": plane.rent_of(path)}
         if STAGES[growth.stage].occupied
         else growth.readings,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Protocol
 
 import attrs
+
+from esper_core.leyline.objective import Metric
 
 
 @attrs.frozen(kw_only=True)
@@ -30,6 +33,21 @@ class Event:
         return json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False)
 
 
+RENAMED: Final = MappingProxyType(
+    {
+        "train_accuracy": "train_score", "validation_accuracy": "validation_score", "test_accuracy": "test_score",
+        "accuracy_mean": "score_mean", "accuracy_low": "score_low", "accuracy_high": "score_high",
+        "accuracy_gain": "score_gain", "accuracy_counterfactual": "score_counterfactual",
+    }
+)  # fmt: skip
+"""Fields of events, results and views by their names of version 0.1, when every metric was an accuracy."""
+
+
+def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record`, of whatever version, under today's names."""
+    return {RENAMED.get(key, key): value for key, value in record.items()}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -42,7 +60,10 @@ def _plain(value: Any) -> Any:
 
 @attrs.frozen(kw_only=True)
 class RunStarted(Event):
-    """First event of a run. `points`: injection points as mappings, in depth order. `steps`: of the whole run."""
+    """First event of a run. `points`: injection points as mappings, in depth order. `steps`: of the whole run.
+
+    `metric` has the fields of `leyline.objective.Metric`: what every score of the run is of.
+    """
 
     kind: ClassVar[str] = "run_started"
     host: str
@@ -53,18 +74,19 @@ class RunStarted(Event):
     host_flops: int
     points: list[dict[str, Any]]
     steps: int = 0
+    metric: dict[str, Any] = attrs.field(factory=lambda: attrs.asdict(Metric()))
 
 
 @attrs.frozen(kw_only=True)
 class EpochEnded(Event):
-    """Losses in nats; accuracies as shares of 1; rates are the optimizer's. FLOPs are the run's total so far."""
+    """Losses and scores by the run's objective; rates are the optimizer's. FLOPs are the run's total so far."""
 
     kind: ClassVar[str] = "epoch_ended"
     epoch: int
     train_loss: float
-    train_accuracy: float | None
+    train_score: float | None
     validation_loss: float
-    validation_accuracy: float
+    validation_score: float
     learning_rate: float
     seed_params: int
     excess_params_ratio: float
@@ -80,7 +102,7 @@ class Decided(Event):
     controller: str
     train_loss: float | None
     validation_loss: float
-    validation_accuracy: float
+    validation_score: float
     commands: list[dict[str, Any]]
     governor: str
 
@@ -132,16 +154,16 @@ class HostRead(Event):
 
 @attrs.frozen(kw_only=True)
 class CounterfactualMeasured(Event):
-    """Paired difference without minus with the slot on the same validation examples; positive: the slot helps."""
+    """How much worse loss and score are without the slot, paired by validation example; positive: the slot helps."""
 
     kind: ClassVar[str] = "counterfactual"
     slot: str
     loss_mean: float
     loss_low: float
     loss_high: float
-    accuracy_mean: float
-    accuracy_low: float
-    accuracy_high: float
+    score_mean: float
+    score_low: float
+    score_high: float
     examples: int
     rent: float
 
@@ -217,7 +239,7 @@ class RunEnded(Event):
     status: str
     reason: str
     test_loss: float | None
-    test_accuracy: float | None
+    test_score: float | None
     total_flops: float
     params: int
     host_params: int

@@ -15,7 +15,7 @@ class StepOutcome:
     Attributes:
         loss_gain: validation loss of the WAIT twin minus this environment's (nats): what growing has gained by now.
         loss_gain_change: its change since the decision before.
-        accuracy_gain, accuracy_gain_change: the same for accuracy, this environment's minus the twin's (points of 1).
+        score_gain, score_gain_change: the same for the objective's metric; positive where this environment is better.
         slot_gains: slot path to its own counterfactual (loss without minus with) for slots that contribute.
         excess_params_ratio, excess_flops_ratio: of all seeds that are in the model now, however old.
         churn: slot path to validation loss after removal minus before, for slots removed in this step.
@@ -25,14 +25,24 @@ class StepOutcome:
 
     loss_gain: float | None
     loss_gain_change: float | None
-    accuracy_gain: float | None
-    accuracy_gain_change: float | None
+    score_gain: float | None
+    score_gain_change: float | None
     slot_gains: Mapping[str, float]
     excess_params_ratio: float
     excess_flops_ratio: float
     churn: Mapping[str, float]
     deaths: int
     final: bool
+
+    @property
+    def accuracy_gain(self) -> float | None:
+        """The score's gain under its name of API 1."""
+        return self.score_gain
+
+    @property
+    def accuracy_gain_change(self) -> float | None:
+        """Its change under its name of API 1."""
+        return self.score_gain_change
 
 
 class RewardTerm(Protocol):

@@ -9,6 +9,7 @@ import attrs
 
 from esper_core.leyline.actions import Command
 from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.objective import Metric
 from esper_core.leyline.stages import Op, Stage
 
 
@@ -60,7 +61,7 @@ class SlotView:
         legal: operations that table, gates, budgets and embargoes allow now.
         blueprints: what could be germinated here now, within the budget.
         counterfactual: validation loss without the slot minus with it (nats); None when unmeasured.
-        accuracy_counterfactual: the same for accuracy (with minus without, in points of 1).
+        score_counterfactual: by how much the metric is better with it than without; positive: the slot helps.
         readings: sensor readings by name (`leyline.sensors`); a missing key is unmeasured. Where the host works on
             sequences they include `layer_loss`, and `attention_entropy` where the seed has an attention of its own.
         embargo_left: decision steps until the slot may germinate again.
@@ -83,7 +84,7 @@ class SlotView:
     legal: frozenset[Op]
     blueprints: tuple[BlueprintView, ...]
     counterfactual: Interval | None
-    accuracy_counterfactual: Interval | None
+    score_counterfactual: Interval | None
     readings: Mapping[str, float]
     embargo_left: int
     seed_family: str = ""
@@ -92,6 +93,11 @@ class SlotView:
     barred: frozenset[Op] = frozenset()
     inner_params: int = 0
     inner_flops: int = 0
+
+    @property
+    def accuracy_counterfactual(self) -> Interval | None:
+        """The counterfactual of the score under its name of API 1."""
+        return self.score_counterfactual
 
     @property
     def tree_params(self) -> int:
@@ -127,8 +133,9 @@ class RunView:
     Attributes:
         decision: index of the decision step, from 0; `decisions` in the whole run.
         epoch, epochs: the current epoch (fractional) and how many there are.
-        train_loss: mean since the last decision. validation_loss, validation_accuracy: on the validation split.
-        history: earlier (train_loss, validation_loss, validation_accuracy), oldest first, one a decision.
+        train_loss: mean since the last decision. validation_loss, validation_score: on the validation split;
+            the score is the objective's metric.
+        history: earlier (train_loss, validation_loss, validation_score), oldest first, one a decision.
         host_params, host_flops: of the host alone; flops for one example's forward pass.
         seed_params, seed_flops: of all seeds that pay rent.
         params_left, flops_left: what the budgets still allow; None when unlimited.
@@ -136,6 +143,7 @@ class RunView:
         learning_rate: of the host, as a share of its peak.
         governor: `calm`, `watching` or `recovering`. rollbacks: so far.
         slots: every slot in depth order. blends: the blends that commands may name.
+        metric: what scores are of.
         course: how much of its budget of FLOPs is spent; None where the run goes by epochs.
         readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
             unmeasured.
@@ -148,7 +156,7 @@ class RunView:
     epochs: int
     train_loss: float | None
     validation_loss: float | None
-    validation_accuracy: float | None
+    validation_score: float | None
     history: Sequence[tuple[float | None, float | None, float | None]]
     host_params: int
     host_flops: int
@@ -162,6 +170,7 @@ class RunView:
     rollbacks: int
     slots: tuple[SlotView, ...]
     blends: tuple[str, ...]
+    metric: Metric = attrs.field(factory=Metric)
     course: Course | None = None
     readings: Mapping[str, float] = attrs.Factory(dict)
     settling: int = 0
@@ -170,6 +179,11 @@ class RunView:
     def share(self) -> float:
         """Share of the run that is done: of its budget, or else of its epochs."""
         return self.course.share if self.course is not None else self.epoch / max(1, self.epochs)
+
+    @property
+    def validation_accuracy(self) -> float | None:
+        """The score under its name of API 1; None where the metric is no share of 1 that should be large."""
+        return self.validation_score if self.metric.share and self.metric.higher_is_better else None
 
     @property
     def excess_params_ratio(self) -> float:

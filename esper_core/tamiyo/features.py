@@ -148,7 +148,7 @@ SLOT_FEATURES: Final[tuple[Feature, ...]] = (
     Feature("counterfactual_count", "paired examples behind it", COUNT,
             lambda s, r: s.counterfactual.count if s.counterfactual else None),
     Feature("accuracy_counterfactual", "validation accuracy with the slot minus without", SIGNED,
-            lambda s, r: _mean(s.accuracy_counterfactual)),
+            lambda s, r: _mean(s.score_counterfactual) if r.metric.share else None),
     Feature("net_contribution", "the counterfactual's mean minus the rent", SIGNED, _net),
     _reading("gradient_norm", "gradient norm of the seed's parameters", LOG),
     _reading("host_gradient_norm", "norm of the gradient that reaches the host's feature here", LOG),

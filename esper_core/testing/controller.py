@@ -40,7 +40,7 @@ def run_view(plane: Plane, decision: int, *, measured: bool = True) -> RunView:
     return RunView(
         decision=decision, decisions=DECISIONS, epoch=decision / 4, epochs=DECISIONS // 4,
         train_loss=loss if measured else None, validation_loss=1.05 * loss if measured else None,
-        validation_accuracy=0.5 if measured else None, history=past, host_params=ledger.host_params,
+        validation_score=0.5 if measured else None, history=past, host_params=ledger.host_params,
         host_flops=ledger.host_flops, seed_params=ledger.seed_params, seed_flops=ledger.seed_flops,
         params_left=_BUDGET - ledger.seed_params, flops_left=None, rent=0.05, learning_rate=1.0, governor="calm",
         rollbacks=0, slots=plane.views(), blends=plane.blends,

@@ -18,8 +18,8 @@ from esper_core.testing.cases import installed
 IDLE = StepOutcome(
     loss_gain=0.0,
     loss_gain_change=0.0,
-    accuracy_gain=0.0,
-    accuracy_gain_change=0.0,
+    score_gain=0.0,
+    score_gain_change=0.0,
     slot_gains={},
     excess_params_ratio=0.0,
     excess_flops_ratio=0.0,
@@ -44,8 +44,8 @@ def outcomes(draw: st.DrawFn) -> StepOutcome:
     return StepOutcome(
         loss_gain=loss,
         loss_gain_change=None if loss is None else draw(_gains),
-        accuracy_gain=accuracy,
-        accuracy_gain_change=None if accuracy is None else draw(_gains),
+        score_gain=accuracy,
+        score_gain_change=None if accuracy is None else draw(_gains),
         slot_gains=draw(_slots),
         excess_params_ratio=draw(_ratios),
         excess_flops_ratio=draw(_ratios),
@@ -63,8 +63,8 @@ def episode(gains: Sequence[float], ratios: Sequence[float]) -> list[StepOutcome
             IDLE,
             loss_gain=after,
             loss_gain_change=after - before,
-            accuracy_gain=after,
-            accuracy_gain_change=after - before,
+            score_gain=after,
+            score_gain_change=after - before,
             excess_params_ratio=ratio,
             excess_flops_ratio=ratio,
             final=i == len(steps) - 1,
@@ -95,7 +95,7 @@ class RewardConformance(Conformance):
             assert term(attrs.evolve(IDLE, final=final)) == 0.0
 
     def test_what_is_unmeasured_is_zero_or_nan(self) -> None:
-        blank = attrs.evolve(IDLE, loss_gain=None, loss_gain_change=None, accuracy_gain=None, accuracy_gain_change=None)
+        blank = attrs.evolve(IDLE, loss_gain=None, loss_gain_change=None, score_gain=None, score_gain_change=None)
         value = self.build()(blank)
         assert math.isnan(value) or value == 0.0
 

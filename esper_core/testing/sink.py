@@ -40,11 +40,11 @@ def stream(steps: int) -> list[Event]:
         StageChanged(step=steps, slot="layer2.0", before="dormant", after="germinated", blueprint="depthwise",
                      blend="residual:cosine", source="heuristic", reason="need 🌱", params=7),
         CounterfactualMeasured(step=steps, slot="layer2.0", loss_mean=0.1, loss_low=-0.1, loss_high=0.3,
-                               accuracy_mean=0.0, accuracy_low=0.0, accuracy_high=0.0, examples=270, rent=0.01),
+                               score_mean=0.0, score_low=0.0, score_high=0.0, examples=270, rent=0.01),
         Decided(step=steps, decision=0, controller="heuristic", train_loss=None, validation_loss=2.3,
-                validation_accuracy=0.1, commands=[command], governor="calm"),
+                validation_score=0.1, commands=[command], governor="calm"),
         FaultCaught(step=steps, where="sink x", error="ValueError: no\nline", action="dropped"),
-        RunEnded(step=steps, status="completed", reason="", test_loss=None, test_accuracy=0.5, total_flops=1e18,
+        RunEnded(step=steps, status="completed", reason="", test_loss=None, test_score=0.5, total_flops=1e18,
                  params=10**12, host_params=1),
     ]  # fmt: skip
 

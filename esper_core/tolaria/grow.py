@@ -14,6 +14,7 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event, Sink
 from esper_core.leyline.host import Batch
+from esper_core.leyline.objective import Objective
 from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
@@ -115,12 +116,14 @@ class Grown:
         model: an independent plain module with the seeds built in, in eval mode; the model that was given has been
             trained in place, and grows on through `plane`.
         plane: where everything stands. result: how the run ended. events: everything that happened.
+        objective: what it was trained and judged by.
     """
 
     model: nn.Module
     plane: Plane
     result: RunResult
     events: Sequence[Event]
+    objective: Objective
 
 
 class _Record:
@@ -200,7 +203,7 @@ def grow(
         result = trainer.run()
     finally:
         hub.close()
-    return Grown(compose(setup.plane).eval(), setup.plane, result, tuple(record.events))
+    return Grown(compose(setup.plane).eval(), setup.plane, result, tuple(record.events), setup.objective)
 
 
 def accompany(

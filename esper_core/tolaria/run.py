@@ -16,6 +16,7 @@ from esper_core.leyline.errors import BadOption, RunFailed
 from esper_core.leyline.events import Sink
 from esper_core.leyline.host import Batch
 from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.objective import Metric
 from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
@@ -138,12 +139,13 @@ def _run(trainer: Trainer) -> RunResult:
 
 @attrs.frozen
 class Evaluation:
-    """Loss (nats) and accuracy (share of 1) of a saved model on one split."""
+    """Loss and score of a saved model on one split, by its run's objective. `metric`: what the score is of."""
 
     split: str
     loss: float
-    accuracy: float
+    score: float
     examples: int
+    metric: Metric
 
 
 def eval_run(
@@ -170,7 +172,7 @@ def eval_run(
     batches = getattr(task, split).batches(config.batch_size, device=str(chosen))
     objective = assembly.build_objective(config, registry, task)
     measured = measure_counterfactuals(plane, batches, objective, paths=[], count_cost=False)
-    return Evaluation(split, measured.loss, measured.score, measured.examples)
+    return Evaluation(split, measured.loss, measured.score, measured.examples, objective.metric)
 
 
 @attrs.frozen

@@ -101,7 +101,7 @@ class Tolaria:
         fossils_every: int = 1,
     ) -> None:
         self.plane, self.optimizer, self.controller, self.governor = plane, optimizer, controller, governor
-        self.objective = objective
+        self.objective, self._rent = objective, plane.rent
         self.emit, self.decisions, self.epochs, self.controller_name = emit, decisions, epochs, controller_name
         self.sensors, self.rewards = sensors, rewards
         self.fossils_every = max(1, fossils_every)
@@ -187,6 +187,7 @@ class Tolaria:
             self.keep()
         self._read_sensors()
         measured = self._measure(batches)
+        self._fit_rent(measured.loss)
         alarm = alarm or self.governor.observe_validation(measured.loss, self.clock.step) or self._find_sick()
         commands: list[Command] = []
         view = None
@@ -203,6 +204,12 @@ class Tolaria:
         self.optimizer.check(self.plane)
         self._finish_decision(measured, commands, view)
         return measured
+
+    def _fit_rent(self, loss: float) -> None:
+        """Where losses are no nats, rent is a share of the first validation loss: it must not depend on the unit."""
+        first = next((value for _, value, _ in self.clock.history if value is not None), loss)
+        if self.objective.metric.loss_unit != "nats" and math.isfinite(first):
+            self.plane.rent = self._rent * abs(first)
 
     def obey(self, command: Command) -> bool:
         """Carry out one command; a refusal is told and changes nothing."""
@@ -285,7 +292,7 @@ class Tolaria:
             epochs=self.epochs,
             train_loss=self._train_loss(),
             validation_loss=measured.loss,
-            validation_accuracy=measured.score,
+            validation_score=measured.score,
             history=tuple(clock.history),
             host_params=ledger.host_params,
             host_flops=ledger.host_flops,
@@ -299,6 +306,7 @@ class Tolaria:
             rollbacks=self.governor.rollbacks,
             slots=tuple(slots),
             blends=tuple(plane.blends),
+            metric=self.objective.metric,
             course=None if self.budget is None else self._course(self.budget),
             readings=of_host,
             settling=self.governor.settling(clock.step),
@@ -367,9 +375,9 @@ class Tolaria:
                     loss_mean=worth.loss.mean,
                     loss_low=worth.loss.low,
                     loss_high=worth.loss.high,
-                    accuracy_mean=worth.score.mean,
-                    accuracy_low=worth.score.low,
-                    accuracy_high=worth.score.high,
+                    score_mean=worth.score.mean,
+                    score_low=worth.score.low,
+                    score_high=worth.score.high,
                     examples=worth.loss.count,
                     rent=self.plane.rent_of(path),
                 )
@@ -396,7 +404,7 @@ class Tolaria:
                 controller=self.controller_name,
                 train_loss=self._train_loss(),
                 validation_loss=measured.loss,
-                validation_accuracy=measured.score,
+                validation_score=measured.score,
                 commands=[part.to_dict() for command in commands for part in command.each()],
                 governor=self.status if view is None else view.governor,
             )

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.leyline.errors import BadOption, EsperError, RunFailed
-from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted
+from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted, renamed
 from esper_core.leyline.host import Batch
+from esper_core.leyline.objective import Metric
 from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.hub import Hub
 from esper_core.storage.tensor_file import expect_well_formed
@@ -39,8 +40,8 @@ class RunResult:
     Attributes:
         folder: of the run.
         status: `finished`, `interrupted` (saved; resume it) or `failed` (the last good model was saved).
-        test_loss, test_accuracy: None unless finished. validation_loss, validation_accuracy: the latest.
-        fossilized: paths of the slots that grew for good.
+        test_loss, test_score: None unless finished. validation_loss, validation_score: the latest.
+        fossilized: paths of the slots that grew for good. metric: what scores are of.
     """
 
     folder: Path
@@ -48,13 +49,14 @@ class RunResult:
     reason: str
     steps: int
     validation_loss: float | None
-    validation_accuracy: float | None
+    validation_score: float | None
     test_loss: float | None
-    test_accuracy: float | None
+    test_score: float | None
     params: int
     host_params: int
     total_flops: float
     fossilized: tuple[str, ...]
+    metric: Metric = attrs.field(factory=Metric)
 
     def to_mapping(self) -> dict[str, Any]:
         """JSON-compatible data."""
@@ -69,7 +71,7 @@ class Position:
     batch: int = 0
     learning_rate: float = 0.0
     validation_loss: float | None = None
-    validation_accuracy: float | None = None
+    validation_score: float | None = None
 
 
 class Trainer:
@@ -220,7 +222,7 @@ class Trainer:
                 path, _ = without_the_guilty(plane, lambda: self._evaluate(first), error)
                 self.tolaria.cull_faulty(path, error)
                 measured = self.tolaria.decide(batches, epoch)
-        position.validation_loss, position.validation_accuracy = measured.loss, measured.score
+        position.validation_loss, position.validation_score = measured.loss, measured.score
         return measured
 
     @torch.no_grad()
@@ -232,15 +234,15 @@ class Trainer:
         hits, seen = self._hits.tolist()
         self._hits.zero_()
         self._read_host()
-        assert position.validation_loss is not None and position.validation_accuracy is not None
+        assert position.validation_loss is not None and position.validation_score is not None
         self.hub.emit(
             EpochEnded(
                 step=clock.step,
                 epoch=position.epoch,
                 train_loss=clock.epoch_loss_sum / max(1, clock.epoch_loss_count),
-                train_accuracy=hits / seen if seen else None,
+                train_score=hits / seen if seen else None,
                 validation_loss=position.validation_loss,
-                validation_accuracy=position.validation_accuracy,
+                validation_score=position.validation_score,
                 learning_rate=position.learning_rate,
                 seed_params=ledger.seed_params,
                 excess_params_ratio=ledger.excess_params_ratio,
@@ -276,6 +278,7 @@ class Trainer:
                 host_flops=plane.host_flops,
                 points=[attrs.asdict(slot.spec) for slot in plane.slots.values()],
                 steps=self.timetable.steps,
+                metric=attrs.asdict(self.tolaria.objective.metric),
             )
         )
 
@@ -299,7 +302,7 @@ class Trainer:
                 status=status,
                 reason=reason,
                 test_loss=result.test_loss,
-                test_accuracy=result.test_accuracy,
+                test_score=result.test_score,
                 total_flops=result.total_flops,
                 params=result.params,
                 host_params=result.host_params,
@@ -319,13 +322,14 @@ class Trainer:
             reason=reason,
             steps=clock.step,
             validation_loss=position.validation_loss,
-            validation_accuracy=position.validation_accuracy,
+            validation_score=position.validation_score,
             test_loss=test.loss if test else None,
-            test_accuracy=test.score if test else None,
+            test_score=test.score if test else None,
             params=plane.host_params + plane.ledger.seed_params,
             host_params=plane.host_params,
             total_flops=clock.total_flops,
             fossilized=tuple(p for p, g in plane.growths.items() if g.stage.spec.permanent),
+            metric=self.tolaria.objective.metric,
         )
 
     def _interrupted(self) -> RunResult:
@@ -418,7 +422,7 @@ class Trainer:
             load_training(self.tolaria.plane, self.tolaria.optimizer, tensors, plain["training"], "the checkpoint")
             self.tolaria.load_state_dict(plain["tolaria"])
             self.tolaria.snapshot.load_state(tensors, plain["tolaria"]["snapshot"], self.tolaria.plane)
-            self.position = Position(**plain["position"])
+            self.position = Position(**renamed(plain["position"]))
             self._hits.copy_(tensors["trainer.hits"])
             load_random(tensors, self.device)
             if self.training_step.scaler is not None:

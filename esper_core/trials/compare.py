@@ -26,6 +26,8 @@ import torch
 
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
+from esper_core.leyline.events import renamed
+from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.storage.tensor_file import parse_json, read_json_file, write_json_file
@@ -127,13 +129,13 @@ def compare_run(
     beside.mkdir(exist_ok=True)
     own = beside / f"grown-{run.seed}.json"
     if not own.exists():
-        write_json_file(own, _describe_grown("grown", run.seed, folder.path, result, _seconds(folder.path)))
+        write_json_file(own, _describe_grown("grown", run.seed, folder.path, renamed(result), _seconds(folder.path)))
     units = _units(beside, run, config)
     todo = [unit for unit in units if not unit.file.is_file()]
     for unit, left in _run_all(todo, config.workers):
         outcome = read_json_file(unit.file)
-        score = outcome["accuracy"]
-        notify(f"{unit.arm}, seed {unit.seed}: accuracy {score:.4f}, loss {outcome['loss']:.4f}; {left} to go")
+        told = f"{outcome['metric']['name']} {outcome['score']:.4f}, loss {outcome['loss']:.4f}"
+        notify(f"{unit.arm}, seed {unit.seed}: {told}; {left} to go")
     summary = summarise(beside, run, config)
     write_json_file(folder.path / "compare.json", summary)
     return summary
@@ -142,20 +144,30 @@ def compare_run(
 def summarise(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, Any]:
     """The table of arms from the files of every unit that is done."""
     arms = []
-    metric = "accuracy"
+    judge, key = Metric(), "accuracy"
     for arm in ARMS:
         units = [unit for unit in _units(beside, run, config) if unit.arm == arm and unit.file.is_file()]
-        rows = [read_json_file(unit.file) for unit in units]
+        rows = [{"score": row.get("accuracy"), **renamed(row)} for row in (read_json_file(u.file) for u in units)]
         if not rows:
             continue
         entry: dict[str, Any] = {"name": arm, "seeds": [row["seed"] for row in rows]}
-        entry |= {key: [row[key] for row in rows] for key in ("accuracy", "loss", "validation_accuracy")}
+        entry |= {key: [row[key] for row in rows] for key in ("score", "loss", "validation_score")}
         entry |= {key: fmean(row[key] for row in rows) for key in ("params", "flops", "wall_s")}
         if any(row["kind"] == "language-modelling" for row in rows):
-            metric = "bits_per_byte"
+            key, judge = "bits_per_byte", Metric("bits per byte", higher_is_better=False, share=False)
             entry["bits_per_byte"] = [row["loss"] / math.log(2) for row in rows]
+        else:
+            judge = Metric(**rows[0].get("metric", {}))
+            key = "accuracy" if judge.name == "accuracy" else "score"
+        if judge.name == "accuracy" or key == "bits_per_byte":
+            entry["accuracy"] = entry["score"]
         arms.append(entry)
-    summary: dict[str, Any] = {"arms": arms, "paired": list(_pairs(arms, metric)), "metric": metric}
+    summary: dict[str, Any] = {
+        "arms": arms,
+        "paired": list(_pairs(arms, key)),
+        "metric": key,
+        "judge": attrs.asdict(judge),
+    }
     verdict = verdict_of(summary)
     return summary if verdict is None else {**summary, "verdict": verdict}
 
@@ -224,9 +236,10 @@ def run_unit(unit: Unit) -> None:
             "seed": unit.seed,
             "kind": found[0].task.kind,
             "loss": found[1].test_loss,
-            "accuracy": found[1].test_accuracy,
+            "metric": attrs.asdict(found[0].objective.metric),
+            "score": found[1].test_score,
             "validation_loss": found[1].validation_loss,
-            "validation_accuracy": found[1].validation_accuracy,
+            "validation_score": found[1].validation_score,
             "params": found[1].params,
             "flops": found[2],
             "steps": found[1].steps,
@@ -259,9 +272,10 @@ def _describe_grown(arm: str, seed: int, path: Path, result: Mapping[str, Any], 
         "seed": seed,
         "kind": header["task"]["kind"],
         "loss": result["test_loss"],
-        "accuracy": result["test_accuracy"],
+        "metric": result.get("metric", attrs.asdict(Metric())),
+        "score": result["test_score"],
         "validation_loss": result["validation_loss"],
-        "validation_accuracy": result["validation_accuracy"],
+        "validation_score": result["validation_score"],
         "params": result["params"],
         "flops": training_flops(path),
         "organs": [attrs.asdict(organ) for organ in organs_of(header["structure"])],
@@ -360,13 +374,14 @@ def _search(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float,
     assert best is not None
     setup, result, organs = best
     final = read_split(setup, "test")
-    result = attrs.evolve(result, test_loss=final.loss, test_accuracy=final.score)
+    result = attrs.evolve(result, test_loss=final.loss, test_score=final.score)
     return setup, result, spent, organs
 
 
 def _score(setup: Setup, result: StaticResult) -> float:
     language = setup.task.kind == "language-modelling"
-    return -result.validation_loss if language else result.validation_accuracy
+    higher = setup.objective.metric.higher_is_better
+    return -result.validation_loss if language else result.validation_score if higher else -result.validation_score
 
 
 def draw_organs(setup: Setup, draw: random.Random) -> tuple[Organ, ...]:

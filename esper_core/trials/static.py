@@ -34,9 +34,9 @@ class StaticResult:
     """What a fixed architecture reached. Losses in nats, accuracies as shares of 1; FLOPs are those of training."""
 
     validation_loss: float
-    validation_accuracy: float
+    validation_score: float
     test_loss: float | None
-    test_accuracy: float | None
+    test_score: float | None
     params: int
     flops: float
     steps: int
@@ -85,9 +85,9 @@ def train_static(setup: Setup, steps: int, *, test: bool = True) -> StaticResult
     seen, final = read_split(setup, "validation"), read_split(setup, "test") if test else None
     return StaticResult(
         validation_loss=seen.loss,
-        validation_accuracy=seen.score,
+        validation_score=seen.score,
         test_loss=final.loss if final else None,
-        test_accuracy=final.score if final else None,
+        test_score=final.score if final else None,
         params=plane.host_params + plane.ledger.seed_params,
         flops=flops * steps,
         steps=steps,

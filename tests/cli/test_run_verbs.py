@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 def test_eval_measures_what_the_run_measured(home: Path, grown: Result) -> None:
     ended = events(home / "grown")[-1]
     found = json.loads(esper(home, "eval", "grown", "--json").stdout)
-    assert found["split"] == "test" and found["accuracy"] == ended["test_accuracy"]
+    assert found["split"] == "test" and found["accuracy"] == ended["test_score"]
     assert found["loss"] == pytest.approx(ended["test_loss"], rel=1e-5)
     assert "validation examples" in esper(home, "eval", "grown", "--split", "validation").output
 

@@ -95,7 +95,7 @@ class Lab:
                 legal=self.legal(s) - (frozenset() if affordable else {Op.GERMINATE}),
                 blueprints=affordable if s.stage is Stage.DORMANT else (),
                 counterfactual=s.measured,
-                accuracy_counterfactual=None,
+                score_counterfactual=None,
                 readings={} if s.need is None else {"need": s.need},
                 embargo_left=s.embargo,
             )
@@ -108,7 +108,7 @@ class Lab:
             epochs=self.decisions,
             train_loss=1.0,
             validation_loss=1.0,
-            validation_accuracy=0.5,
+            validation_score=0.5,
             history=(),
             host_params=self.host_params,
             host_flops=10**6,

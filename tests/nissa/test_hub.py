@@ -273,7 +273,7 @@ def test_a_resumed_run_doubles_no_point_of_tensorboard(tmp_path) -> None:
 
     def decided(step: int) -> Decided:
         return Decided(step=step, decision=step, controller="c", train_loss=float(step), validation_loss=None,
-                       validation_accuracy=0.5, commands=[], governor="calm")  # fmt: skip
+                       validation_score=0.5, commands=[], governor="calm")  # fmt: skip
 
     hub = begin()
     for step in range(3):

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from esper_core.leyline.events import EVENT_KINDS, Event
+from esper_core.leyline.events import EVENT_KINDS, Event, renamed
 from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.objective import Metric
 from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
 
@@ -41,7 +42,7 @@ def read_events(lines: Iterable[str]) -> list[Event]:
     """The events of lines of an `events.jsonl`."""
     found = []
     for line in lines:
-        fields = json.loads(line)
+        fields = renamed(json.loads(line))
         found.append(_KINDS[fields.pop("kind")](**fields))
     return found
 
@@ -82,6 +83,7 @@ def _interval(data: dict[str, Any] | None) -> Interval | None:
 
 
 def _slot(data: dict[str, Any]) -> SlotView:
+    data = renamed(data)
     return SlotView(
         **{
             **data,
@@ -91,14 +93,22 @@ def _slot(data: dict[str, Any]) -> SlotView:
             "barred": frozenset(map(Op, data["barred"])),
             "blueprints": tuple(BlueprintView(**{**b, "tags": frozenset(b["tags"])}) for b in data["blueprints"]),
             "counterfactual": _interval(data["counterfactual"]),
-            "accuracy_counterfactual": _interval(data["accuracy_counterfactual"]),
+            "score_counterfactual": _interval(data["score_counterfactual"]),
             "seed_tags": frozenset(data["seed_tags"]),
         }
     )
 
 
 def _run(data: dict[str, Any]) -> RunView:
+    data = renamed(data)
     history = tuple(tuple(item) for item in data["history"])
+    metric = Metric(**data.get("metric", {}))
     return RunView(
-        **{**data, "history": history, "slots": tuple(map(_slot, data["slots"])), "blends": tuple(data["blends"])}
+        **{
+            **data,
+            "history": history,
+            "metric": metric,
+            "slots": tuple(map(_slot, data["slots"])),
+            "blends": tuple(data["blends"]),
+        }
     )

@@ -116,7 +116,7 @@ class GrowthStream:
             reason="",
             test_loss=0.21 - gained,
             total_flops=self._flops(step),
-            test_accuracy=0.938 + gained / 4,
+            test_score=0.938 + gained / 4,
             params=self.host_params + self._params(),
             host_params=self.host_params,
         )
@@ -139,9 +139,9 @@ class GrowthStream:
             step=step,
             epoch=step // self.per_epoch - 1,
             train_loss=train,
-            train_accuracy=min(1.0, accuracy + 0.02),
+            train_score=min(1.0, accuracy + 0.02),
             validation_loss=validation,
-            validation_accuracy=accuracy,
+            validation_score=accuracy,
             seed_params=self._params(),
             learning_rate=0.001 * 0.5 * (1 + math.cos(math.pi * self.progress)),
             total_flops=self._flops(step),
@@ -192,7 +192,7 @@ class GrowthStream:
             controller="heuristic",
             train_loss=train,
             validation_loss=validation,
-            validation_accuracy=accuracy,
+            validation_score=accuracy,
             commands=commands,
             governor="calm",
         )
@@ -243,9 +243,9 @@ class GrowthStream:
                 loss_low=mean - width,
                 loss_high=mean + width,
                 examples=180,
-                accuracy_mean=mean / 2,
-                accuracy_low=(mean - width) / 2,
-                accuracy_high=(mean + width) / 2,
+                score_mean=mean / 2,
+                score_low=(mean - width) / 2,
+                score_high=(mean + width) / 2,
                 rent=0.05 * seed["params"] / self.host_params,
             )
         yield ev.SlotRead(

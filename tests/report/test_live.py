@@ -145,7 +145,7 @@ def test_plain_lines_tell_growth_epochs_and_the_governor() -> None:
 def test_json_lines_are_the_events() -> None:
     out = io.StringIO()
     sink = JsonLines(out)
-    event = RunEnded(step=3, status="finished", reason="", test_loss=float("nan"), test_accuracy=None, total_flops=1.0,
+    event = RunEnded(step=3, status="finished", reason="", test_loss=float("nan"), test_score=None, total_flops=1.0,
                      params=2, host_params=1)  # fmt: skip
     sink.write(event)
     sink.close()

@@ -107,7 +107,7 @@ def test_a_seed_born_in_the_first_epoch_does_not_claim_the_hosts_own_drift(
     falling = sorted(curve, reverse=True)
     outcomes = play(falling, falling, [params] * len(falling))
     assert total(outcomes) < 0.0
-    assert all(o.loss_gain == 0.0 and o.accuracy_gain == 0.0 for o in outcomes)
+    assert all(o.loss_gain == 0.0 and o.score_gain == 0.0 for o in outcomes)
 
 
 @given(own=curves, params=st.floats(0.01, 3.0))
@@ -182,7 +182,7 @@ def test_with_the_learners_discount_a_detour_still_earns_nothing(gain: float, st
 
 
 def test_unmeasured_terms_add_nothing_and_are_not_reported_as_zero() -> None:
-    blank = attrs.evolve(IDLE, accuracy_gain=None, accuracy_gain_change=None, excess_params_ratio=0.2)
+    blank = attrs.evolve(IDLE, score_gain=None, score_gain_change=None, excess_params_ratio=0.2)
     reward, components = compute_shaped_reward(blank, TERMS, {"accuracy": 5.0, "rent": 2.0})
     assert "accuracy" not in components
     assert components["rent"] == pytest.approx(-0.01)

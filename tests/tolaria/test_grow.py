@@ -57,7 +57,7 @@ def test_grow_trains_and_grows(tmp_path):
         model, train, validation, blueprints=["conv"], points=["1", "3"], epochs=8, controller=plan, learning_rate=1e-2,
         budget_params="", decisions_per_epoch=2,
     )  # fmt: skip
-    assert grown.result.status == "finished" and grown.result.validation_accuracy > 0.8
+    assert grown.result.status == "finished" and grown.result.validation_score > 0.8
     assert grown.result.test_loss is None
     stages = {growth.stage for growth in grown.plane.growths.values()}
     assert stages & {Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED}

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import attrs
 
+from esper_core.leyline.events import renamed
 from esper_core.leyline.stages import BORN, EMPTY, STAGES
 from esper_core.nissa.report.wording import GROUPS, describe, number
 
@@ -21,12 +22,12 @@ BRIEF: Final = frozenset({"run_started", "epoch_ended", "stage_changed", "counte
 MAX_LOG: Final = 6000
 
 _EPOCH_FIELDS: Final = (
-    "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate", "seed_params",
+    "epoch", "train_loss", "train_score", "validation_loss", "validation_score", "learning_rate", "seed_params",
     "excess_params_ratio", "total_flops",
 )  # fmt: skip
-_DECISION_FIELDS: Final = ("train_loss", "validation_loss", "validation_accuracy")
+_DECISION_FIELDS: Final = ("train_loss", "validation_loss", "validation_score")
 _COUNTERFACTUAL_FIELDS: Final = (
-    "loss_mean", "loss_low", "loss_high", "accuracy_mean", "accuracy_low", "accuracy_high", "rent",
+    "loss_mean", "loss_low", "loss_high", "score_mean", "score_low", "score_high", "rent",
 )  # fmt: skip
 _READING_FIELDS: Final = ("alpha", "gradient_norm")
 _AUDIT_FIELDS: Final = ("churn", "churn_low", "churn_high")
@@ -66,7 +67,7 @@ def read_events(path: Path, kinds: frozenset[str] | None = None) -> Iterator[dic
     """
     skip = re.compile(rf'\{{"kind":"(?!(?:{"|".join(kinds)})")\w+"') if kinds else None
     for event in read_lines(path, skip):
-        yield event if event is not None and isinstance(event.get("kind"), str) else None
+        yield renamed(event) if event is not None and isinstance(event.get("kind"), str) else None
 
 
 @attrs.define
@@ -126,7 +127,7 @@ class RunDigest:
         if step < self.last_step:  # a rollback that also took the step counter back
             self._forget_after(step)
         self.last_step = step
-        text, group = describe(event), GROUPS.get(kind, "routine")
+        text, group = describe(event, self.started.get("metric")), GROUPS.get(kind, "routine")
         self.log.append([self.total, step, kind, group, str(event.get("slot") or ""), text])
         self.total += 1
         handler = getattr(self, f"_on_{kind}", None)
@@ -174,7 +175,7 @@ class RunDigest:
         stage = str(event.get("after"))
         blueprint, params = str(event.get("blueprint") or ""), number(event.get("params"))
         self._slot(event.get("slot")).enter(step, stage, blueprint, params, str(event.get("reason") or ""))
-        self.marks.append([step, stage, str(event.get("slot")), describe(event)])
+        self.marks.append([step, stage, str(event.get("slot")), describe(event, self.started.get("metric"))])
 
     def _on_counterfactual(self, step: int, event: dict[str, Any]) -> None:
         row = [step, *(number(event.get(name)) for name in _COUNTERFACTUAL_FIELDS)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from esper_core.leyline.objective import Metric
 from esper_core.leyline.stages import BORN
 
 Record = Mapping[str, Any]
@@ -59,6 +60,26 @@ def percent(value: object, digits: int = 1) -> str:
     return "unknown" if x is None else f"{100 * x:.{digits}f}%"
 
 
+def metric_of(started: Record) -> Metric:
+    """The metric of a run from its first event; accuracy where that tells nothing usable."""
+    told = started.get("metric")
+    known = dict(told) if isinstance(told, Mapping) else {}
+    return Metric(
+        printable(known.get("name", "accuracy")),
+        higher_is_better=known.get("higher_is_better") is not False,
+        share=known.get("share") is not False,
+        loss_unit=printable(known.get("loss_unit", "nats")),
+    )
+
+
+def show_score(value: object, metric: Metric, digits: int = 1) -> str:
+    """A value of the metric: in percent if it is a share, else with the digits of a loss."""
+    if metric.share:
+        return percent(value, digits)
+    x = number(value)
+    return "unknown" if x is None else f"{x:.4g}"
+
+
 def nats(value: object) -> str:
     """A loss or a difference of losses with enough digits to tell it from nothing."""
     x = number(value)
@@ -83,8 +104,10 @@ def _stage(e: Record) -> str:
 
 
 def _epoch(e: Record) -> str:
+    metric = metric_of(e)
     return (
-        f"epoch {int(number(e.get('epoch')) or 0) + 1}: validation accuracy {percent(e.get('validation_accuracy'))}, "
+        f"epoch {int(number(e.get('epoch')) or 0) + 1}: validation {metric.name} "
+        f"{show_score(e.get('validation_score'), metric)}, "
         f"loss {nats(e.get('validation_loss'))}, train loss {nats(e.get('train_loss'))}, "
         f"seeds {quantity(e.get('seed_params'))} parameters"
     )
@@ -110,8 +133,8 @@ def _rollback(e: Record) -> str:
 
 def _ended(e: Record) -> str:
     text = f"run {e.get('status')}: {e.get('reason')}"
-    if number(e.get("test_accuracy")) is not None:
-        text += f"; test accuracy {percent(e['test_accuracy'], 2)}"
+    if number(e.get("test_score")) is not None:
+        text += f"; test {metric_of(e).name} {show_score(e['test_score'], metric_of(e), 2)}"
     return text + f", {quantity(e.get('params'))} parameters, {quantity(e.get('total_flops'), 'FLOP')}"
 
 
@@ -134,7 +157,7 @@ _PHRASES: Final[Mapping[str, Callable[[Record], str]]] = {
     "slot_read": lambda e: f"{e.get('slot')} {e.get('stage')}, alpha {nats(e.get('alpha'))}: {_readings(e)}",
     "host_read": lambda e: f"host: {_readings(e)}",
     "counterfactual": lambda e: (
-        f"{e.get('slot')} is worth {_signed(e.get('loss_mean'))} nats of validation loss "
+        f"{e.get('slot')} is worth {_signed(e.get('loss_mean'))} {_unit(e)}of validation loss "
         f"[{_signed(e.get('loss_low'))}, {_signed(e.get('loss_high'))}] at a rent of {nats(e.get('rent'))}"
     ),
     "audited": lambda e: f"audit of {e.get('slot')}: churn {_signed(e.get('churn'))} nats, verdict {e.get('verdict')}",
@@ -146,12 +169,21 @@ _PHRASES: Final[Mapping[str, Callable[[Record], str]]] = {
 }  # fmt: skip
 
 
-def describe(event: Record) -> str:
-    """One event as a phrase without its step; events of unknown kinds are listed field by field."""
+def _unit(e: Record) -> str:
+    unit = metric_of(e).loss_unit
+    return f"{unit} " if unit else ""
+
+
+def describe(event: Record, metric: object = None) -> str:
+    """One event as a phrase without its step; events of unknown kinds are listed field by field.
+
+    Args:
+        metric: of the run, as its first event tells it.
+    """
     phrase = _PHRASES.get(str(event.get("kind")))
     if phrase is None:
         return printable(", ".join(f"{k} {v}" for k, v in event.items() if k not in ("kind", "step")))
     try:
-        return printable(phrase(event))
+        return printable(phrase({"metric": metric, **event}))
     except (TypeError, ValueError, KeyError, AttributeError):  # a field of another type than the contract's
         return f"malformed {event.get('kind')} event"

@@ -54,7 +54,7 @@ class OutcomeMeter:
     """
 
     loss_gain: float = 0.0
-    accuracy_gain: float = 0.0
+    score_gain: float = 0.0
 
     def measure(
         self,
@@ -68,16 +68,16 @@ class OutcomeMeter:
     ) -> StepOutcome:
         """The outcome of the step that ends now."""
         loss_gain = _gain(_negative(environment.loss), _negative(twin.loss), LOSS_CAP)
-        accuracy_gain = _gain(environment.accuracy, twin.accuracy, 1.0)
+        score_gain = _gain(environment.accuracy, twin.accuracy, 1.0)
         loss_change = None if loss_gain is None else loss_gain - self.loss_gain
-        accuracy_change = None if accuracy_gain is None else accuracy_gain - self.accuracy_gain
+        score_change = None if score_gain is None else score_gain - self.score_gain
         self.loss_gain = self.loss_gain if loss_gain is None else loss_gain
-        self.accuracy_gain = self.accuracy_gain if accuracy_gain is None else accuracy_gain
+        self.score_gain = self.score_gain if score_gain is None else score_gain
         return StepOutcome(
             loss_gain=loss_gain,
             loss_gain_change=loss_change,
-            accuracy_gain=accuracy_gain,
-            accuracy_gain_change=accuracy_change,
+            score_gain=score_gain,
+            score_gain_change=score_change,
             slot_gains=dict(slot_gains),
             excess_params_ratio=environment.excess_params_ratio,
             excess_flops_ratio=environment.excess_flops_ratio,
@@ -92,7 +92,7 @@ class OutcomeMeter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.loss_gain, self.accuracy_gain = float(state["loss_gain"]), float(state["accuracy_gain"])
+        self.loss_gain, self.score_gain = float(state["loss_gain"]), float(state["score_gain"])
 
 
 def slot_credits(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

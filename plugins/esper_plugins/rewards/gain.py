@@ -29,7 +29,7 @@ class AccuracyGain:
 
     def __call__(self, outcome: StepOutcome) -> float:
         """NaN when the gain is unmeasured."""
-        return _potential_difference(outcome.accuracy_gain, outcome.accuracy_gain_change, self.gamma)
+        return _potential_difference(outcome.score_gain, outcome.score_gain_change, self.gamma)
 
 
 @attrs.frozen
@@ -53,5 +53,5 @@ class TerminalGain:
         """0 before the last decision; NaN when the gain is unmeasured then."""
         if not outcome.final:
             return 0.0
-        gain = outcome.accuracy_gain if self.measure == "accuracy" else outcome.loss_gain
+        gain = outcome.score_gain if self.measure == "accuracy" else outcome.loss_gain
         return math.nan if gain is None else gain
