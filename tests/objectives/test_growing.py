@@ -94,7 +94,7 @@ def test_multilabel(tmp_path) -> None:
     train, validation, test = loaders(inputs, torch.tensor(y))
     grown = grow(
         mlp(12, 5), train, validation, test_loader=test,
-        **{**QUICK, "controller": planted(tmp_path, "2.1", "ffn")},
+        **{**QUICK, "rent": 0.01, "controller": planted(tmp_path, "2.1", "ffn")},
     )  # fmt: skip
     assert grown.result.metric.name == "F1"
     reported_exactly(grown, test)

@@ -64,10 +64,10 @@ def test_parts_of_the_version_before_run_as_they_are(tmp_path) -> None:
 def test_an_objective_that_does_not_fit_is_refused_before_a_folder_exists(tmp_path) -> None:
     for name, told in (("regression", "regression cannot judge"), ("dense", "dense cannot judge"), ("mse", "mse")):
         with pytest.raises(EsperError, match=told):
-            start_run(ground.config(tmp_path / "x", objective=name))
+            start_run(ground.config(tmp_path / "x", objective=name), registry=ground.registry())
         assert not (tmp_path / "x").exists()
     settings = {"classification.label_smoothing": 0.2}
-    assert plan_run(ground.config(objective="classification", settings=settings)).outputs == 10
+    assert plan_run(ground.config(objective="classification", settings=settings), registry=ground.registry()).outputs == 10
 
 
 def make_old(folder) -> None:
