@@ -92,7 +92,7 @@ def grown_run(registry: Registry, *, device: str, quick: bool) -> dict[str, Any]
                 "fossilized": list(result.fossilized), "stages entered": stages(result.folder),
             }  # fmt: skip
         again = eval_run(root / "heuristic", registry=registry, device=device)
-        out["test accuracy of the saved model, read again"] = again.accuracy
+        out["test accuracy of the saved model, read again"] = again.score
     return out
 
 

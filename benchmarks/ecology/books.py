@@ -79,6 +79,6 @@ class Books:
     def _on_epoch_ended(self, event: Any) -> None:
         self.curve.append({
             "epoch": event.epoch, "validation_loss": event.validation_loss, "seed_params": event.seed_params,
-            "accuracy": event.validation_accuracy, "ratio": event.excess_params_ratio, "seeds": len(self.living),
+            "accuracy": event.validation_score, "ratio": event.excess_params_ratio, "seeds": len(self.living),
             "by_events": self.params, "flops": event.total_flops,
         })  # fmt: skip

@@ -56,7 +56,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
         books = Books()
         try:
             result = start_run(config, {"books": books}, registry=registry(), keep=False)
-            status, accuracy = result.status, result.test_accuracy
+            status, accuracy = result.status, result.test_score
         except RunFailed as error:
             status, accuracy = f"failed: {error}", None
     return {

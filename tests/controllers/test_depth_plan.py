@@ -37,7 +37,7 @@ def view(slots: list[SlotView], budget: float, share: float, blocks: int, target
     seen = targets if targets is not None else int(spent * LENGTH / (3 * blocks * FORWARD))
     return RunView(
         decision=round(100 * share), decisions=100, epoch=0.0, epochs=1,
-        train_loss=None, validation_loss=None, validation_accuracy=None,
+        train_loss=None, validation_loss=None, validation_score=None,
         history=(), host_params=blocks * BLOCK, host_flops=blocks * FORWARD, seed_params=0, seed_flops=0,
         params_left=None, flops_left=None, rent=0.0, learning_rate=1.0, governor="calm", rollbacks=0,
         slots=tuple(slots), blends=("residual:cosine",), course=Course(budget, spent, seen, float(LENGTH)),

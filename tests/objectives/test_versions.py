@@ -67,7 +67,9 @@ def test_an_objective_that_does_not_fit_is_refused_before_a_folder_exists(tmp_pa
             start_run(ground.config(tmp_path / "x", objective=name), registry=ground.registry())
         assert not (tmp_path / "x").exists()
     settings = {"classification.label_smoothing": 0.2}
-    assert plan_run(ground.config(objective="classification", settings=settings), registry=ground.registry()).outputs == 10
+    assert (
+        plan_run(ground.config(objective="classification", settings=settings), registry=ground.registry()).outputs == 10
+    )
 
 
 def make_old(folder) -> None:
