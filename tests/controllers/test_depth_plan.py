@@ -26,7 +26,7 @@ def slot(path: str, blocks: int = 0, *, stage: Stage = Stage.DORMANT, age: int =
         path=path, spec=spec, stage=stage, alpha=float(not blocks), age=age, stage_age=0,
         blueprint="" if blocks else "copy", blend="", params=0, flops=0,
         legal=frozenset({Op.GERMINATE} if blocks else ()),
-        blueprints=(offer(blocks),) if blocks else (), counterfactual=None, accuracy_counterfactual=None,
+        blueprints=(offer(blocks),) if blocks else (), counterfactual=None, score_counterfactual=None,
         readings={}, embargo_left=0, seed_family="" if blocks else "depth",
     )  # fmt: skip
 
