@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper_core.kasmina.compose import compose
 from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
+from esper_core.leyline.actions import Command
+from esper_core.leyline.errors import IllegalCommand
+from esper_core.leyline.stages import Op, Stage
 from esper_core.registry import Registry, load_registry
 
 WILD, WIDER = 1e6, 8
@@ -91,7 +95,13 @@ def check_host(host: ModuleHost, inputs: Any) -> dict[str, Any]:
             raise AssertionError("the seed did not move")
         if not all(bool(p.isfinite().all()) for p in parameters):
             raise AssertionError("the seed is not finite after a step")
+    with stage("copy"), torch.no_grad():
+        plane.cull(spec.name, gated=False)
+        for _ in range(plane.embargo_decisions + 1):
+            plane.decide()
+        copied = check_copy(plane, inputs)
     return {
+        **copied,
         "points": len(specs),
         "layouts": sorted({s.layout for s in specs}),
         "roles": sorted({s.role for s in specs}),
@@ -99,6 +109,35 @@ def check_host(host: ModuleHost, inputs: Any) -> dict[str, Any]:
         "seed_at": spec.name,
         "params": sum(p.numel() for p in host.module.parameters()),
     }
+
+
+def check_copy(plane: Plane, inputs: Any) -> dict[str, Any]:
+    """Clone the deepest block that can be, alone and with all that it follows; or tell why none can.
+
+    Returns:
+        `copied`: how many blocks; 0 with `no_copy`, the reason that the last point has.
+    """
+    host, reason = plane.host, ""
+    host.module.eval()
+    bare = _seeded(host, inputs)
+    for path in reversed([path for path, slot in plane.slots.items() if slot.seed is None]):
+        for blocks in ("all", "1"):
+            command = Command(Op.GERMINATE, path, "copy", options={"blocks": blocks})
+            try:
+                plane.apply(command)
+            except IllegalCommand as error:
+                reason = reason or str(error)
+                continue
+            _same(bare, _seeded(host, inputs), "a copy at alpha 0 changes the output")
+            while plane.growths[path].stage is Stage.BLENDING:
+                plane.step()
+            grown = _seeded(host, inputs)
+            if not grown.isfinite().all():
+                raise AssertionError("a copy at alpha 1 is not finite")
+            torch.manual_seed(0)
+            torch.testing.assert_close(compose(plane)(inputs), grown)
+            return {"copied": len(plane.growths[path].origins)}
+    return {"copied": 0, "no_copy": reason}
 
 
 @torch.no_grad()

@@ -53,6 +53,7 @@ class StageChange:
         blueprint, blend: of the seed that moved (also of one that is gone now).
         added, removed: parameters that came to life or left the model.
         inherits: each of the added that is a copy, with the parameter that it is a copy of.
+        deepens: the seed is made of the host's own blocks.
     """
 
     slot: str
@@ -64,6 +65,7 @@ class StageChange:
     added: tuple[nn.Parameter, ...] = ()
     removed: tuple[nn.Parameter, ...] = ()
     inherits: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
+    deepens: bool = False
 
 
 class Plane:
@@ -518,7 +520,7 @@ class Plane:
         if after.spec.permanent:  # behind a copy stands a block of the host again, at which more may grow
             height = height_of(command.slot) + 2
             self._territory.offer_stack(command.slot, max(self.max_stack, height) if slot.whole else self.max_stack)
-        return StageChange(command.slot, before, after, command, blueprint, blend, added, removed, inherits)
+        return StageChange(command.slot, before, after, command, blueprint, blend, added, removed, inherits, slot.whole)
 
     def _tell(self, change: StageChange) -> None:
         for listener in self._listeners:

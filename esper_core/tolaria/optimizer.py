@@ -31,10 +31,14 @@ class OptimizerConfig:
 
 @attrs.define
 class SeedGroup:
-    """A seed's place in the optimizer. `age` counts its optimizer steps; `group` is torch's own param group."""
+    """A seed's place in the optimizer. `age` counts its optimizer steps; `group` is torch's own param group.
+
+    `deepens`: the seed is made of the host's blocks, and its gradient is clipped together with the host's.
+    """
 
     group: dict[str, Any]
     age: int = 0
+    deepens: bool = False
 
 
 class GrowthOptimizer:
@@ -88,7 +92,7 @@ class GrowthOptimizer:
         if fresh and change.slot in self.seeds:
             self.seeds[change.slot].group["params"] += fresh
         elif fresh:
-            self.seeds[change.slot] = SeedGroup(self._add(fresh))
+            self.seeds[change.slot] = SeedGroup(self._add(fresh), deepens=change.deepens)
         if fresh and change.inherits and self._inherit(change.inherits):
             self.seeds[change.slot].age = self.options.seed_warmup  # its moments know the way
 
@@ -114,7 +118,7 @@ class GrowthOptimizer:
         for path, parameters in plane.seed_groups().items():
             trainable = [p for p in parameters if p.requires_grad]
             if trainable:
-                self.seeds[path] = SeedGroup(self._add(trainable))
+                self.seeds[path] = SeedGroup(self._add(trainable), deepens=plane.slots[path].whole)
 
     def check(self, plane: Plane) -> None:
         """Make sure that every live parameter is updated by someone.
@@ -160,12 +164,23 @@ class GrowthOptimizer:
             warmth = min(1.0, seed.age / max(1, self.options.seed_warmup))
             seed.group["lr"] = learning_rate * self.config.seed_learning_rate_factor * warmth
         if self.config.clip > 0:
-            for group in self.torch.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], self.config.clip)  # apart, so that no seed throttles the host
+            for parameters in self._clipped_together():
+                nn.utils.clip_grad_norm_(parameters, self.config.clip)
         if stepper is None:
             self.torch.step()
         else:
             stepper(self.torch)
+
+    def _clipped_together(self) -> Iterator[list[nn.Parameter]]:
+        """Host and copies of its blocks as the one network that they are; others apart, so that none throttles it."""
+        whole = [] if self.host_group is None else list(self.host_group["params"])
+        for seed in self.seeds.values():
+            if seed.deepens:
+                whole += seed.group["params"]
+            else:
+                yield seed.group["params"]
+        if whole:
+            yield whole
 
     def named_state(self) -> dict[str, Tensor]:
         """The live state tensors: `host.INDEX.KEY`, `seed.PATH.INDEX.KEY` and `other.N.M.INDEX.KEY`."""

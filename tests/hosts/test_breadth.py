@@ -39,6 +39,7 @@ def same_numbers():
 def test_timm(name: str) -> None:
     result = sweep_timm.check(name)
     assert result["points"] > 0 and result["params"] > 0
+    assert result["copied"] > 0 or result["no_copy"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -46,4 +47,5 @@ def test_timm(name: str) -> None:
 def test_transformers(name: str) -> None:
     result = sweep_transformers.check(name)
     assert result["points"] > 0
+    assert result["copied"] > 0 or result["no_copy"]
     assert result["causal"] == (name.endswith("CausalLM") or name.startswith(("qwen3", "t5", "whisper")))
