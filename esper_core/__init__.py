@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from esper_core.integrations.transformers import GrowthCallback as GrowthCallback
     from esper_core.kasmina.compose import compose as compose
     from esper_core.kasmina.copies import BlockRun as BlockRun
     from esper_core.kasmina.copies import CopiedRun as CopiedRun
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from esper_core.tolaria.config import RunConfig as RunConfig
     from esper_core.tolaria.grow import accompany as accompany
     from esper_core.tolaria.grow import grow as grow
+    from esper_core.tolaria.grow import to_batch as to_batch
     from esper_core.tolaria.model_file import load_growth as load_growth
     from esper_core.tolaria.model_file import load_model as load_model
     from esper_core.tolaria.model_file import save_growth as save_growth
@@ -37,6 +39,7 @@ PUBLIC: dict[str, str] = {
     "BlockRun": "esper_core.kasmina.copies:BlockRun",
     "CopiedRun": "esper_core.kasmina.copies:CopiedRun",
     "EsperError": "esper_core.leyline.errors:EsperError",
+    "GrowthCallback": "esper_core.integrations.transformers:GrowthCallback",
     "ModuleHost": "esper_core.kasmina.module_host:ModuleHost",
     "Plane": "esper_core.kasmina.plane:Plane",
     "Registry": "esper_core.registry:Registry",
@@ -54,6 +57,7 @@ PUBLIC: dict[str, str] = {
     "save_growth": "esper_core.tolaria.model_file:save_growth",
     "split_reference": "esper_core.registry:split_reference",
     "start_run": "esper_core.tolaria.run:start_run",
+    "to_batch": "esper_core.tolaria.grow:to_batch",
 }
 """Every public name and where it is. The imports above say the same to type checkers; a test compares them."""
 

@@ -10,8 +10,7 @@ from lightning_fabric import Fabric
 from own_loop import build_loaders, build_model, tell
 from torch import nn
 
-from esper_core import Tolaria, accompany
-from esper_core.tolaria.grow import to_batch
+from esper_core import Tolaria, accompany, to_batch
 
 
 def main(epochs: int = 12) -> Tolaria:

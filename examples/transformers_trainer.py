@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from esper_core.integrations.transformers import GrowthCallback
+from esper_core import GrowthCallback
 from esper_core.leyline.events import Event
 
 
