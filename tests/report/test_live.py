@@ -7,13 +7,15 @@ import json
 import time
 
 import pytest
-from growth_stream import GrowthStream, lattice_points, resnet_points
 from rich.console import Console
 
 from esper_core.cli.live import LiveView, bar, clock, render, sparkline
 from esper_core.cli.plain import JsonLines, PlainLines
 from esper_core.cli.watch import Watch
 from esper_core.leyline.events import RunEnded
+from tests.recorded import RUNS, recorded_events
+
+EPOCHS = {"maps": 16, "text": 12}
 
 
 def frame(watch: Watch, width: int, height: int = 24, *, ascii_only: bool = False) -> list[str]:
@@ -22,8 +24,8 @@ def frame(watch: Watch, width: int, height: int = 24, *, ascii_only: bool = Fals
     return plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-def watched(stream: GrowthStream, share: float = 1.0) -> Watch:
-    watch, events = Watch(stream.epochs), list(stream.events())
+def watched(run: str, share: float = 1.0) -> Watch:
+    watch, events = Watch(EPOCHS[run]), recorded_events(run)
     for event in events[: int(len(events) * share)]:
         watch.take(event)
     return watch
@@ -32,51 +34,50 @@ def watched(stream: GrowthStream, share: float = 1.0) -> Watch:
 @pytest.mark.parametrize("width", [20, 33, 44, 60, 80, 120, 200])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
 def test_every_frame_fits_its_terminal(width: int, share: float) -> None:
-    for points, grow in ((resnet_points(), 5), (lattice_points(64), 30)):
-        lines = frame(watched(GrowthStream(points, grow=grow, epochs=12), share), width)
+    for run in RUNS:
+        lines = frame(watched(run, share), width)
         assert max(map(len, lines)) <= width
         assert len(lines) <= 24
 
 
 def test_a_frame_shows_what_matters() -> None:
-    watch = watched(GrowthStream(resnet_points()), 0.7)
+    watch = watched("maps", 0.72)
     text = "\n".join(frame(watch, 100))
     for word in (
-        "timm:resnet18 on digits",
-        "heuristic, seed 0",
-        "epoch 14/20",
-        "layer1.1",
+        "cnn on digits",
+        "schedule:./plan.json, seed 0",
+        "epoch 12/16",
+        "block1",
         "fossilized",
-        "1 rollback",
+        "2 rollbacks",
         "±",
     ):
         assert word in text
-    assert text.count("layer") == 8  # every slot of a small plane has its row
+    assert all(f"block{i} " in text for i in range(1, 9))  # every slot of a small plane has its row
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor")
     console.print(render(watch, 100, 24))
     assert "\x1b[38;2;47;158;98m" in console.file.getvalue()  # type: ignore[attr-defined]  # fossils in their colour
 
 
 def test_many_slots_collapse_to_the_interesting_ones() -> None:
-    watch = watched(GrowthStream(lattice_points(64), grow=30, epochs=40), 0.5)
-    rows, hidden = watch.chosen(12)
-    assert 1 <= len(rows) <= 12 and len(rows) + sum(hidden.values()) == 64
+    watch = watched("text", 0.6)
+    rows, hidden = watch.chosen(8)
+    assert 1 <= len(rows) <= 8 and len(rows) + sum(hidden.values()) == 24
     assert all(row.stage.value not in ("dormant", "culled") for row in rows)
     assert [r.order for r in rows] == sorted(r.order for r in rows)
     busy = [s for s in watch.slots.values() if s.stage.value in ("blending", "shadowing", "probationary", "withering")]
-    assert {s.path for s in busy[:11]} <= {r.path for r in rows}
+    assert {s.path for s in busy[:7]} <= {r.path for r in rows}
     assert "more:" in "\n".join(frame(watch, 80))
 
 
 def test_progress_and_time_left() -> None:
-    stream = GrowthStream(resnet_points(), epochs=4, per_epoch=24)
-    watch, unknown = watched(stream, 0.5), Watch(4)
+    watch, unknown = watched("maps", 0.5), Watch(16)
     share, _, _ = watch.progress()
     assert share is not None and 0.3 < share < 0.7
     assert unknown.progress()[0] is None
-    for event in [*stream.events()][1:]:  # a stream that does not say how long it is
+    for event in recorded_events("maps")[1:]:  # a stream that does not say how long it is
         unknown.take(event)
-    assert unknown.total_steps == 96 and unknown.progress()[0] == 1.0  # found out after the first epoch
+    assert unknown.total_steps == 128 and unknown.progress()[0] == 1.0  # found out after the first epoch
     assert [clock(v) for v in (None, 5, 65, 3725)] == ["–:––", "0:05", "1:05", "1:02:05"]
 
 
@@ -90,28 +91,28 @@ def test_sparklines_and_bars() -> None:
 
 
 def test_a_terminal_without_unicode_gets_ascii_figures() -> None:
-    lines = frame(watched(GrowthStream(resnet_points())), 80, ascii_only=True)
+    lines = frame(watched("maps"), 80, ascii_only=True)
     assert not any(set("\n".join(lines)) & set("━╸─▁▂▃▄▅▆▇█"))
 
 
 def test_replay_takes_up_what_was_logged_before() -> None:
-    stream = list(GrowthStream(resnet_points()).events())
-    whole, resumed = Watch(20), Watch(20)
+    stream = recorded_events("maps")
+    whole, resumed = Watch(16), Watch(16)
     for event in stream:
         whole.take(event)
     half = len(stream) // 2
-    resumed.replay([None, {"kind": "stage_changed"}, *(json.loads(e.to_json()) for e in stream[:half])])
+    resumed.replay([None, {"kind": "stage_changed"}, *(json.loads(event.to_json()) for event in stream[:half])])
     for event in stream[half:]:
         resumed.take(event)
     assert resumed.slots == whole.slots and resumed.validation_loss == whole.validation_loss
-    assert resumed.rollbacks == whole.rollbacks == 1
+    assert resumed.rollbacks == whole.rollbacks == 2
 
 
 def test_the_view_costs_less_than_one_percent_and_never_waits() -> None:
     file = io.StringIO()
     console = Console(file=file, width=100, height=30, force_terminal=True, color_system="truecolor")
     view = LiveView(Watch(20), console)
-    events = list(GrowthStream(lattice_points(64), grow=30, epochs=12).events())
+    events = [*recorded_events("text"), *recorded_events("maps")]
     written = waited = 0.0
     cpu, begun = time.process_time(), time.perf_counter()
     for event in events:
@@ -131,15 +132,15 @@ def test_the_view_costs_less_than_one_percent_and_never_waits() -> None:
 
 
 def test_plain_lines_tell_growth_epochs_and_the_governor() -> None:
-    stream, out = GrowthStream(resnet_points()), io.StringIO()
-    sink = PlainLines(Watch(20), out)
-    for event in stream.events():
+    out = io.StringIO()
+    sink = PlainLines(Watch(16), out)
+    for event in recorded_events("maps"):
         sink.write(event)
     sink.close()
     lines = out.getvalue().splitlines()
-    assert sum("epoch " in line for line in lines) == 20
+    assert sum("epoch " in line for line in lines) == 16
     assert any("→ germinated" in line for line in lines) and any("rolled back" in line for line in lines)
-    assert len(lines) < 60 and "\x1b" not in out.getvalue()
+    assert len(lines) < 80 and "\x1b" not in out.getvalue()
 
 
 def test_json_lines_are_the_events() -> None:

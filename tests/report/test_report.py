@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from growth_stream import GrowthStream, lattice_points, resnet_points, write_stream
 
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import EVENT_KINDS
 from esper_core.nissa.report import reading, write_report
 from esper_core.nissa.report.reading import RunDigest
 from esper_core.nissa.report.wording import GROUPS, describe, number, quantity
+from tests.recorded import write_run
 
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"><!--<script>"
 
@@ -32,22 +32,24 @@ def data_of(report: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_stream(tmp_path_factory.mktemp("runs") / "grown", GrowthStream(resnet_points()), compare=True)
+    return write_run("maps", tmp_path_factory.mktemp("runs") / "grown", compare=True)
 
 
 def test_report_holds_the_run(run: Path) -> None:
     report = write_report(run)
     assert report == run / "report.html"
     data = data_of(report)
-    assert [s["name"] for s in data["slots"]] == [p.name for p in resnet_points()]
+    names = [s["name"] for s in data["slots"]]
+    assert [n for n in names if "/" not in n] == [f"block{i}" for i in range(1, 9)]
+    assert [n for n in names if "/" in n] == ["block8/block0", "block8/block1"]  # the points of an organ
     stages = {s["name"]: [g[2] for g in s["segments"]] for s in data["slots"]}
     fossils = [name for name, life in stages.items() if life and life[-1] == "fossilized"]
     assert fossils and all(stages[f][0] == "germinated" for f in fossils)
-    assert len(data["epochs"]["step"]) == 20 and data["ended"]["status"] == "finished"
+    assert len(data["epochs"]["step"]) == 16 and data["ended"]["status"] == "finished"
     assert len(data["compare"]["arms"]) == 6
     audits = [s["audits"] for s in data["slots"] if s["audits"]["step"]]
-    assert audits and audits[0]["churn"] == [-0.003] and audits[0]["churn_low"] == [-0.006]
-    assert data["config"]["config"]["budget_params"] == "20%"
+    assert [a["churn"] for a in audits] == [[0.0446925], [0.0286235]] and audits[0]["churn_low"] == [-0.0481956]
+    assert data["config"]["config"]["budget_params"] == "400%"
     for slot in data["slots"]:  # a life has no holes and no overlaps
         for one, two in zip(slot["segments"], slot["segments"][1:], strict=False):
             assert one[0] < one[1] == two[0]
@@ -120,11 +122,11 @@ def test_quantities() -> None:
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
-    stream = GrowthStream(resnet_points(), epochs=3, host=HOSTILE, task=HOSTILE + "__DATA__")
-    folder = write_stream(tmp_path / "run", stream)
+    folder = write_run("maps", tmp_path / "run", share=0.3)
     (folder / "compare.json").write_text(json.dumps({"arms": [{"name": HOSTILE, "accuracy": [0.5], "params": 1}]}))
-    events = (folder / "events.jsonl").read_text().replace("layer1.0", json.dumps(HOSTILE)[1:-1] + "\\u2028\\ud800")
-    (folder / "events.jsonl").write_text(events)
+    hostile, events = json.dumps(HOSTILE)[1:-1], (folder / "events.jsonl").read_text()
+    events = events.replace('"host":"cnn","task":"digits"', f'"host":"{hostile}","task":"{hostile}__DATA__"')
+    (folder / "events.jsonl").write_text(events.replace("block1", hostile + "\\u2028\\ud800"))
     report = write_report(folder)
     page = report.read_text("utf-8")
     assert page.count("<img") == 0 and page.lower().count("</script") == 2
@@ -136,14 +138,15 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_long_run_makes_a_small_page_soon(tmp_path: Path) -> None:
-    folder = write_stream(tmp_path, GrowthStream(lattice_points(48), epochs=40, grow=40))
+    folder = write_run("text", tmp_path)
     *lines, ended = (folder / "events.jsonl").read_text().splitlines()
     read = (
-        '{"kind":"slot_read","step":%d,"slot":"h.3.mlp","stage":"training","alpha":0.5,"readings":{"gradient_norm":%f}}'
+        '{"kind":"slot_read","step":%d,"slot":"transformer.h.3.mlp","stage":"training","alpha":0.5,'
+        '"readings":{"gradient_norm":%f}}'
     )
     decided = '{"kind":"decided","step":%d,"validation_loss":%f,"commands":[]}'
-    lines += [(decided if i % 10 == 0 else read) % (960 + i, math.sin(i)) for i in range(100_000)]
-    (folder / "events.jsonl").write_text("\n".join([*lines, ended.replace("960", "100960")]) + "\n")
+    lines += [(decided if i % 10 == 0 else read) % (72 + i, math.sin(i)) for i in range(100_000)]
+    (folder / "events.jsonl").write_text("\n".join([*lines, ended.replace('"step":72', '"step":100072')]) + "\n")
     count = len(lines) + 1
     started = time.process_time()
     report = write_report(folder)
@@ -152,21 +155,24 @@ def test_a_long_run_makes_a_small_page_soon(tmp_path: Path) -> None:
     data = data_of(report)
     assert data["total"] == count and len(data["log"]) <= reading.MAX_LOG
     kinds = {entry[2] for entry in data["log"]}
-    assert {"stage_changed", "rolled_back", "run_ended"} <= kinds  # what is rare is never dropped
+    assert {"stage_changed", "run_started", "run_ended"} <= kinds  # what is rare is never dropped
 
 
-def test_thinning_keeps_the_ends_and_the_extremes() -> None:
-    rows: list[list[float | None]] = [[float(i), 0.0] for i in range(5000)]
-    rows[1234][1], rows[4321][1], rows[77][1] = 9.0, -9.0, None
-    thin = reading._thin(rows, 300)
-    assert len(thin) <= 310 and thin[0] == rows[0] and thin[-1] == rows[-1]
-    assert rows[1234] in thin and rows[4321] in thin
+def test_thinning_keeps_the_ends_and_the_extremes(tmp_path: Path) -> None:
+    losses: list[float | None] = [0.5] * 5000
+    losses[1234], losses[4321], losses[77] = 9.0, -9.0, None
+    lines = [json.dumps({"kind": "decided", "step": i, "train_loss": loss}) for i, loss in enumerate(losses)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    decisions = RunDigest(tmp_path).to_dict()["decisions"]
+    thin = dict(zip(decisions["step"], decisions["train_loss"], strict=True))
+    assert len(thin) <= reading.MAX_POINTS * 1.1 < len(losses) and {0, 4999} <= thin.keys()
+    assert thin[1234] == 9.0 and thin[4321] == -9.0
 
 
 def test_errors_name_the_folder_and_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(EsperError, match=r"holds no run.*esper runs list"):
         write_report(tmp_path / "nothing")
-    folder = write_stream(tmp_path / "run", GrowthStream(resnet_points(), epochs=1))
+    folder = write_run("maps", tmp_path / "run", share=0.1)
     with pytest.raises(EsperError, match=r"cannot write .*--out FILE"):
         write_report(folder, tmp_path / "missing" / "deeper" / "report.html")
     assert write_report(folder, tmp_path).name == "report.html" and (tmp_path / "report.html").is_file()
@@ -189,22 +195,22 @@ def browse(report: Path, width: int = 1440) -> tuple[str, list[str]]:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")
-@pytest.mark.parametrize("which", ["grown", "unfinished", "empty", "lattice"])
+@pytest.mark.parametrize("which", ["grown", "unfinished", "empty", "deep"])
 def test_chromium_draws_it_without_a_word_on_the_console(run: Path, tmp_path: Path, which: str) -> None:
     folder = tmp_path / which
     if which == "grown":
         folder = run
     elif which == "unfinished":
-        write_stream(folder, GrowthStream(resnet_points()), keep=0.03)
-    elif which == "lattice":
-        write_stream(folder, GrowthStream(lattice_points(64), epochs=10, grow=20))
+        write_run("maps", folder, share=0.03)
+    elif which == "deep":
+        write_run("text", folder)
     else:
         folder.mkdir()
         (folder / "run.json").write_text("{}")
     dump, messages = browse(write_report(folder, tmp_path / "report.html"))
     assert messages == []
     assert 'data-ready="yes"' in dump
-    if which in ("grown", "lattice"):
+    if which in ("grown", "deep"):
         assert dump.count("<svg") >= 4 and "fossilized" in dump
         ledger = dump[dump.index('id="ledger"') : dump.index('id="log"')]
         born = sum(mark[1] == "germinated" for mark in RunDigest(folder).marks)
