@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types arrows docs test-slow conformance sweep-timm sweep-transformers system clean
+.PHONY: help install demo test lint types arrows docs faults kills test-slow conformance sweep-timm sweep-transformers system clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -48,6 +48,12 @@ arrows: $(INSTALLED) ## the dependency arrows
 
 test-slow: $(INSTALLED) system ## the kill test, the hostile files and all else that takes long
 	$(BIN)/pytest -n $(WORKERS) -m slow
+
+faults: $(INSTALLED) ## every part that can fail, at every moment, in every way; and every hostile folder
+	$(BIN)/pytest -n $(WORKERS) tests/tolaria/test_fault_matrix.py tests/tolaria/test_hostile_folders.py
+
+kills: $(INSTALLED) ## 200 random kills over 14 configurations; resumable; writes runs/kills/kills.jsonl
+	$(BIN)/python -m benchmarks.kills
 
 conformance: $(INSTALLED) ## every conformance case of every registered plugin
 	$(BIN)/pytest -n $(WORKERS) --conformance=all tests/blueprints tests/blends tests/hosts tests/tasks tests/rewards tests/kasmina

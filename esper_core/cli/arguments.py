@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from esper_core.cli.context import current_registry
 from esper_core.leyline.errors import BadOption, EsperError, UnknownName, did_you_mean
+from esper_core.leyline.files import refuse_links
 from esper_core.registry import split_reference
 from esper_core.tolaria.config import RunConfig
 
@@ -136,7 +137,10 @@ def check_names(config: RunConfig) -> None:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run."""
-    return (folder / "run.json").is_file() or (folder / "events.jsonl").is_file()
+    try:
+        return (folder / "run.json").is_file() or (folder / "events.jsonl").is_file()
+    except (OSError, ValueError):  # no name that the system knows, such as one that is too long
+        return False
 
 
 def find_run(name: str) -> Path:
@@ -144,12 +148,14 @@ def find_run(name: str) -> Path:
 
     Raises:
         UnknownName: there is no such run.
+        BadFile: it holds links to elsewhere.
     """
     known = {folder.name: folder for folder in list_runs(RUNS)}
     if name == "latest" and known:
         return next(iter(known.values()))
     for folder in (Path(name), RUNS / name):
         if is_run(folder):
+            refuse_links(folder)
             return folder
     hint = did_you_mean(Path(name).name, known) or "esper runs list"
     raise UnknownName(f"there is no run {name!r}", f"the folder of a run, or its name in {RUNS}/", hint)
@@ -158,7 +164,7 @@ def find_run(name: str) -> Path:
 def list_runs(folder: Path) -> list[Path]:
     """The runs in a folder, newest first."""
     found = [child for child in folder.iterdir() if is_run(child)] if folder.is_dir() else []
-    return sorted(found, key=lambda run: max(f.stat().st_mtime for f in run.iterdir()), reverse=True)
+    return sorted(found, key=lambda run: max(f.lstat().st_mtime for f in run.iterdir()), reverse=True)
 
 
 def _complete_run(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -16,14 +16,16 @@ SPLITS = ("train", "validation", "test")
 @run_argument()
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="What to measure on.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--download", is_flag=True, help="Let the task fetch what the run's configuration asks for.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def evaluate(run: str, split: str, device: str, as_json: bool) -> None:
+def evaluate(run: str, split: str, device: str, download: bool, as_json: bool) -> None:
     """Measure the grown model of RUN on a split of its task."""
     folder = find_run(run)
     from esper_core.nissa.report.wording import nats, show_score
     from esper_core.tolaria.run import eval_run
 
-    found = eval_run(folder, split=split, device=device, registry=current_registry())
+    found = eval_run(folder, split=split, device=device, registry=current_registry(), download=download,
+                     notify=lambda text: click.echo(text, err=True))  # fmt: skip
     if as_json:
         print_json(attrs.asdict(found))
     else:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -30,6 +30,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
 """Verb to module, command and the line that `esper --help` shows, in the order of that listing."""
 
 INTERRUPTED = 130
+CRASHED = 70
+"""Exit code for what nobody foresaw (EX_SOFTWARE of sysexits.h)."""
 
 
 class Verbs(click.Group):
@@ -85,21 +87,40 @@ class Verbs(click.Group):
             fail(_usage(error), 2)
         except click.ClickException as error:
             fail(error.format_message(), error.exit_code)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - nobody foresaw it; the traceback is kept
             from esper_core.leyline.errors import EsperError
 
-            if not isinstance(error, EsperError):
-                raise
-            fail(str(error), error.exit_code)
+            if isinstance(error, EsperError):
+                fail(str(error), error.exit_code)
+            _fail_unexpectedly(error)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """Print `error: message` as one line on stderr and exit."""
     colour = False if "NO_COLOR" in os.environ else None
-    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
     click.echo(click.style("error:", fg="red", bold=True) + " " + line, err=True, color=colour)
     sys.exit(code)
+
+
+def _fail_unexpectedly(error: BaseException) -> NoReturn:
+    """Say on one line what happened, and keep the traceback in a file for whoever mends it."""
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    told = f"{type(error).__name__}: {str(error)[:300] or 'no words'}"
+    if isinstance(error, OSError):
+        told = f"{error.strerror or error}: {error.filename or 'a file'}"[:400]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="esper-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(f"{' '.join(sys.argv)}\n{text}")
+        where = f"the traceback is in {path}"
+    except OSError:
+        where = "the traceback could not be kept"
+    fail(f"{told}; {where}", CRASHED)
 
 
 def _unknown(given: str, name: str, known: Any, hint: str) -> Exception:

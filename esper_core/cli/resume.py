@@ -12,9 +12,14 @@ from esper_core.cli.context import current_registry
 
 @click.command()
 @run_argument()
+@click.option("--from-scratch", is_flag=True, help="Begin again; what the run left is put aside, not deleted.")
+@click.option("--download", is_flag=True, help="Let the run fetch what its configuration asks for.")
+@click.option("--accept-changes", is_flag=True, help="Go on although its data or plugins have changed.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only where the report is.")
 @click.option("--json-lines", is_flag=True, help="Print every event as a line of JSON on stdout.")
-def resume(run: str, quiet: bool, json_lines: bool) -> int:
+def resume(
+    run: str, from_scratch: bool, download: bool, accept_changes: bool, quiet: bool, json_lines: bool
+) -> int:  # fmt: skip
     """Go on with RUN from its newest whole checkpoint, bit for bit as if it had not stopped."""
     folder = find_run(run)
     from esper_core.cli.display import Display, chosen_mode
@@ -27,7 +32,10 @@ def resume(run: str, quiet: bool, json_lines: bool) -> int:
     _, config, _ = RunFolder.open(folder)
     with Display(chosen_mode(quiet, json_lines), config.epochs, folder / "events.jsonl") as display:
         try:
-            resume_run(folder, display.sinks, registry=current_registry(), notify=display.notify)
+            resume_run(
+                folder, display.sinks, registry=current_registry(), notify=display.notify,
+                from_scratch=from_scratch, download=download, accept_changes=accept_changes,
+            )  # fmt: skip
         except RunFailed:
             display.close()
             conclude(folder, display, time.monotonic() - began)

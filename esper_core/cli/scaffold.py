@@ -18,6 +18,7 @@ from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.specs import API_VERSION, SPEC_KINDS
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+_LONGEST: Final = 64
 _SPECS: Final = {spec.kind: spec for spec in SPEC_KINDS}
 _CONFORMANCE: Final = {"blend": "CombinationConformance"}
 _OWN_TESTS: Final = {"objective": "objective/test.py"}
@@ -43,9 +44,12 @@ class Scaffold:
         Raises:
             BadOption: no name of a package, or one that would hide a module that is there.
         """
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or len(name) > _LONGEST:
+            shown = name if len(name) <= _LONGEST else f"{name[:40]}… ({len(name)} characters)"
             raise BadOption(
-                f"{name!r} cannot name a package", "lower-case letters, digits and '-'", "esper plugins new glow"
+                f"{shown!r} cannot name a package",
+                f"at most {_LONGEST} lower-case letters, digits and '-'",
+                "esper plugins new glow",
             )
         bare = name.removeprefix("esper-").replace("-", "_")
         dashed = bare.replace("_", "-")

@@ -17,7 +17,7 @@ from esper_core.cli.live import clock
 from esper_core.cli.runs import summarise
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import stages_where
-from esper_core.nissa.report.reading import read_lines
+from esper_core.nissa.report.reading import dropped_sinks, read_lines
 from esper_core.nissa.report.wording import metric_of, nats, number, percent, printable, quantity, show_score
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def conclude(folder: Path, display: Display, seconds: float, compare: Mapping[st
         report = None
         click.echo(f"no report: {error}", err=True)
     run = summarise(folder)
+    for name in dropped_sinks(folder):
+        log = ", the event log, which is not whole" if name == "jsonl" else ""
+        click.echo(f"warning: sink {name}{log} failed and was dropped before the end", err=True)
     if display.mode == "quiet" and report is not None:
         click.echo(report)
     elif display.mode == "json-lines":

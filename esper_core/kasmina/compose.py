@@ -37,21 +37,25 @@ class Grown(nn.Module):
         alpha: 0-dim tensor.
         wants_call: the seed also takes the call of the block before it.
         replaces: the seed's answer goes on as it is.
+        writes: the seed writes to its input, and is given a copy.
     """
 
     alpha: Tensor
 
     def __init__(
-        self, seed: nn.Module, combination: nn.Module, alpha: Tensor, wants_call: bool = False, replaces: bool = False
-    ) -> None:
+        self, seed: nn.Module, combination: nn.Module, alpha: Tensor, wants_call: bool = False, replaces: bool = False,
+        writes: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.writes = writes
         self.seed, self.combination = seed, combination
         self.wants_call, self.replaces = wants_call, replaces
         self.register_buffer("alpha", alpha.detach().clone())
 
     def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
         """Feature in, feature of the same shape and dtype out."""
-        s = (self.seed(h, call) if self.wants_call else self.seed(h)).to(h.dtype)
+        given = h.clone() if self.writes else h
+        s = (self.seed(given, call) if self.wants_call else self.seed(given)).to(h.dtype)
         if self.replaces:
             return s  # type: ignore[no-any-return]
         return self.combination(h, s, self.alpha.to(h.dtype)).to(h.dtype)  # type: ignore[no-any-return]
@@ -99,7 +103,7 @@ def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
     else:
         module = copy.deepcopy(slot.seed)
     replaces = isinstance(slot.combination, Interpolation) and float(slot.alpha) == 1.0
-    return Grown(module, copy.deepcopy(slot.combination), slot.alpha, slot.wants_call, replaces)
+    return Grown(module, copy.deepcopy(slot.combination), slot.alpha, slot.wants_call, replaces, slot.writes)
 
 
 def _composable(host: HostProtocol) -> Composable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import torch
@@ -23,6 +23,10 @@ from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.specs import BlendSpec, BlueprintSpec
 from esper_core.registry import Registry
+from esper_core.storage.tensor_file import unsavable
+
+BIRTH_BATCHES: Final = (2, 3)
+"""Sizes of the batches to which a new seed must answer."""
 
 if TYPE_CHECKING:
     from esper_core.kasmina.plane import Plane
@@ -140,16 +144,26 @@ def plant(
             "blueprint", command.blueprint, point, **({} if run is None else {"run": run}),
             options=options_of(plane, command.blueprint, command.options),
         )  # fmt: skip
+        built: object = seed
+        if not isinstance(built, nn.Module):
+            raise IncompatibleSeed(f"blueprint {command.blueprint} built a {type(built).__name__}", "a torch.nn.Module")
+        writes = False
         if run is None:
-            _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype)
+            writes = _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype)
         elif not known:
             _check_copies(seed, run, point, command.blueprint)
     if run is None:
         if point.layout == "NCHW" and _channels_last(host):
             seed = seed.to(memory_format=torch.channels_last)
         seed = seed.train(host.training)
-    slot.seed, slot.whole, slot.wants_call = seed, spec.answers == "feature", "call" in spec.wants
-    fit_combination(plane, slot, command.blend)
+    before = slot.whole, slot.wants_call
+    slot.whole, slot.wants_call = spec.answers == "feature", "call" in spec.wants
+    try:
+        fit_combination(plane, slot, command.blend)  # before the seed moves in: it may be refused
+    except BaseException:
+        slot.whole, slot.wants_call = before
+        raise
+    slot.seed, slot.writes = seed, writes
     assert slot.combination is not None
     inherits, seed_origins = getattr(seed, "inherits", ()), getattr(seed, "origins", ())
     if run is not None:
@@ -182,21 +196,29 @@ def build_combination(registry: Registry, blend: str, point: InjectionSpec, *, w
     return OfDelta(combination) if whole else combination
 
 
-def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.device, dtype: torch.dtype) -> None:
-    feature = torch.zeros(1, *point.feature_shape, device=device, dtype=dtype)
-    where = f"a seed of {blueprint} at {point.name}"
-    try:
-        with torch.no_grad():
-            out = seed.eval()(feature)
-    except Exception as error:
-        raise IncompatibleSeed(
-            f"{where} raised {type(error).__name__}: {error}", f"an answer to {tuple(feature.shape)}"
-        ) from error
-    if not isinstance(out, torch.Tensor):
-        raise IncompatibleSeed(f"{where} answered with a {type(out).__name__}", "a tensor")
-    got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(feature.shape), dtype, feature.device)
-    if got != expected:
-        raise IncompatibleSeed(f"{where} answered with {got}", f"{expected}")
+def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Make sure that a seed answers as its slot wants, to batches of several sizes; whether it writes to its input."""
+    where, writes = f"a seed of {blueprint} at {point.name}", False
+    reason = unsavable(dict((*seed.named_parameters(), *seed.named_buffers())))
+    if reason:
+        raise IncompatibleSeed(f"{where} cannot be kept in a checkpoint: {reason}", "tensors of ordinary kinds")
+    for size in BIRTH_BATCHES:  # of one alone, an answer that forgets the batch would fit
+        feature = torch.zeros(size, *point.feature_shape, device=device, dtype=dtype)
+        before = feature._version
+        try:
+            with torch.no_grad():
+                out = seed.eval()(feature)
+        except (Exception, SystemExit) as error:
+            raise IncompatibleSeed(
+                f"{where} raised {type(error).__name__}: {error}", f"an answer to {tuple(feature.shape)}"
+            ) from error
+        writes = writes or feature._version != before
+        if not isinstance(out, torch.Tensor):
+            raise IncompatibleSeed(f"{where} answered with a {type(out).__name__}", "a tensor")
+        got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(feature.shape), dtype, feature.device)
+        if got != expected:
+            raise IncompatibleSeed(f"{where} answered with {got}", f"{expected}")
+    return writes
 
 
 def _check_copies(seed: nn.Module, run: BlockRun, point: InjectionSpec, blueprint: str) -> None:

@@ -79,6 +79,7 @@ class SeedSlot(nn.Module):
         combination: the blend's module that maps (h, s, alpha) to the output, or None.
         whole: the seed answers with a feature, not with a delta.
         wants_call: the seed also takes the call of the host's block.
+        writes: the seed writes to its input in place, so that it is given a copy.
         muted: the output is `h` whatever the stage; for counterfactuals.
         probe: called with (slot, h, s, out) while gradients are on; None costs nothing.
         tracer: called with the slot whenever it computes; None costs nothing.
@@ -96,6 +97,7 @@ class SeedSlot(nn.Module):
         self.blend = ""
         self.whole = False
         self.wants_call = False
+        self.writes = False
         self.muted = False
         self.probe: Probe | None = None
         self.tracer: Callable[[SeedSlot], None] | None = None
@@ -148,8 +150,24 @@ class SeedSlot(nn.Module):
         return out
 
     def _ask(self, h: Tensor, call: Call | None) -> Tensor:
+        """The seed's answer to `h`, which stays as it is: the host goes on with it.
+
+        Raises:
+            RuntimeError: the seed has written to `h`, or answered with another shape, as it did not when it was born.
+        """
         assert self.seed is not None
-        return self.seed(h, call) if self.wants_call else self.seed(h)  # type: ignore[no-any-return]
+        if self.writes:
+            h = h.clone()
+        # neither compiled code nor inference tensors keep count of writes
+        watched = not (self.writes or torch.compiler.is_compiling() or h.is_inference())
+        before = h._version if watched else 0
+        s: Tensor = self.seed(h, call) if self.wants_call else self.seed(h)
+        if watched and h._version != before:
+            self.writes = True
+            raise RuntimeError(f"the seed of {self.blueprint or 'a blueprint'} writes to its input")
+        if s.shape != h.shape:  # it would be broadcast, and mix examples or positions
+            raise RuntimeError(f"the seed answered {tuple(h.shape)} with {tuple(s.shape)}")
+        return s
 
     def extra_repr(self) -> str:
         return f"{self.path!r}, {self.stage.value}" + (f", {self.blueprint}" if self.blueprint else "")

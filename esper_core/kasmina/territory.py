@@ -105,9 +105,12 @@ class Territory:
         del self.slots[path], self.growths[path]
 
     def _insert(self, path: str, slot: SeedSlot, after: str) -> None:
-        order = list(self.slots)
-        order.insert(order.index(after) + 1 if after else len(order), path)
+        last = next(reversed(self.slots), "")
+        order = list(self.slots) if after and after != last else []
         self.slots[path], self.growths[path] = slot, Growth()
+        if not order:  # it comes last as it is
+            return
+        order.insert(order.index(after) + 1, path)
         _reorder(self.slots, order)
         _reorder(self.growths, order)
 

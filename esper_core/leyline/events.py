@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping
+from enum import Enum
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
 
 import attrs
 
 from esper_core.leyline.objective import Metric
+
+_LONGEST_TEXT: Final = 500
 
 
 @attrs.frozen(kw_only=True)
@@ -49,13 +53,34 @@ def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    """`value` as JSON data, whatever it is: an event that a part filled oddly must not cost the event log."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
-    return value
+        return [_plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return _plain(float(value))
+    return _from_array(value)
+
+
+def _from_array(value: Any) -> Any:
+    """A scalar or an array of NumPy or torch as numbers; whatever else as its text."""
+    try:
+        if callable(getattr(value, "tolist", None)):
+            return _plain(value.tolist())
+        return str(value)[:_LONGEST_TEXT]
+    except Exception:  # noqa: BLE001 - other people's objects may refuse to be shown
+        return f"<{type(value).__name__}>"
 
 
 @attrs.frozen(kw_only=True)

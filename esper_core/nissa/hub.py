@@ -19,7 +19,7 @@ class Hub:
     A sink with a true attribute `inline` is called in the caller's thread: that is for sinks that are as quick as
     a buffered write, whose bytes must not depend on timing. Every other sink, and every plugin's `esper_event`,
     works in a thread of its own behind a bounded queue. A sink that raises, falls behind or hangs is dropped, and
-    a `FaultCaught` tells the others; `faults` tells the caller.
+    a `FaultCaught` tells the others; `faults` and `dropped`, why by name, tell the caller.
 
     An inline sink may have `position() -> int` and `rewind(position)`, by which a resumed run takes back what was
     written after the checkpoint; any other may have `restart()`, which is called after these to the same end.
@@ -40,6 +40,7 @@ class Hub:
         capacity: int = 4096,
     ) -> None:
         self.faults: list[FaultCaught] = []
+        self.dropped: dict[str, str] = {}
         self._patience, self._step = patience, 0
         self._inline = {name: sink for name, sink in sinks.items() if getattr(sink, "inline", False)}
         queued = {name: sink for name, sink in sinks.items() if name not in self._inline}
@@ -72,15 +73,26 @@ class Hub:
         """
         return {n: s.position() for n, s in self._inline.items() if hasattr(s, "position")}
 
-    def rewind(self, positions: Mapping[str, int]) -> None:
-        """Take back what was written after `positions`, and start sinks that are not in it from nothing.
+    def rewind(self, positions: Mapping[str, int], step: int = 0) -> None:
+        """Take back what was written after `positions`.
+
+        A sink that is not in it keeps what it holds and goes on behind that, and a `FaultCaught` says so: it was
+        dropped before the checkpoint was taken, or is new.
+
+        Args:
+            step: of the checkpoint.
 
         Raises:
             BadFile: a sink holds less than the checkpoint says.
         """
+        self._step, lost = step, []
         for name, sink in self._inline.items():
-            if hasattr(sink, "rewind"):
-                sink.rewind(positions.get(name, 0))
+            if not hasattr(sink, "rewind"):
+                continue
+            if name in positions:
+                sink.rewind(positions[name])
+            else:
+                lost.append(name)
         failed: dict[str, Exception] = {}
         for name, worker in self._workers.items():
             try:
@@ -88,6 +100,9 @@ class Hub:
             except Exception as error:  # noqa: BLE001 - a sink's fault, whatever it is, must not end the run
                 failed[name] = error
         self._drop_all(failed)
+        for name in lost:
+            told = "the checkpoint has no position for it"
+            self._tell(f"sink {name}", told, "what it holds stays, and it goes on behind that; events may be missing")
 
     def close(self) -> None:
         """Close every sink. Waits for queued ones while they work, at most three times `patience` each."""
@@ -126,10 +141,13 @@ class Hub:
                 with suppress(Exception):  # it failed already; this only frees what it may hold
                     sink.close()
         for name, error in failed.items():
-            told = f"{type(error).__name__}: {error}"
-            fault = FaultCaught(step=self._step, where=f"sink {name}", error=told, action="the sink was dropped")
-            self.faults.append(fault)
-            self.emit(fault)
+            self.dropped[name] = f"{type(error).__name__}: {error}"[:500]
+            self._tell(f"sink {name}", self.dropped[name], "the sink was dropped")
+
+    def _tell(self, where: str, error: str, action: str) -> None:
+        fault = FaultCaught(step=self._step, where=where, error=error, action=action)
+        self.faults.append(fault)
+        self.emit(fault)
 
 
 class _Listener:

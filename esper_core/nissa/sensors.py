@@ -6,7 +6,7 @@ Nothing here waits for the device before `read`. Names and meanings of the readi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -114,8 +114,13 @@ class SensorArray:
         self._begin_interval()
         return readings
 
+    def forget_batch(self) -> None:
+        """Forget what was felt of a batch whose pass broke off."""
+        self._calls.clear()
+
     def clear(self) -> None:
-        """Forget what was gathered since the last reading, as after a rollback."""
+        """Forget what was gathered since the last reading, as after a rollback, which may have made slots anew."""
+        self._newcomers = True
         self._begin_interval()
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,8 +133,13 @@ class SensorArray:
         return {"batch": self._batch, "slots": slots}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`'s answer, on a plane with the same slots."""
-        self._sync_rows()
+        """Go on from `state_dict()`'s answer, on a plane with the same slots.
+
+        A slot that came after the latest sampling has no row yet, and gets it when the next batch is over, as it would
+        have done without the stop.
+        """
+        self._sync_rows(among=state["slots"])
+        self._newcomers = True  # the plane was rebuilt, and no slot has its probe
         self._batch = int(state["batch"])
         for path, saved in state["slots"].items():
             if path in self._rows:
@@ -146,13 +156,13 @@ class SensorArray:
         self._calls.clear()
         if on is not self._sampling or self._newcomers:
             probe = _Probe(self) if on else None
-            for slot in self.plane.slots.values():
-                slot.probe = probe
+            for path, slot in self.plane.slots.items():
+                slot.probe = probe if path in self._rows else None
         self._sampling, self._newcomers = on, False
 
-    def _sync_rows(self) -> None:
-        """Follow the plane: slots that are stacked or nested come and go."""
-        slots = self.plane.slots
+    def _sync_rows(self, among: Container[str] | None = None) -> None:
+        """Follow the plane: slots that are stacked or nested come and go. `among`: paths that may have a row."""
+        slots = [path for path in self.plane.slots if among is None or path in among]
         if len(slots) == len(self._rows) and all(path in self._rows for path in slots):
             return
         sums = torch.zeros(len(slots), len(SUMS), device=self._device)
@@ -188,7 +198,7 @@ class SensorArray:
     @torch.no_grad()
     def _fold(self, loss_scale: float | Tensor) -> None:
         """Turn what was felt of the batch into readings and add them up."""
-        groups = self.plane.seed_groups()
+        groups = {path: group for path, group in self.plane.seed_groups().items() if path in self._rows}
         for path in groups:
             births = self.plane.growths[path].births
             if births != self._counts[path].births:

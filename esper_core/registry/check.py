@@ -47,9 +47,8 @@ def check_parts(registry: Registry, parts: Sequence[Registered]) -> tuple[list[F
     while True:
         rest = parts[len(findings) :]
         order = {"path": sys.path, "disabled": registry.disabled, "parts": [_key(part) for part in rest]}
-        child = subprocess.run(
-            [sys.executable, "-m", __name__], input=json.dumps(order), stdout=subprocess.PIPE, text=True, check=False
-        )
+        command = [sys.executable, "-P", "-m", __name__]  # -P: what lies in the working directory is no module of ours
+        child = subprocess.run(command, input=json.dumps(order), stdout=subprocess.PIPE, text=True, check=False)
         notes, *errors = [json.loads(line) for line in child.stdout.splitlines()] or [notes]
         findings += [_judge(registry, part, error) for part, error in zip(rest, errors, strict=False)]
         if len(findings) == len(parts):

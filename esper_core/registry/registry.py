@@ -20,7 +20,7 @@ from esper_core.leyline.errors import (
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.specs import KINDS
 from esper_core.registry.discovery import find_plugins, normalised, without
-from esper_core.registry.importing import import_object, install_line, missing_modules
+from esper_core.registry.importing import describe, import_object, install_line, missing_modules
 from esper_core.registry.loading import Manager, load_plugin
 from esper_core.registry.quiet import diverted_stdout
 from esper_core.registry.record import Broken, Plugin, Registered
@@ -177,10 +177,17 @@ class Registry:
         Raises:
             BadOption: an option that the part does not take, or a value that does not fit.
             UnknownName, AmbiguousName, PluginBroken, MissingDependency: as `find` and `load`.
+            PluginBroken: the factory raised, or wanted to end the process.
         """
         registered = self.find(kind, name)
         resolved = resolve_options(registered.name, registered.spec.options, options or {})
-        return self.load(registered)(*args, **kwargs, **resolved)
+        factory = self.load(registered)
+        try:
+            return factory(*args, **kwargs, **resolved)
+        except EsperError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginBroken(f"{registered.described} cannot be built: {describe(error)}") from error
 
     def register(
         self, plugin: object, *, name: str = "embedded", distribution: str = "local", version: str = "0"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esper_core.leyline.errors import BadFile, EsperError
+from esper_core.leyline.files import make_temporary, open_regular
 
 HEADER_KEY: Final = "esper"
 MAX_HEADER_BYTES: Final = 32 << 20
@@ -32,7 +34,7 @@ MAX_JSON_DEPTH: Final = 64
 MAX_TENSORS: Final = 1_000_000
 MAX_DIMENSIONS: Final = 16
 
-_DTYPES: Final = MappingProxyType(
+_DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -44,27 +46,37 @@ _DTYPES: Final = MappingProxyType(
         "I8": torch.int8,
         "U8": torch.uint8,
         "BOOL": torch.bool,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "C64": torch.complex64,
     }
 )
+
+_NAMES: Final = frozenset(_DTYPES.values())
 
 
 def write_tensor_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     """Write `tensors` and `header` (JSON-compatible) so that `path` holds either all of it or what it held before.
+
+    The header is read back before anything is replaced, under the limits that a reader has.
 
     Returns:
         SHA-256 of the file, hexadecimal.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
+        Unreadable: no reader would take it; nothing was replaced.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = _checked_header(tensors, header, path)
+    temporary = make_temporary(path)
     try:
-        temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it, where safetensors would let the owner alone read
-        save_file(_savable(tensors), temporary, {HEADER_KEY: json.dumps(header)})
+        save_file(_savable(tensors), temporary, {HEADER_KEY: text})
         temporary.chmod(mode)
         digest = _sync_and_hash(temporary)
+        _read_back(temporary, path)
         os.replace(temporary, path)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
@@ -74,6 +86,63 @@ def write_tensor_file(path: str | Path, tensors: Mapping[str, Tensor], header: M
     return digest
 
 
+class Unreadable(BadFile, OSError):
+    """Data that could be written and not be read again: a dtype that the format lacks, JSON too deep or too long."""
+
+
+def unsavable(tensors: Mapping[str, Tensor]) -> str:
+    """Why `tensors` cannot be kept in a tensor file, or the empty string."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES or tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
+            return f"{name} is {kind}, which no tensor file of Esper can hold"
+        if tensor.dim() > MAX_DIMENSIONS:
+            return f"{name} has {tensor.dim()} dimensions, and a tensor file holds at most {MAX_DIMENSIONS}"
+    return ""
+
+
+def check_savable(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: str) -> None:
+    """Make sure that a file of `tensors` and `header` could be read again. Writes nothing.
+
+    Raises:
+        Unreadable: it could not.
+    """
+    _checked_header(tensors, header, what)
+
+
+def _checked_header(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: object) -> str:
+    """The header as JSON that a reader takes."""
+    reason = unsavable(tensors)
+    if reason:
+        raise Unreadable(f"{what} cannot be written: {reason}", ", ".join(_DTYPES))
+    try:
+        text = json.dumps(header)
+        parse_json(text, what)
+    except (BadFile, TypeError, ValueError, RecursionError) as error:
+        given = error.given if isinstance(error, BadFile) else f"{type(error).__name__}: {error}"
+        raise Unreadable(f"{what} cannot be written: {given}", "plain data that can be read again") from error
+    size = len(json.dumps(text)) + sum(len(name) + 120 for name in tensors)
+    if size > MAX_HEADER_BYTES:
+        raise Unreadable(f"{what} cannot be written: its header has {size:,} bytes", f"at most {MAX_HEADER_BYTES:,}")
+    return text
+
+
+def _read_back(temporary: Path, path: Path) -> None:
+    """Read the header of a file just written, as a reader would."""
+    try:
+        with os.fdopen(open_regular(temporary), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            table, start = _table(bytearray(file.read(8 + min(length, MAX_HEADER_BYTES))), path, size)
+        metadata = table.pop("__metadata__", {})
+        parse_json(metadata[HEADER_KEY], path)
+        for name, entry in table.items():
+            _checked(name, entry, size - start, path)
+    except (BadFile, KeyError, TypeError) as error:
+        raise Unreadable(f"{path} cannot be read back: {error}", "a disk that keeps what is written") from error
+
+
 def write_json_file(path: str | Path, data: Any) -> None:
     """Write `data` as JSON, durably and as a whole or not at all.
 
@@ -81,7 +150,7 @@ def write_json_file(path: str | Path, data: Any) -> None:
         OSError: the disk is full, or the folder cannot be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = make_temporary(path)
     try:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         _sync_and_hash(temporary)
@@ -234,7 +303,7 @@ def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(path: Path, limit: int) -> bytearray:
     """A whole regular file; its length is checked before memory is taken."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise BadFile(f"{path} has {size:,} bytes", f"at most {limit:,}")
@@ -248,10 +317,17 @@ def _read(path: Path, limit: int) -> bytearray:
         ) from error
 
 
-def _table(data: bytearray, path: object) -> tuple[dict[str, Any], int]:
-    """The safetensors header and where the tensors begin."""
+def _open_regular(path: str, flags: int) -> int:
+    """Open for reading without waiting for a pipe; a link is followed, as the user may have typed one."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
+    return os.open(path, flags)
+
+
+def _table(data: bytearray, path: object, size: int | None = None) -> tuple[dict[str, Any], int]:
+    """The safetensors header and where the tensors begin. `size`: of the whole file, where `data` is its start."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+    if len(data) < 8 or length > min(MAX_HEADER_BYTES, (size or len(data)) - 8):
         raise BadFile(f"{path} is damaged: it says that its header has {length:,} bytes", f"{len(data):,} in all")
     try:
         text = data[8 : 8 + length].decode("utf-8")

@@ -10,6 +10,7 @@ from typing import Any, Final
 from esper_core.leyline.errors import BadFile
 
 MAX_TOML_BYTES: Final = 1 << 20
+MAX_TOML_DEPTH: Final = 16
 
 
 def read_text_file(path: str | Path, expected: str) -> str:
@@ -37,12 +38,19 @@ def parse_toml(text: str, source: object, expected: str) -> dict[str, Any]:
         source: where the text is from. expected: what it should be; both for the message.
 
     Raises:
-        BadFile: no TOML.
+        BadFile: no TOML, or nested too deeply.
     """
     try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadFile(f"{source} cannot be read: {error}", expected) from error
+        raise BadFile(f"{source} cannot be read: {str(error)[:200]}", expected) from error
+    level: list[Any] = [table]
+    for _ in range(MAX_TOML_DEPTH):
+        level = [item for one in level if isinstance(one, dict | list)
+                 for item in (one.values() if isinstance(one, dict) else one)]  # fmt: skip
+        if not level:
+            return table
+    raise BadFile(f"{source} is nested deeper than {MAX_TOML_DEPTH} levels", expected)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

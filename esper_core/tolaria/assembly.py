@@ -67,6 +67,8 @@ PARTS: Final[Mapping[str, type[attrs.AttrsInstance]]] = {
 }  # fmt: skip
 """The run's own parts whose options `--set part.option=value` reaches, beside those of plugins."""
 
+_LARGEST_BUDGET: Final = 1e18
+
 _Part = TypeVar("_Part", bound=attrs.AttrsInstance)
 
 
@@ -241,6 +243,10 @@ def parse_budget(name: str, text: str, whole: int) -> int | None:
             f"{name}={text!r} cannot be read", "a share such as 20% or a number", f"--{name.replace('_', '-')} 20%"
         )
     number = float(match[1].replace("_", ""))
+    if number > _LARGEST_BUDGET:
+        raise BadOption(
+            f"{name}={text!r} is out of bounds", f"at most {_LARGEST_BUDGET:g}", f"--{name.replace('_', '-')} 20%"
+        )
     return round(number / 100 * whole) if match[2] else round(number)
 
 

@@ -6,6 +6,7 @@ Names are made from the step number alone: nothing that a file says is ever used
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,10 @@ from esper_core.storage.tensor_file import (
 
 FORMAT: Final = "esper-checkpoint-1"
 _MANIFEST: Final = re.compile(r"step-(\d{10})\.json")
+_TENSORS: Final = re.compile(r"step-\d{10}\.safetensors")
+ASIDE: Final = "aside"
+"""The folder beside the checkpoints for those that a resumed run did not use. Nothing in it is ever read or deleted."""
+
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,12 +46,17 @@ class Checkpoints:
     """The checkpoints in one folder: the newest `keep` and the best.
 
     Args:
-        folder: made when the first is written.
+        folder: made when the first is written; a function, if it may move.
         keep: how many of the newest stay.
     """
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
-        self.folder, self.keep, self._current = folder, keep, -1
+    def __init__(self, folder: Path | Callable[[], Path], keep: int = 3) -> None:
+        self._folder, self.keep, self._current = folder, keep, -1
+
+    @property
+    def folder(self) -> Path:
+        """Where they are now."""
+        return self._folder() if callable(self._folder) else self._folder
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], validation_loss: float | None
@@ -54,11 +64,11 @@ class Checkpoints:
         """Write the checkpoint of `step`, unless it is there, then delete those that are no longer wanted.
 
         Raises:
-            OSError: it could not be written; earlier ones are untouched.
+            OSError: it could not be written, or not be read back; earlier ones are untouched.
         """
         if step == self._current:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=not callable(self._folder), exist_ok=True)
         target = self._tensors(step)
         self._manifest(step).unlink(missing_ok=True)  # of a run that was resumed from before it
         try:
@@ -66,6 +76,11 @@ class Checkpoints:
             loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
             entry = {"format": FORMAT, "step": step, "sha256": digest, "validation_loss": loss}
             write_json_file(self._manifest(step), entry)
+            if self._entry(step).sha256 != digest:
+                raise OSError(f"{self._manifest(step)} does not hold what was written")
+        except BadFile as error:
+            target.unlink(missing_ok=True)
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
         except OSError:
             target.unlink(missing_ok=True)
             raise
@@ -75,18 +90,30 @@ class Checkpoints:
     def newest(
         self, note: Callable[[str], None] = lambda text: None
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and plain state of the newest checkpoint that is whole, or None if there is none.
+        """Tensors and plain state of the newest checkpoint that is whole, or None if no manifest exists.
 
         Args:
             note: told of each checkpoint that is passed over, and why.
+
+        Raises:
+            BadFile: there are checkpoints, and none of them can be read now. Nothing was changed.
         """
-        for step in self.steps():
+        steps, reason = self.steps(), ""
+        for number, step in enumerate(steps):
             try:
                 found = self.load(step)
                 self._current = step
                 return found
-            except BadFile as error:
-                note(f"checkpoint {step} cannot be used ({error}); going back to the one before")
+            except (BadFile, MemoryError) as error:
+                reason = reason or f"{type(error).__name__}: {error}"
+                if number + 1 < len(steps):
+                    note(f"checkpoint {step} cannot be used ({error}); going back to the one before")
+        if steps:
+            raise BadFile(
+                f"not one of the {len(steps)} checkpoints in {self.folder} can be read ({reason})",
+                "at least one; nothing was changed",
+                f"mend them and call it again, or esper resume {self.folder.parent} --from-scratch",
+            )
         return None
 
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -107,14 +134,31 @@ class Checkpoints:
         return min(entries, key=lambda e: (e.validation_loss, -e.step)).step if entries else None
 
     def steps(self) -> list[int]:
-        """Steps of every checkpoint with a manifest, newest first."""
-        names = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("step-*.json"))
+        """Steps of every checkpoint with a manifest, newest first.
+
+        Raises:
+            BadFile: the folder is there and cannot be listed.
+        """
+        names = (_MANIFEST.fullmatch(name) for name in self._names())
         return sorted((int(match[1]) for match in names if match), reverse=True)
 
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:  # it must not look like a run without checkpoints
+            raise BadFile(f"{self.folder} cannot be read: {error.strerror}", "a readable folder") from error
+
     def forget_after(self, step: int) -> None:
-        """Delete checkpoints newer than `step`: a resumed run writes them anew."""
+        """Put checkpoints newer than `step` aside: they may be merely unreadable, and are written anew."""
         for newer in [s for s in self.steps() if s > step]:
-            self._delete(newer)
+            self._set_aside(newer)
+        for path in self._orphans():
+            if self._step_of(path) > step:  # a kill came between its two files
+                path.unlink(missing_ok=True)
+            else:
+                self._set_aside(self._step_of(path))
 
     def _rotate(self, newest: int) -> None:
         entries = sorted(self._entries(), key=lambda e: -e.step)
@@ -125,9 +169,21 @@ class Checkpoints:
                     self._delete(entry.step)
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        for path in self.folder.glob("step-*.safetensors"):
-            if not path.with_suffix(".json").exists():  # a kill came between the two files
-                path.unlink(missing_ok=True)
+
+    def _orphans(self) -> list[Path]:
+        """Tensor files without a manifest."""
+        found = [self.folder / name for name in self._names() if _TENSORS.fullmatch(name)]
+        return [path for path in found if not path.with_suffix(".json").exists()]
+
+    def _step_of(self, path: Path) -> int:
+        return int(path.stem.removeprefix("step-"))
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.folder / ASIDE
+        aside.mkdir(exist_ok=True)
+        for path in (self._manifest(step), self._tensors(step)):
+            if path.exists():
+                path.replace(aside / path.name)
 
     def _entries(self) -> Iterator[Entry]:
         for step in self.steps():

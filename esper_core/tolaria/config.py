@@ -112,7 +112,9 @@ class RunConfig:
     clip: float = _option(
         0.0, "largest gradient norm of the host and of each seed; 0: unlimited", group="training", minimum=0.0
     )
-    seed: int = _option(0, "fixes initial weights, order and augmentation", group="training", minimum=0)
+    seed: int = _option(
+        0, "fixes initial weights, order and augmentation", group="training", minimum=0, maximum=2**53 - 1
+    )
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", group="machine")
     amp: str = _option(
         "auto",
@@ -188,6 +190,19 @@ class RunConfig:
         """The options given for the plugin or part of that name."""
         split = {key: key.rpartition(".") for key in self.settings}
         return {name: self.settings[key] for key, (owner, _, name) in split.items() if owner == part}
+
+
+def _depth(value: object) -> int:
+    """Levels of mappings and lists."""
+    depth, level = 0, [value]
+    while level := [
+        item
+        for holder in level
+        if isinstance(holder, Mapping | list)
+        for item in (holder.values() if isinstance(holder, Mapping) else holder)
+    ]:
+        depth += 1
+    return depth
 
 
 def option_of(field: attrs.Attribute[Any]) -> Option:

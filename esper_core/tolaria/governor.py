@@ -22,6 +22,10 @@ _MAD_TO_SIGMA: Final = 1.4826
 _RISKY: Final = (Op.ADVANCE, Op.REVIVE, Op.WITHER, Op.CULL)
 
 
+_FAULTS: Final = 2
+"""Seeds of a blueprint that raise before no more of it may germinate for a while."""
+
+
 def _option(default: float | int, help: str, minimum: float, maximum: float | None = None) -> Any:
     bounds = {"minimum": minimum} | ({} if maximum is None else {"maximum": maximum})
     return attrs.field(default=default, metadata={"help": help, **bounds})
@@ -31,25 +35,29 @@ def _option(default: float | int, help: str, minimum: float, maximum: float | No
 class GovernorConfig:
     """When the governor steps in: options `governor.NAME` of a run. There is no option to turn it off."""
 
-    sigma: float = _option(3.0, "robust standard deviations above the moving median that are a catastrophe", 1.0)
-    tight_sigma: float = _option(2.0, "the same while a seed is on probation", 1.0)
-    window: int = _option(200, "batch losses in the moving median", 10)
-    recent: int = _option(24, "latest batch losses whose median is tested, so that bad batches are no alarm", 1)
-    streak: int = _option(8, "latest batch losses which are an alarm if every one of them is beyond the limit", 1)
+    sigma: float = _option(3.0, "robust standard deviations above the moving median that are a catastrophe", 1.0, 10.0)
+    tight_sigma: float = _option(2.0, "the same while a seed is on probation", 1.0, 10.0)
+    window: int = _option(200, "batch losses in the moving median", 10, 10_000)
+    recent: int = _option(24, "latest batch losses whose median is tested, so that bad batches are no alarm", 1, 1000)
+    streak: int = _option(8, "latest batch losses which are an alarm if every one of them is beyond the limit", 1, 1000)
     warmup: int = _option(
         40,
         "batch losses before their own deviation is judged; until then it counts as the loss at chance or now",
         10,
+        10_000,
     )
-    floor: float = _option(0.02, "least standard deviation, as a share of the loss at chance or now", 0.0)
-    check_every: int = _option(25, "optimizer steps between looks at the losses on the device", 1)
-    snapshot_every: int = _option(100, "optimizer steps between snapshots, beside one at each decision", 1)
-    embargo: int = _option(4, "decisions for which the guilty command is refused", 1)
-    recovery: int = _option(2, "decisions after a rollback in which nothing new should grow", 0)
-    patience: int = _option(5, "rollbacks in a row after which the run is beyond rescue", 1)
-    pardon: int = _option(200, "optimizer steps without alarm that end such a row", 1)
+    floor: float = _option(0.02, "least standard deviation, as a share of the loss at chance or now", 0.0, 1.0)
+    check_every: int = _option(25, "optimizer steps between looks at the losses on the device", 1, 1000)
+    snapshot_every: int = _option(100, "optimizer steps between snapshots, beside one at each decision", 1, 100_000)
+    embargo: int = _option(4, "decisions for which the guilty command is refused", 1, 10_000)
+    recovery: int = _option(2, "decisions after a rollback in which nothing new should grow", 0, 10_000)
+    patience: int = _option(5, "rollbacks in a row after which the run is beyond rescue", 1, 1000)
+    pardon: int = _option(200, "optimizer steps without alarm that end such a row", 1, 1_000_000)
     settle: int = _option(
-        100, "optimizer steps after a structural jump in which nobody judges; a loss that is not finite still counts", 0
+        100,
+        "optimizer steps after a structural jump in which nobody judges; a loss that is not finite still counts",
+        0,
+        100_000,
     )
     caution: float = _option(0.5, "factor on the learning rate after a rollback that no command explains", 0.01, 1.0)
     penalty: float = _option(1.0, "what a rollback costs in the event log and for a learning controller", 0.0)
@@ -73,8 +81,10 @@ class Governor:
         chance: the loss of a model that knows nothing; None where that is unknown. Collapse to chance is then no
             alarm, and deviations are measured by the running loss instead.
         rollbacks: so far. strikes: of these, in a row.
-        caution: factor on the learning rate.
+        caution: factor on the learning rate; it returns to 1 in steps, one for each stretch of `pardon` calm steps.
         settles_until: the step up to which losses are not judged, since the network was made deeper at once.
+        faults: blueprint to how many of its seeds have raised.
+        skipped: batches that were left out because they are not finite, and how many of them just now in a row.
     """
 
     config: GovernorConfig
@@ -90,6 +100,11 @@ class Governor:
     commands: list[tuple[int, dict[str, str]]] = attrs.Factory(list)
     embargoes: dict[str, int] = attrs.Factory(dict)
     offences: dict[str, int] = attrs.Factory(dict)
+    faults: dict[str, int] = attrs.Factory(dict)
+    blueprint_embargoes: dict[str, int] = attrs.Factory(dict)
+    last_relief: int = -1
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     losses: deque[tuple[int, float]] = attrs.Factory(deque)
 
     # --- What it sees ---
@@ -115,6 +130,9 @@ class Governor:
                 alarm = Alarm(cause, max(self._recent(), self._streak()), limit)
         if self.strikes and alarm is None and step - self.last_rollback >= self.config.pardon:
             self.strikes = 0
+        calm = step - max(self.last_rollback, self.last_relief) if alarm is None else 0
+        if self.caution < 1 and calm >= self.config.pardon:
+            self.caution, self.last_relief = min(1.0, self.caution / self.config.caution), step
         return alarm
 
     def hold_still(self, step: int) -> None:
@@ -216,7 +234,7 @@ class Governor:
 
         Args:
             strike: whether it brings the run nearer to being beyond rescue. A seed that was missed while it withered
-                does not: that is what the audit asked, and the state from before it is whole.
+                does not: that is what the audit asked, and the state from before it is whole. Nor do data at fault.
         """
         self.rollbacks += 1
         self.strikes += strike
@@ -250,10 +268,29 @@ class Governor:
         """Decisions for which `op` at `slot` is still refused."""
         return self.embargoes.get(f"{op} {slot}", 0)
 
+    def note_fault(self, blueprint: str) -> bool:
+        """Remember that a seed of `blueprint` raised; whether that was its second, so that it is embargoed from now."""
+        self.faults[blueprint] = self.faults.get(blueprint, 0) + 1
+        if self.faults[blueprint] < _FAULTS:
+            return False
+        self.blueprint_embargoes[blueprint] = self.config.embargo
+        return True
+
+    def blueprint_embargo_left(self, blueprint: str) -> int:
+        """Decisions for which no seed of `blueprint` may germinate."""
+        return self.blueprint_embargoes.get(blueprint, 0)
+
+    def note_batch(self, fine: bool) -> bool:
+        """Remember whether a batch was finite; False if so many in a row were not that training makes no sense."""
+        self.skipped_in_a_row = 0 if fine else self.skipped_in_a_row + 1
+        self.skipped += not fine
+        return self.skipped_in_a_row <= self.config.streak
+
     def decided(self) -> None:
         """A decision step is over: embargoes and recovery move on."""
         self.recovering = max(0, self.recovering - 1)
         self.embargoes = {key: left - 1 for key, left in self.embargoes.items() if left > 1}
+        self.blueprint_embargoes = {key: left - 1 for key, left in self.blueprint_embargoes.items() if left > 1}
 
     # --- State ---
 

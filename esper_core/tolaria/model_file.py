@@ -13,11 +13,13 @@ from torch import nn
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile
+from esper_core.leyline.files import refuse_links
 from esper_core.leyline.host import TaskProtocol
 from esper_core.registry import Registry, load_registry
 from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.offline import offline, without_fetching
 from esper_core.tolaria.snapshot import load_model as load_weights
 from esper_core.tolaria.snapshot import model_tensors
 from esper_core.tolaria.timetable import Timetable
@@ -45,7 +47,7 @@ def save_model(plane: Plane, path: Path, about: Mapping[str, Any]) -> None:
     Raises:
         OSError: it could not be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     header = {"format": FORMAT, **about, "structure": plane.structure()}
     write_tensor_file(path, model_tensors(plane), header)
 
@@ -85,6 +87,8 @@ def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plan
         BadFile: no model is there, or it is damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        refuse_links(path)
     file = path / "model" / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise BadFile(f"there is no grown model at {path}", "a finished run or a model file", f"esper resume {path}")
@@ -93,9 +97,10 @@ def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plan
     if header.get("format") != FORMAT:
         raise BadFile(f"{file} is no grown model", f"format {FORMAT}")
     with expect_well_formed(file):
-        config = RunConfig.from_mapping(header["config"])
+        config = without_fetching(RunConfig.from_mapping(header["config"]), weights=False)  # the file has them
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
-        host = build_host(config, registry, outputs, shape)
+        with offline():
+            host = build_host(config, registry, outputs, shape)
         plane = build_plane(config, registry, host, host_flops=0, timetable=Timetable.of_steps(config, 1))
         plane.rebuild(header["structure"])
         load_weights(plane, tensors, file)

@@ -22,6 +22,8 @@ from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import describe_origin, load_plane
+from esper_core.tolaria.offline import offline, with_fetching, without_fetching
+from esper_core.tolaria.origin import check_origin, compare, data_of, fingerprint_of, parts_of
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, set_up
 from esper_core.tolaria.trainer import RunResult, Trainer
@@ -54,6 +56,8 @@ def build_trainer(
             )
     hub = Hub(found, registry)
     about = describe_origin(attrs.evolve(config, task=setup.task_name), setup.task)
+    if folder is not None:
+        about |= {"data": data_of(setup.task), "parts": parts_of(config, setup.plane, registry)}
     return Trainer(setup, tolaria, hub, folder, about=about, test=test)
 
 
@@ -81,6 +85,7 @@ def start_run(
     create = partial(RunFolder.create, setup.config, setup.task_name, setup.registry)
     trainer = build_trainer(setup, sinks or {}, create if keep else lambda: None, test=test)
     if trainer.folder is not None:
+        trainer.folder.add_to_manifest({key: trainer.about[key] for key in ("data", "parts")})
         notify(f"run folder: {trainer.folder.path}")
     return _run(trainer)
 
@@ -91,37 +96,70 @@ def resume_run(
     *,
     registry: Registry | None = None,
     notify: Notify = _silent,
+    from_scratch: bool = False,
+    download: bool = False,
+    accept_changes: bool = False,
 ) -> RunResult:
     """Go on with a run from its newest whole checkpoint, bit for bit as if it had not stopped.
 
+    A run without a checkpoint begins again; what it left is put aside, into `aside-N/` of its folder.
+
+    Args:
+        from_scratch: begin again although there are checkpoints.
+        download: let the run fetch what its configuration asks for.
+        accept_changes: go on although data or plugins are not those with which the run began.
+
     Raises:
-        BadFile: there is no run at `path`, another process trains it, or it cannot be read.
+        BadFile: there is no run at `path`, another process trains it, or it cannot be read; also if it has
+            checkpoints and none of them can be read. Nothing was changed.
         BadOption: the run is complete.
     """
     folder, config, about = RunFolder.open(path)
     if folder.result().get("status") == "finished":
         raise BadOption(f"{folder.path} is complete", "a run that was interrupted", f"esper report {folder.path}")
     folder.hold()
-    threads, version = about.get("threads"), about.get("versions", {}).get("torch")
+    try:
+        trainer = _take_up(folder, config, about, sinks or {}, registry, notify, from_scratch, download, accept_changes)
+    except BaseException:
+        folder.release()
+        raise
+    return _run(trainer)
+
+
+def _take_up(
+    folder: RunFolder, config: RunConfig, about: Mapping[str, Any], sinks: Mapping[str, Sink],
+    registry: Registry | None, notify: Notify, from_scratch: bool, download: bool, accept_changes: bool,
+) -> Trainer:  # fmt: skip
+    """The trainer of a run that is held, where it stopped."""
+    versions = about.get("versions")
+    threads, version = about.get("threads"), versions.get("torch") if isinstance(versions, Mapping) else None
     if isinstance(threads, int) and 0 < threads <= 4096 and threads != torch.get_num_threads():
         torch.set_num_threads(threads)  # another number would add in another order
     if version != torch.__version__:
         notify(
             f"the run began with torch {version}; with {torch.__version__} it may go on differently in the last bits"
         )
-    setup = set_up(config, registry, lenient=True, notify=notify)
-    trainer = build_trainer(setup, sinks or {}, lambda: folder)
-    found = folder.checkpoints.newest(notify)
+    found = None if from_scratch else folder.checkpoints.newest(notify)
+    with offline(not download):
+        asked = config if download else without_fetching(config)
+        setup = set_up(asked, registry, lenient=True, notify=notify)
+    setup = attrs.evolve(setup, config=with_fetching(setup.config, config))
+    standing = setup.task, setup.plane, config, setup.registry
+    check_origin(about, *standing, accept_changes=accept_changes, notify=notify)
     if found is None:
-        notify("no checkpoint yet: starting from the beginning")
-        trainer.hub.rewind({})
+        aside = folder.set_aside()
+        told = f"; what it left is in {aside}" if aside is not None else ""
+        notify(f"{'starting' if from_scratch else 'no checkpoint yet: starting'} from the beginning{told}")
+    trainer = build_trainer(setup, sinks, lambda: folder)
+    if found is None:
+        trainer.hub.rewind(trainer.hub.positions())  # nothing yet: their files were put aside
         assembly.make_deterministic(config.seed)
     else:
         trainer.load(*found)
         notify(f"resumed at step {trainer.tolaria.clock.step} of {setup.timetable.steps}")
-    folder.checkpoints.forget_after(trainer.tolaria.clock.step)
+        folder.checkpoints.forget_after(trainer.tolaria.clock.step)
     folder.forget_result()
-    return _run(trainer)
+    return trainer
 
 
 def _run(trainer: Trainer) -> RunResult:
@@ -149,13 +187,21 @@ class Evaluation:
 
 
 def eval_run(
-    path: str | Path, *, split: str = "test", registry: Registry | None = None, device: str = "auto"
+    path: str | Path,
+    *,
+    split: str = "test",
+    registry: Registry | None = None,
+    device: str = "auto",
+    download: bool = False,
+    notify: Notify = _silent,
 ) -> Evaluation:
     """Evaluate the grown model of a run.
 
     Args:
         path: a run's folder or a model file.
         split: `train`, `validation` or `test`.
+        download: let the task fetch what the model's configuration asks for.
+        notify: told if the data or the plugins are not those of the training.
 
     Raises:
         BadFile, BadOption: no such model or split.
@@ -165,7 +211,12 @@ def eval_run(
     registry = registry or load_registry()
     plane, header = load_plane(path, registry)
     config = RunConfig.from_mapping(header["config"])
-    task, _ = assembly.build_task(config, registry)
+    with offline(not download):
+        task, _ = assembly.build_task(config if download else without_fetching(config), registry)
+    now = lambda: {split: fingerprint_of(getattr(task, split))}  # noqa: E731
+    changed = compare(header, now, parts_of(config, plane, registry), (split,))
+    if changed:
+        notify(f"not what the model was trained with: {'; '.join(changed)}")
     chosen = assembly.choose_device(device)
     plane.host.module.to(chosen).eval()
     plane.module.to(chosen)

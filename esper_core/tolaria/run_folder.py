@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Final
@@ -11,6 +15,7 @@ from typing import IO, Any, Final
 import torch
 
 from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.leyline.files import open_append, refuse_links
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tolaria.checkpoint import Checkpoints
@@ -18,20 +23,44 @@ from esper_core.tolaria.config import RunConfig
 
 FORMAT: Final = "esper-run-1"
 ROOT: Final = Path("runs")
+_LEFT: Final = ("checkpoints", "events.jsonl", "timings.jsonl", "model", "result.json", "report.html", "tensorboard")
+"""What an attempt to train leaves in a run folder, beside its `run.json`."""
 
 
 class RunFolder:
     """`runs/NAME/`: `run.json`, `events.jsonl`, `timings.jsonl`, `checkpoints/`, `model/`, `result.json`.
 
     Attributes:
-        path: the folder. checkpoints: what is in `checkpoints/`. model: where the grown model goes.
+        checkpoints: what is in `checkpoints/`.
     """
 
     def __init__(self, path: str | Path, keep: int = 3) -> None:
-        self.path = Path(path)
-        self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
-        self.model = self.path / "model" / "model.safetensors"
-        self._lock: IO[str] | None = None
+        self._path, self._shown = Path(os.path.abspath(path)), Path(path)
+        self.checkpoints = Checkpoints(lambda: self.path / "checkpoints", keep)
+        self._lock: IO[bytes] | None = None
+        self._folder = -1  # a descriptor of the folder itself while it is held
+
+    @property
+    def path(self) -> Path:
+        """Where the folder is now: it may be renamed, and the process may change its working directory, in mid-run.
+
+        Raises:
+            OSError: it was moved while it was held, and cannot be found.
+        """
+        if self._folder < 0:
+            return self._shown if Path(os.path.abspath(self._shown)) == self._path else self._path
+        held = os.fstat(self._folder)
+        if not _is(self._path, held):
+            moved = Path(os.path.realpath(f"/proc/self/fd/{self._folder}"))
+            if not _is(moved, held):
+                raise OSError(f"{self._path} was moved or deleted while it was in use")
+            self._path = moved
+        return self._shown if Path(os.path.abspath(self._shown)) == self._path else self._path
+
+    @property
+    def model(self) -> Path:
+        """Where the grown model goes."""
+        return self.path / "model" / "model.safetensors"
 
     @classmethod
     def create(cls, config: RunConfig, task: str, registry: Registry) -> RunFolder:
@@ -42,15 +71,16 @@ class RunFolder:
         """
         path = Path(config.out) if config.out else _free_name(config.host, task)
         folder = cls(path, config.keep_checkpoints)
-        if (path / "run.json").exists():
-            raise BadOption(f"{path} holds a run already", "a new folder", f"esper resume {path}, or another --out")
         try:
+            if (path / "run.json").exists():
+                raise BadOption(f"{path} holds a run already", "a new folder", f"esper resume {path}, or another --out")
             path.mkdir(parents=True, exist_ok=True)
+            refuse_links(path)
             folder.hold()
             write_json_file(path / "run.json", {"format": FORMAT, "config": config.to_mapping(), **_versions(registry)})
         except OSError as error:
             raise BadOption(
-                f"{path} cannot be written to: {error.strerror or error}", "a folder with space", "--out DIR"
+                f"{_brief(path)} cannot be written to: {error.strerror or error}", "a folder with space", "--out DIR"
             ) from error
         return folder
 
@@ -59,19 +89,35 @@ class RunFolder:
         """An existing run: folder, configuration, and what else `run.json` says.
 
         Raises:
-            BadFile: no run is there, or its `run.json` is damaged.
+            BadFile: no run is there, it holds links to elsewhere, or its `run.json` is damaged.
         """
         path = Path(path)
-        if not (path / "run.json").is_file() and (ROOT / path / "run.json").is_file():
-            path = ROOT / path
-        if not (path / "run.json").is_file():
-            raise BadFile(f"there is no run at {path}", "a folder with a run.json", "esper runs list")
+        try:
+            if not (path / "run.json").is_file() and (ROOT / path / "run.json").is_file():
+                path = ROOT / path
+            found = (path / "run.json").is_file()
+        except OSError:  # a name that is too long
+            found = False
+        if not found:
+            raise BadFile(f"there is no run at {_brief(path)}", "a folder with a run.json", "esper runs list")
+        refuse_links(path)
         about = read_json_file(path / "run.json")
         if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("config"), dict):
             raise BadFile(f"{path / 'run.json'} describes no run", f"format {FORMAT}")
         with expect_well_formed(path / "run.json"):
             config = RunConfig.from_mapping(about["config"])
         return cls(path, config.keep_checkpoints), config, about
+
+    def add_to_manifest(self, more: Mapping[str, Any]) -> None:
+        """Add to what `run.json` says.
+
+        Raises:
+            BadFile: it cannot be written.
+        """
+        try:
+            write_json_file(self.path / "run.json", {**read_json_file(self.path / "run.json"), **more})
+        except OSError as error:
+            raise BadFile(f"{self.path} cannot be written to: {error.strerror}", "a writable run folder") from error
 
     def result(self) -> dict[str, Any]:
         """How the run ended; empty while it has not."""
@@ -87,6 +133,28 @@ class RunFolder:
         """The run goes on."""
         (self.path / "result.json").unlink(missing_ok=True)
 
+    def set_aside(self) -> Path | None:
+        """Move what an attempt left into `aside-N/`, so that the run can begin again; None if it left nothing.
+
+        Raises:
+            BadFile: it cannot be moved.
+        """
+        left = [self.path / name for name in _LEFT if (self.path / name).exists()]
+        left = [path for path in left if path.is_dir() or path.stat().st_size]
+        if not left:
+            return None
+        number = 1
+        while (self.path / f"aside-{number}").exists():
+            number += 1
+        aside = self.path / f"aside-{number}"
+        try:
+            aside.mkdir()
+            for path in left:
+                path.replace(aside / path.name)
+        except OSError as error:
+            raise BadFile(f"{self.path} cannot be written to: {error.strerror}", "a writable run folder") from error
+        return aside
+
     def hold(self) -> None:
         """Keep other processes from writing here, until `release` or the end of this one.
 
@@ -98,8 +166,9 @@ class RunFolder:
         except ImportError:  # no such locks on Windows
             return
         try:
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the run
+            self._lock = open_append(self.path / ".lock")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._folder = os.open(self.path, os.O_RDONLY)
         except BlockingIOError as error:
             raise BadFile(f"{self.path} is in use by another process", "a run that nobody trains now") from error
         except OSError as error:
@@ -110,6 +179,28 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
+
+    def note_timing(self, line: Mapping[str, Any]) -> None:
+        """Append a line to `timings.jsonl`; on a full disk it is left out, which is told where it matters."""
+        with suppress(OSError), open_append(self.path / "timings.jsonl") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+
+
+def _is(path: Path, held: os.stat_result) -> bool:
+    """Whether `path` is the folder with that status."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
+def _brief(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 100 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def _free_name(host: str, task: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from esper_core.kasmina.churn import measure_churn
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.kasmina.plane import Plane, StageChange
+from esper_core.kasmina.slot import Mode
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError, RunFailed
 from esper_core.leyline.events import (
@@ -38,6 +40,7 @@ from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Course, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host, split_readings
 from esper_core.nissa.sensors import SensorArray
+from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Finding, GuardedBatches, find_guilty
 from esper_core.tolaria.governor import Alarm, Governor
 from esper_core.tolaria.inquest import answer, auditors, tell_restored, withering
 from esper_core.tolaria.optimizer import GrowthOptimizer
@@ -82,6 +85,10 @@ class Tolaria:
         sensors: what the controller's readings come from; None for none.
         rewards: term and weight by name, for the event log.
         fossils_every: decisions between counterfactuals of a fossilised seed.
+
+    Attributes:
+        examine: looks for evidence behind an alarm over a loss that is not finite, see `evidence`; called when the last
+            good state is back. None where nobody can.
     """
 
     def __init__(
@@ -108,6 +115,7 @@ class Tolaria:
         self.clock, self.snapshot = Clock(), Snapshot()
         self.batches: Iterable[Batch] = ()
         self.budget: float | None = None
+        self.examine: Callable[[Alarm], Finding | None] | None = None
         self._deaths, self._churn = 0, dict[str, float]()
         self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
         self.flops_each: float | None = None  # a training step's for one example; None once the structure changed
@@ -186,7 +194,11 @@ class Tolaria:
         if self.snapshot.step < 0:
             self.keep()
         self._read_sensors()
-        measured = self._measure(batches)
+        measured = self._measure(GuardedBatches(batches, "validation"))
+        if not math.isfinite(measured.loss):
+            first, measured = measured, self._measure(GuardedBatches(batches, "validation"))
+            if math.isfinite(measured.loss):
+                self._tell_fault("validation", f"the loss was {first.loss} once", "the second measurement counts")
         self._fit_rent(measured.loss)
         alarm = alarm or self.governor.observe_validation(measured.loss, self.clock.step) or self._find_sick()
         commands: list[Command] = []
@@ -198,7 +210,7 @@ class Tolaria:
             self.keep()
             self.governor.watch(self._stages())
             view = self.view(measured, epoch)
-            for command in self.controller.decide(view):
+            for command in self._ask(view):
                 if self.obey(command):
                     commands.append(command)
         self.optimizer.check(self.plane)
@@ -211,6 +223,20 @@ class Tolaria:
         if self.objective.metric.loss_unit != "nats" and math.isfinite(first):
             self.plane.rent = self._rent * abs(first)
 
+    def _ask(self, view: RunView) -> list[Command]:
+        """What the controller says; nothing if it raises or says what is no command. That costs no seed its life."""
+        try:
+            said = list(self.controller.decide(view))
+            odd = next((command for command in said if not isinstance(command, Command)), None)
+            if odd is not None:
+                raise TypeError(f"it answered with a {type(odd).__name__}, and a Command was expected")
+            return said
+        except RunFailed:
+            raise
+        except PART_FAULTS as error:
+            self._tell_fault(f"controller {self.controller_name}", error, "it decided nothing this time")
+            return []
+
     def obey(self, command: Command) -> bool:
         """Carry out one command; a refusal is told and changes nothing."""
         if command.op is Op.WAIT:
@@ -220,21 +246,39 @@ class Tolaria:
                 left = self.governor.embargo_left(command.op, slot)
                 if left:
                     raise EsperError(f"{command.op} at {slot} is under the governor's embargo for {left} decisions")
+            left = self.governor.blueprint_embargo_left(command.blueprint) if command.op is Op.GERMINATE else 0
+            if left:
+                raise EsperError(f"blueprint {command.blueprint} is under the governor's embargo for {left} decisions")
             self.plane.apply_all(command)
         except EsperError as error:
             self._tell_refusal(command, str(error))
+            return False
+        except PART_FAULTS as error:  # a blueprint's or a blend's factory is other people's code
+            self._tell_refusal(command, f"{type(error).__name__}: {error}"[:500])
             return False
         for part in command.each():
             self.governor.note(part, self.clock.step)
         return True
 
-    def cull_faulty(self, path: str, error: BaseException) -> None:
-        """Remove the seed at `path`, which raised, and go on without it."""
-        told = f"{type(error).__name__}: {error}"
-        self.emit(
-            FaultCaught(step=self.clock.step, where=f"seed {path}", error=told[:500], action="the seed was culled")
-        )
-        self.uproot(path, "it raised")
+    def cull_faulty(self, paths: Sequence[str], error: BaseException) -> None:
+        """Remove the seeds at `paths`, which raise, and go on without them.
+
+        A blueprint of which two seeds have raised in this run is embargoed. Without paths nothing is removed: the
+        error did not repeat.
+        """
+        if not paths:
+            self._tell_fault("training", error, "it did not repeat; nobody is to blame, and the run goes on")
+        for path in paths:
+            blueprint = self.plane.growths[path].blueprint
+            self._tell_fault(f"seed {path}", error, "the seed was culled")
+            self.uproot(path, "it raised")
+            if self.governor.note_fault(blueprint):
+                action = f"blueprint {blueprint} is embargoed for {self.governor.config.embargo} decisions"
+                self._tell_fault(f"blueprint {blueprint}", error, action)
+
+    def _tell_fault(self, where: str, error: BaseException | str, action: str) -> None:
+        told = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        self.emit(FaultCaught(step=self.clock.step, where=where, error=told[:500], action=action))
 
     def uproot(self, path: str, reason: str) -> None:
         """Remove a seed now, whatever its stage, and keep its slot empty for a while."""
@@ -256,7 +300,7 @@ class Tolaria:
         """
         if self.governor.settling(self.clock.step) and self.snapshot.step >= 0:
             return
-        if not withering(self) and self.governor.calm() and self._is_finite():
+        if not withering(self) and self.governor.calm() and self.is_finite():
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
 
     def read_host(self, batch: Batch) -> None:
@@ -360,10 +404,13 @@ class Tolaria:
         live = self.plane.contributing()
         settled = not self.governor.settling(self.clock.step)  # no gains of a network that still jumps
         paths = [path for path in live if settled and (fossils_due or not growths[path].stage.spec.permanent)]
-        key = (tuple((path, growths[path].births) for path in live), tuple(paths))
-        measured = measure_counterfactuals(
-            self.plane, batches, self.objective, paths=paths, count_cost=key not in self._probe_flops
-        )
+        # a seed that withers at alpha zero shows nowhere and is computed all the same
+        computed = (path for path, slot in self.plane.slots.items() if slot.mode not in (Mode.IDENTITY, Mode.ISOLATED))
+        key = (tuple((path, growths[path].births, growths[path].blend) for path in computed), tuple(paths))
+        measured = self._probe(batches, paths, count_cost=key not in self._probe_flops)
+        slots = self.plane.slots
+        if any(path not in slots or slots[path].seed is None for path in paths):  # it was culled, since it raised
+            return self._measure(batches)
         each = self._probe_flops.setdefault(key, measured.flops / measured.examples)
         self.clock.total_flops += each * measured.examples
         for path, worth in measured.worth.items():
@@ -383,6 +430,44 @@ class Tolaria:
                 )
             )
         return measured
+
+    def _probe(self, batches: Iterable[Batch], paths: Sequence[str], *, count_cost: bool) -> Measurement:
+        """The measurement; a seed that raises in it is culled. Data that cannot be read are read a second time.
+
+        Raises:
+            DataFailed: they cannot be read then either.
+        """
+
+        def measure() -> Measurement:
+            return measure_counterfactuals(self.plane, batches, self.objective, paths=paths, count_cost=count_cost)
+
+        try:
+            return measure()
+        except EsperError:
+            raise
+        except DataFailed as error:
+            self._tell_fault(f"{error.split} data", error.cause, "they are read again")
+            return measure()
+        except PART_FAULTS as error:
+            verdict = find_guilty(self.plane, partial(self._look, batches), error)
+            self.cull_faulty(verdict.guilty, error)
+            if not verdict.guilty:
+                return measure()
+            return self._probe(batches, [path for path in paths if self.plane.growths[path].stage.spec.occupied],
+                               count_cost=count_cost)  # fmt: skip
+
+    @torch.no_grad()
+    def _look(self, batches: Iterable[Batch]) -> None:
+        """Evaluate, and nothing else: a measurement silences slots itself, which would hide whose error it is."""
+        host, training = self.plane.host, self.plane.host.module.training
+        for module in (host.module, self.plane.module):
+            module.eval()
+        try:
+            for batch in batches:
+                self.objective.scores(host.forward_with_slots(batch.inputs), batch.targets)
+        finally:
+            for module in (host.module, self.plane.module):
+                module.train(training)
 
     def _find_sick(self) -> Alarm | None:
         """Cull isolated seeds that are not finite; the host or a seed that contributes is an alarm."""
@@ -429,6 +514,12 @@ class Tolaria:
         """
         plane, governor, snapshot, step = self.plane, self.governor, self.snapshot, self.clock.step
         self.emit(GovernorAlarm(step=step, cause=alarm.cause, value=alarm.value, limit=alarm.limit))
+        if snapshot.step < 0:
+            raise RunFailed(
+                f"{alarm.cause}, and the model was in no good state before",
+                "weights and data that are finite",
+                "a lower --learning-rate",
+            )
         before = {path: (g.stage, g.births, g.blueprint, g.blend, g.params) for path, g in plane.growths.items()}
         missed = withering(self) if math.isfinite(alarm.value) else []
         guilty = (governor.blame if missed else governor.suspects)(snapshot.step, self.stages())
@@ -437,7 +528,17 @@ class Tolaria:
         rise = alarm.value - governor.typical
         snapshot.restore(plane, self.optimizer)
         self.flops_each = None
-        governor.roll_back(step, snapshot.step, guilty, strike=not missed)
+        found = self.examine(alarm) if self.examine is not None and not math.isfinite(alarm.value) else None
+        if found is not None:
+            snapshot.restore(plane, self.optimizer)  # gathering evidence moves running statistics and random state
+        excused = found is not None and bool(found.batches)
+        if found is not None and found.seeds:  # evidence, in place of what the times of commands suggest
+            guilty = {**(guilty or {}), "op": Op.ADVANCE.value, "slot": found.seeds[0]}
+        elif found is not None and excused:
+            guilty = None
+            where = f"{alarm.cause} for {', '.join(found.batches)}"
+            self._tell_fault("data", where, "no seed and no command is to blame")
+        governor.roll_back(step, snapshot.step, guilty, strike=not missed and not excused)
         if self.sensors is not None:
             self.sensors.clear()
         after = snapshot.plain["structure"]
@@ -461,10 +562,11 @@ class Tolaria:
             slot = guilty["slot"]
             plane.embargo(slot, governor.config.embargo)
             entering = plane.growths[slot].stage.spec.entering
-            if entering or governor.offences[slot] > 1:
+            if (entering and (found is None or slot in found.seeds)) or governor.offences[slot] > 1:
                 self.uproot(slot, f"guilty of: {alarm.cause}")
 
-    def _is_finite(self) -> bool:
+    def is_finite(self) -> bool:
+        """Whether every parameter of the host, and of seeds that are let in, is finite."""
         return all(path and STAGES[self.plane.growths[path].stage].isolated for path in self._not_finite())
 
     @torch.no_grad()
@@ -554,8 +656,15 @@ class Tolaria:
             None, None, None, None, gains, ledger.excess_params_ratio, ledger.excess_flops_ratio,
             self._churn, self._deaths, last,
         )  # fmt: skip
-        terms = {name: term(outcome) for name, (term, _) in self.rewards.items()}
-        terms = {name: value for name, value in terms.items() if not math.isnan(value)}
+        terms = {}
+        for name, (term, _) in self.rewards.items():
+            try:
+                value = float(term(outcome))
+            except PART_FAULTS as error:
+                self._tell_fault(f"reward {name}", error, "it was left out of this decision's reward")
+                continue
+            if not math.isnan(value):
+                terms[name] = value
         weights = {name: self.rewards[name][1] for name in terms}
         total = math.fsum(weights[name] * value for name, value in terms.items())
         self.emit(
@@ -595,4 +704,4 @@ class Tolaria:
         self._losses[: len(waiting)] = torch.tensor(waiting)
         self.flops_each, self._probe_flops = None, {}
         self._deaths, self._churn = int(state["deaths"]), dict(state["churn"])
-        self.host_readings = dict(state["host"])
+        self.host_readings = dict(state.get("host", {}))  # not in checkpoints of 0.1.0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Metric
 from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.hub import Hub
-from esper_core.storage.tensor_file import expect_well_formed
-from esper_core.tolaria.faults import without_the_guilty
+from esper_core.storage.tensor_file import check_savable, expect_well_formed
+from esper_core.tolaria.evidence import gather_evidence
+from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Finding, find_guilty, is_finite
+from esper_core.tolaria.governor import Alarm
 from esper_core.tolaria.model_file import save_model
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.session import Tolaria
@@ -42,6 +43,7 @@ class RunResult:
         status: `finished`, `interrupted` (saved; resume it) or `failed` (the last good model was saved).
         test_loss, test_score: None unless finished. validation_loss, validation_score: the latest.
         fossilized: paths of the slots that grew for good. metric: what scores are of.
+        dropped_sinks: names of the sinks that failed, so that they lack events; the event log is `jsonl`.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class RunResult:
     total_flops: float
     fossilized: tuple[str, ...]
     metric: Metric = attrs.field(factory=Metric)
+    dropped_sinks: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, Any]:
         """JSON-compatible data."""
@@ -105,6 +108,7 @@ class Trainer:
         )
         self._signal = ""
         self._saved_at, self._save_cost = time.monotonic(), 0.0
+        tolaria.examine = self._examine
 
     # --- The loop ---
 
@@ -115,20 +119,28 @@ class Trainer:
             RunFailed: the run cannot go on; the last good model was saved.
         """
         with self._signals():
-            if self.tolaria.clock.step == 0:
-                self._announce()
-            try:
-                while self.position.epoch < self.config.epochs and not self._spent():
-                    if not self._epoch():
-                        return self._interrupted()
-                return self._finish()
-            except RunFailed as error:
-                raise self._fail(error) from error
-            except Exception as error:  # blueprints, tasks and sinks are other people's code: stop cleanly
-                told = f"{type(error).__name__}: {error}"
-                raise self._fail(
-                    RunFailed(f"the run stopped: {told}", "", "esper resume, once it is mended")
-                ) from error
+            result = self._run()
+        if result.status == "interrupted" and self.folder is None:  # nothing was saved: it is the caller's to end
+            signal.raise_signal(signal.Signals[self._signal])
+        return result
+
+    def _run(self) -> RunResult:
+        if self.tolaria.clock.step == 0:
+            self._announce()
+        try:
+            if self.tolaria.snapshot.step < 0:
+                self.tolaria.keep()
+            if self.folder is not None:
+                check_savable(self._tensors(), self._plain(), "a checkpoint of this run")
+            while self.position.epoch < self.config.epochs and not self._spent():
+                if not self._epoch():
+                    return self._interrupted()
+            return self._finish()
+        except RunFailed as error:
+            raise self._fail(error) from error
+        except PART_FAULTS as error:  # blueprints, tasks and sinks are other people's code: stop cleanly
+            told = f"{type(error).__name__}: {error}"
+            raise self._fail(RunFailed(f"the run stopped: {told}", "", "esper resume, once it is mended")) from error
 
     def _epoch(self) -> bool:
         """Train the rest of the current epoch; False if a signal asked to stop."""
@@ -179,7 +191,7 @@ class Trainer:
             yield from batches
         except EsperError:
             raise
-        except Exception as error:
+        except PART_FAULTS as error:
             self.save()
             self._fault("task", error, "the run stopped with its state saved")
             raise RunFailed(
@@ -192,42 +204,73 @@ class Trainer:
         """Train on one batch. Waits for nothing on the device."""
         tolaria = self.tolaria
         rate = self.position.learning_rate = self.timetable.rate(self.progress) * tolaria.governor.caution
+        if not self._admit(batch):
+            return
+        random = torch.get_rng_state()
         try:
             loss = self.training_step.backward(batch)
-        except Exception as error:  # noqa: BLE001 - a blueprint may raise anything; the run goes on without it
-            path, loss = without_the_guilty(tolaria.plane, lambda: self._again(batch), error)
-            tolaria.cull_faulty(path, error)
+        except EsperError:
+            raise
+        except PART_FAULTS as error:
+            hits = self._hits.clone()
+            verdict = find_guilty(tolaria.plane, lambda: self._again(batch, hits), error, random)
+            loss = verdict.answer
+            tolaria.cull_faulty(verdict.guilty, error)
         self.training_step.update(rate)
         tolaria.after_step(loss, batch.size)
         tolaria.clock.targets += batch.targets.numel()
         tolaria.clock.examples += batch.size
 
-    def _again(self, batch: Batch) -> Tensor:
-        """The same batch, after a pass that broke off half-way."""
+    def _again(self, batch: Batch, hits: Tensor) -> Tensor:
+        """The same batch, after a pass that broke off half-way; `hits`: as they stood before it."""
         self.tolaria.optimizer.zero_grad()
+        self._hits.copy_(hits)
+        if self.tolaria.sensors is not None:
+            self.tolaria.sensors.forget_batch()
         return self.training_step.backward(batch)
+
+    def _admit(self, batch: Batch) -> bool:
+        """Whether to train on a batch: one that is not finite is left out, named and counted.
+
+        On an accelerator this would wait for the device; there the loss tells, and `evidence` finds the batch.
+
+        Raises:
+            RunFailed: so many in a row are not finite that training makes no sense.
+        """
+        if self.device.type != "cpu":
+            return True
+        fine = is_finite(batch)
+        governor, position = self.tolaria.governor, self.position
+        usable = governor.note_batch(fine)
+        if not fine:
+            told = f"batch {position.batch} of epoch {position.epoch} holds values that are not finite"
+            self._fault("training data", ValueError(told), f"it was left out; {governor.skipped} so far")
+        if not usable:
+            told = f"{governor.skipped_in_a_row} batches in a row hold values that are not finite"
+            raise RunFailed(f"the run is beyond rescue: {told}", "finite data", "clean them, then esper resume")
+        return fine
+
+    def _examine(self, alarm: Alarm) -> Finding | None:
+        position, count = self.position, self.tolaria.governor.config.check_every
+        return gather_evidence(self.setup, self.tolaria.plane, alarm, position.epoch, position.batch, count)
 
     def decide(self) -> Measurement:
         """One decision step on the validation split."""
-        plane, position = self.tolaria.plane, self.position
+        position = self.position
         batches = self.setup.validation()
         epoch = position.epoch + position.batch / self.timetable.epoch_steps
         with self.precision.autocast():
             try:
                 measured = self.tolaria.decide(batches, epoch)
-            except EsperError:
-                raise
-            except Exception as error:  # noqa: BLE001 - as in `step`
-                first = next(iter(batches))
-                path, _ = without_the_guilty(plane, lambda: self._evaluate(first), error)
-                self.tolaria.cull_faulty(path, error)
-                measured = self.tolaria.decide(batches, epoch)
+            except DataFailed as error:
+                self._fault("validation data", error.cause, "the run stopped; its checkpoints stay")
+                raise RunFailed(
+                    f"the validation data of {self.task.name} failed: {type(error.cause).__name__}: {error.cause}",
+                    "readable data",
+                    f"mend it, then esper resume {self.folder.path if self.folder else ''}",
+                ) from error
         position.validation_loss, position.validation_score = measured.loss, measured.score
         return measured
-
-    @torch.no_grad()
-    def _evaluate(self, batch: Batch) -> Tensor:
-        return self.tolaria.plane.host.forward_with_slots(batch.inputs)
 
     def _end_epoch(self, began: float, first: int) -> None:
         position, clock, ledger = self.position, self.tolaria.clock, self.tolaria.plane.ledger
@@ -253,8 +296,7 @@ class Trainer:
         if self.folder is not None:
             seconds = time.perf_counter() - began
             line = {"epoch": position.epoch, "step": clock.step, "batches": position.batch - first, "seconds": seconds}
-            with suppress(OSError), open(self.folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")  # a full disk is told where it matters
+            self.folder.note_timing(line)
         position.epoch, position.batch = position.epoch + 1, 0
 
     def _read_host(self) -> None:
@@ -330,6 +372,7 @@ class Trainer:
             total_flops=clock.total_flops,
             fossilized=tuple(p for p, g in plane.growths.items() if g.stage.spec.permanent),
             metric=self.tolaria.objective.metric,
+            dropped_sinks=tuple(self.hub.dropped),
         )
 
     def _interrupted(self) -> RunResult:
@@ -343,10 +386,11 @@ class Trainer:
         except OSError as full:
             hint = f"esper resume {self.folder.path}, once there is room" if self.folder else ""
             return RunFailed(f"{error}; and that could not be recorded: {full}", "", hint)
-        where = f"; the last good model is in {self.folder.model}" if self.folder else ""
+        which = "the last good model" if self.tolaria.is_finite() else "the model as it stood, which is not finite,"
+        where = f"; {which} is in {self.folder.model}" if self.folder else ""
         return RunFailed(f"{error.given}{where}", error.expected, error.hint)
 
-    def _fault(self, where: str, error: Exception, action: str) -> None:
+    def _fault(self, where: str, error: BaseException, action: str) -> None:
         told = f"{type(error).__name__}: {error}"[:500]
         self.hub.emit(FaultCaught(step=self.tolaria.clock.step, where=where, error=told, action=action))
 
@@ -387,7 +431,10 @@ class Trainer:
         self.hub.flush()
         try:
             self.folder.checkpoints.save(
-                self.tolaria.clock.step, self._tensors(), self._plain(), self.position.validation_loss
+                self.tolaria.clock.step,
+                self._tensors(),
+                {**self._plain(), "sinks": self.hub.positions()},
+                self.position.validation_loss,
             )
         except OSError as error:
             self._fault("checkpoint", error, "the earlier checkpoints stay; training goes on")
@@ -409,7 +456,6 @@ class Trainer:
             "tolaria": self.tolaria.state_dict(),
             "position": attrs.asdict(self.position),
             "scaler": self.training_step.scaler.state_dict() if self.training_step.scaler is not None else {},
-            "sinks": self.hub.positions(),
         }
 
     def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -427,4 +473,4 @@ class Trainer:
             load_random(tensors, self.device)
             if self.training_step.scaler is not None:
                 self.training_step.scaler.load_state_dict(plain["scaler"])
-            self.hub.rewind(plain["sinks"])
+            self.hub.rewind(plain["sinks"], self.tolaria.clock.step)

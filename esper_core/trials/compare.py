@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,10 +31,12 @@ from esper_core.leyline.events import renamed
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
 from esper_core.registry import Registry, load_registry, split_reference
+from esper_core.registry.worker_process import end_with, safe_path
 from esper_core.storage.tensor_file import parse_json, read_json_file, write_json_file
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
+from esper_core.tolaria.offline import offline, without_fetching
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, keep_used_settings, set_up
@@ -126,10 +129,18 @@ def compare_run(
     if result.get("status") != "finished":
         raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {folder.path}")
     beside = folder.path / "compare"
-    beside.mkdir(exist_ok=True)
-    own = beside / f"grown-{run.seed}.json"
-    if not own.exists():
-        write_json_file(own, _describe_grown("grown", run.seed, folder.path, renamed(result), _seconds(folder.path)))
+    try:
+        beside.mkdir(exist_ok=True)
+        own = beside / f"grown-{run.seed}.json"
+        if not own.exists():
+            described = _describe_grown("grown", run.seed, folder.path, renamed(result), _seconds(folder.path))
+            write_json_file(own, described)
+    except OSError as error:
+        raise BadFile(
+            f"{beside} cannot be written to: {error.strerror or error}",
+            "a run folder that may be written to",
+            "copy it to such a place",
+        ) from error
     units = _units(beside, run, config)
     todo = [unit for unit in units if not unit.file.is_file()]
     for unit, left in _run_all(todo, config.workers):
@@ -190,7 +201,8 @@ def _units(beside: Path, run: RunConfig, config: CompareConfig) -> list[Unit]:
     arms = tuple(dict.fromkeys(("grown", *wanted)))
     return [
         Unit(
-            beside, arm, seed, attrs.evolve(run, seed=seed, out="", sinks=()), config.candidates, config.disabled
+            beside, arm, seed, attrs.evolve(without_fetching(run), seed=seed, out="", sinks=()), config.candidates,
+            config.disabled,
         )
         for seed in range(run.seed, run.seed + config.seeds)
         for arm in ARMS
@@ -204,12 +216,13 @@ def _run_all(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, int]]:
     if not waiting:
         return
     context = multiprocessing.get_context("spawn")  # a forked torch keeps its parent's threads and locks
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_work, initargs=(os.getpid(),))
     try:
         while waiting or running:
             for unit in [u for u in waiting if _is_ready(u)][: workers - len(running)]:
                 waiting.remove(unit)
-                running[pool.submit(run_unit, unit)] = unit
+                with safe_path():  # a process may be started now
+                    running[pool.submit(run_unit, unit)] = unit
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 unit = running.pop(future)
@@ -219,12 +232,22 @@ def _run_all(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, int]]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _begin_work(parent: int) -> None:
+    end_with(parent)
+    torch.set_num_threads(1)
+
+
 def _is_ready(unit: Unit) -> bool:
     return unit.arm not in _AFTER_GROWN or (unit.folder / f"grown-{unit.seed}.json").is_file()
 
 
 def run_unit(unit: Unit) -> None:
-    """Train one arm with one seed and write its file."""
+    """Train one arm with one seed and write its file. Its configuration comes from a file, so nothing is fetched."""
+    with offline():
+        _run_unit(unit)
+
+
+def _run_unit(unit: Unit) -> None:
     registry = load_registry(unit.disabled)
     began = time.monotonic()
     if unit.arm in ("grown", "random controller"):

@@ -69,6 +69,34 @@ class Explosive(Poly):
         return super().forward(h) * (float("inf") if self.calls > 3 else 1.0)
 
 
+class Inplace(nn.Module):
+    """Works in place on what it is given, as blocks of other people's libraries do."""
+
+    def __init__(self, point: InjectionSpec) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(point.channels, point.channels, 1))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.block(h)
+
+
+class InplaceInTraining(Inplace):
+    """The same, but in training only, so that its birth does not tell."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.block(h if self.training else h.clone())
+
+
+class OneAnswer(nn.Module):
+    """Answers for the whole batch with one map."""
+
+    def __init__(self, point: InjectionSpec) -> None:
+        super().__init__()
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h.mean(0, keepdim=True)
+
+
 class Organ(nn.Module):
     """A seed that is itself a host: two convolutions with a point after the first."""
 
@@ -131,6 +159,9 @@ def small_registry():
         spec("explosive", "Explosive"),
         spec("test-organ", "Organ"),
         spec("wrong-shape", "WrongShape"),
+        spec("in-place", "Inplace"),
+        spec("in-place-in-training", "InplaceInTraining"),
+        spec("one-answer", "OneAnswer"),
         spec("tokens-only", "Poly", layouts=("NLD",)),
     ]
     plugin = SimpleNamespace(esper_blueprints=hookimpl(lambda: specs, specname="esper_blueprints"))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.straight_through import TRUST
+from esper_core.leyline.errors import IncompatibleSeed
 from esper_core.leyline.stages import Stage
 from tests.kasmina.small import batch, small_host, small_plane
 
@@ -238,3 +239,45 @@ def test_slot_keeps_the_feature_dtype_under_autocast(combination: str) -> None:
         loss.backward()
         assert loss.isfinite()
         plane.advance("block1", gated=False)
+
+
+def test_a_seed_that_works_in_place_leaves_its_host_alone() -> None:
+    bare, plane = small_host(), small_plane()
+    for path in plane.slots:
+        plane.germinate(path, "in-place")
+        assert plane.slots[path].writes
+    for a, b in zip(train(bare), train(plane.host, plane=plane), strict=True):
+        assert torch.equal(a, b)
+    assert same_state(bare.module, plane.host.module)
+
+
+def test_a_seed_that_works_in_place_sees_what_is_blended(tmp_path) -> None:
+    """Let in, it is given a copy too, in the plane and in the composed model."""
+    plane = small_plane()
+    path = next(iter(plane.slots))
+    plane.germinate(path, "in-place")
+    slot, h = plane.slots[path], torch.randn(2, 4, 8, 8)
+    slot.set_stage(Stage.SHADOWING)
+    slot.set_alpha(1.0)
+    before = h.clone()
+    expected = slot.combination(h, slot.seed(h.clone()), slot.alpha)
+    assert torch.equal(slot(h), expected) and torch.equal(h, before)
+
+
+def test_a_seed_that_writes_only_in_training_is_found_and_given_copies() -> None:
+    plane = small_plane()
+    path = next(iter(plane.slots))
+    plane.germinate(path, "in-place-in-training")
+    plane.host.module.train()
+    with pytest.raises(RuntimeError, match="writes to its input"):
+        plane.host.forward_with_slots(batch()[0])
+    bare = small_host()
+    for a, b in zip(train(bare, 5), train(plane.host, 5, plane=plane), strict=True):
+        assert a.shape == b.shape
+    assert plane.slots[path].writes
+
+
+def test_a_seed_with_one_answer_for_the_whole_batch_is_refused() -> None:
+    plane = small_plane()
+    with pytest.raises(IncompatibleSeed, match="answered with"):
+        plane.germinate(next(iter(plane.slots)), "one-answer")

@@ -17,6 +17,7 @@ from esper_core.leyline.host import Batch
 from esper_core.nissa.hub import Hub
 from esper_core.tolaria import assembly
 from esper_core.tolaria import run as runs
+from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.model_file import load_model
 from esper_core.tolaria.run import resume_run, start_run
 from tests.tolaria import ground
@@ -97,14 +98,59 @@ def test_a_seed_that_explodes_while_blending_is_rolled_back(tmp_path):
     assert not refused or "embargo" in refused[0]["reason"]
 
 
-def test_one_batch_of_nan_costs_one_rollback(tmp_path, spoil):
-    spoil(lambda number, batch: Batch(batch.inputs * float("nan"), batch.targets) if number == 11 else batch)
+@pytest.mark.parametrize("number", [0, 11])
+def test_one_batch_of_nan_is_left_out(tmp_path, spoil, number):
+    spoil(lambda n, batch: Batch(batch.inputs * float("nan"), batch.targets) if n == number else batch)
     result = start_run(ground.config(tmp_path / "run"), registry=ground.registry())
+    assert result.status == "finished" and math.isfinite(result.test_loss) and result.steps == 23
+    assert not ground.events(tmp_path / "run", "governor_alarm", "rolled_back")
+    (fault,) = ground.events(tmp_path / "run", "fault")
+    assert fault["where"] == "training data" and f"batch {number % 8} of epoch {number // 8}" in fault["error"]
+    assert fault["action"] == "it was left out; 1 so far"
+
+
+def test_a_finite_batch_whose_loss_is_not_is_named_and_nobody_is_blamed(tmp_path, spoil):
+    """As on an accelerator, where nothing looks at a batch before it is trained on."""
+    spoil(lambda n, batch: Batch(batch.inputs * 1e38, batch.targets) if n == 11 else batch)
+    step = {"decision": 0, "op": "germinate", "slot": "block1", "blueprint": "plain", "tempo": "fast"}
+    controller = ground.schedule(tmp_path / "plan.json", step)
+    config = ground.config(tmp_path / "run", controller=controller, schedule="constant", warmup=0.0)
+    result = start_run(config, registry=ground.registry())
     assert result.status == "finished" and math.isfinite(result.test_loss)
-    (alarm,) = ground.events(tmp_path / "run", "governor_alarm")
-    assert alarm["cause"] == "training loss is not finite" and alarm["value"] == "nan"
     (rolled,) = ground.events(tmp_path / "run", "rolled_back")
-    assert rolled["guilty"] is None and rolled["to_step"] < 11
+    assert rolled["guilty"] is None
+    (fault,) = ground.events(tmp_path / "run", "fault")
+    assert fault["where"] == "data" and "batch 3 of epoch 1" in fault["error"] and "nobody" not in fault["action"]
+    rates = [e["learning_rate"] for e in ground.events(tmp_path / "run", "epoch_ended")]
+    assert rates[1] == pytest.approx(1e-2), "the data were at fault, which is no reason to be cautious"
+
+
+def test_caution_ends_after_calm():
+    governor = Governor(GovernorConfig(pardon=10), 10)
+    governor.roll_back(5, 0, None)
+    governor.roll_back(6, 0, None)
+    assert governor.caution == 0.25
+    for step in range(7, 40):
+        governor.observe([2.0], step)
+    assert governor.caution == 1.0
+
+
+def test_a_faulty_blueprint_is_embargoed_and_all_its_seeds_are_named(tmp_path):
+    steps = [
+        {"decision": 0, "op": "germinate", "slot": slot, "blueprint": "raises-forward", "tempo": "fast"}
+        for slot in ("block1", "block2")
+    ]
+    controller = ground.schedule(tmp_path / "plan.json", *steps, {**steps[0], "decision": 5})
+    config = ground.config(
+        tmp_path / "run", controller=controller, settings={"plane.embargo": 0, "governor.embargo": 9}
+    )
+    assert start_run(config, registry=ground.registry()).status == "finished"
+    faults = [(f["where"], f["action"]) for f in ground.events(tmp_path / "run", "fault")]
+    seeds = [where for where, action in faults if action == "the seed was culled"]
+    assert sorted(seeds) == ["seed block1", "seed block2"]
+    assert ("blueprint raises-forward", "blueprint raises-forward is embargoed for 9 decisions") in faults
+    refused = ground.events(tmp_path / "run", "command_refused")
+    assert any("embargo" in event["reason"] for event in refused), refused
 
 
 def test_a_run_beyond_rescue_ends_with_the_last_good_model(tmp_path, spoil):

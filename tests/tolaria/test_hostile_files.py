@@ -267,7 +267,9 @@ def test_what_is_written_is_read(tmp_path):
         "half": torch.randn(3, 2).half(), "brain": torch.randn(3).bfloat16(), "double": torch.randn(2).double(),
         "bool": torch.tensor([True, False]), "scalar": torch.tensor(3), "empty": torch.empty(0, 4),
         "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "part": base[4:9], "whole": base,
-        "bytes": torch.arange(7, dtype=torch.uint8),
+        "bytes": torch.arange(7, dtype=torch.uint8), "words": torch.arange(5).to(torch.uint16),
+        "long": torch.arange(5).to(torch.uint32), "longer": torch.arange(5).to(torch.uint64),
+        "complex": torch.randn(3, dtype=torch.complex64),
     }  # fmt: skip
     header = {"a": [1, {"b": None}], "infinite": float("inf")}
     digest = write_tensor_file(tmp_path / "x", tensors, header)
@@ -276,6 +278,51 @@ def test_what_is_written_is_read(tmp_path):
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
     with pytest.raises(BadFile, match="digest"):
         read_tensor_file(tmp_path / "x", digest="0" * 64)
+
+
+def _nested(depth: int) -> dict:
+    data: dict = {}
+    for _ in range(depth):
+        data = {"a": data}
+    return data
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header"),
+    [
+        ({"a": torch.zeros(2, dtype=torch.complex128)}, {}),
+        ({"a": torch.zeros(2, 2).to_sparse()}, {}),
+        ({"a": torch.zeros((1,) * 17)}, {}),
+        ({}, {"state": _nested(64)}),
+        ({}, {"state": "x" * (33 << 20)}),
+        ({}, {"state": object()}),
+    ],
+    ids=["complex128", "sparse", "17 dimensions", "65 levels", "33 MiB", "an object"],
+)
+def test_what_cannot_be_read_is_not_written(tmp_path, tensors, header):
+    write_tensor_file(tmp_path / "x", {"a": torch.ones(3)}, {})
+    before = (tmp_path / "x").read_bytes()
+    with pytest.raises(BadFile, match="cannot be written"):
+        write_tensor_file(tmp_path / "x", tensors, header)
+    assert (tmp_path / "x").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_file_that_the_disk_garbled_replaces_nothing(tmp_path, monkeypatch):
+    from esper_core.storage import tensor_file
+
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(1, {"a": torch.ones(3)}, {}, 0.1)
+    sync = tensor_file._sync_and_hash
+
+    def garble(path):
+        if ".safetensors" in path.name:
+            path.write_bytes(path.read_bytes().replace(b'"F32"', b'"X32"'))
+        return sync(path)
+
+    monkeypatch.setattr(tensor_file, "_sync_and_hash", garble)
+    with pytest.raises(OSError, match="cannot be read back"):
+        checkpoints.save(2, {"a": torch.ones(3)}, {}, 0.1)
+    assert checkpoints.steps() == [1] and checkpoints.load(1)
 
 
 @pytest.mark.parametrize("write", [write_tensor_file, write_json_file])
@@ -295,10 +342,13 @@ def test_leftovers_of_a_kill_are_swept(good, tmp_path):
     shutil.copytree(good / "run" / "checkpoints", tmp_path / "c")
     (tmp_path / "c" / ".step-0000000099.safetensors.1.tmp").write_bytes(b"half")
     (tmp_path / "c" / "step-0000000098.safetensors").write_bytes(b"no manifest")
+    (tmp_path / "c" / "step-0000000001.safetensors").write_bytes(b"its manifest was renamed")
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints.forget_after(checkpoints.steps()[0])
     checkpoints.save(100, {"a": torch.ones(1)}, {}, 0.1)
     names = sorted(p.name for p in (tmp_path / "c").iterdir())
     assert not any(".tmp" in name or "98" in name for name in names)
+    assert [p.name for p in (tmp_path / "c" / "aside").iterdir()] == ["step-0000000001.safetensors"]
     assert checkpoints.steps()[0] == 100 and len(checkpoints.steps()) == 2
     checkpoints.save(101, {"a": torch.ones(1)}, {}, 5.0)
     checkpoints.save(102, {"a": torch.ones(1)}, {}, None)

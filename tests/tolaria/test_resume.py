@@ -161,7 +161,7 @@ MOMENTS = {
     "tensors renamed, manifest not written": (checkpoint, "write_json_file", 3),
     "old checkpoints deleted": (checkpoint.Checkpoints, "_rotate", 4),
     "event log made durable": (JsonLines, "flush", 4),
-    "a seed is born": (Plane, "apply", 1),
+    "a seed is born": (Plane, "apply_all", 1),
     "a seed blends in": (Plane, "_ramp", 1),
     "the snapshot is taken": (Snapshot, "take", 3),
     "the snapshot is put back": (Snapshot, "restore", 1),

@@ -6,13 +6,13 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from esper_core.leyline.errors import EsperError
+from esper_core.leyline.files import make_temporary, refuse_links
 from esper_core.nissa.report.reading import RunDigest
 
 __all__ = ["render_report", "write_report"]
@@ -34,15 +34,19 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     folder = Path(run_folder)
     if not (folder / "events.jsonl").is_file() and not (folder / "run.json").is_file():
         raise EsperError(f"{folder} holds no run", "a folder with run.json and events.jsonl", "esper runs list")
+    refuse_links(folder)
     target = Path(out) if out is not None else folder / "report.html"
-    target = target / "report.html" if target.is_dir() else target
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    partial: Path | None = None
     try:
+        target = target / "report.html" if target.is_dir() else target
+        partial = make_temporary(target)
         partial.write_text(render_report(RunDigest(folder).to_dict()), encoding="utf-8")
         partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise EsperError(f"cannot write {target}: {error.strerror}", "a writable place", "--out FILE") from error
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        shown = str(target) if len(str(target)) < 200 else f"{str(target)[:60]}… ({len(str(target))} characters)"
+        raise EsperError(f"cannot write {shown}: {error.strerror}", "a writable place", "--out FILE") from error
     return target
 
 

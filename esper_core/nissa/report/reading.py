@@ -11,13 +11,20 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.events import renamed
+from esper_core.leyline.files import open_text
 from esper_core.leyline.stages import BORN, EMPTY, STAGES
-from esper_core.nissa.report.wording import GROUPS, describe, number
+from esper_core.nissa.report.wording import GROUPS, describe, number, printable
 
 MAX_POINTS: Final = 1200
 """Points of one curve in the report; longer ones keep the extremes of each bucket."""
 
 MAX_SLOT_POINTS: Final = 240
+MAX_JSON: Final = 1 << 25
+"""Characters of a JSON file that are read; a longer one counts as damaged."""
+
+MAX_LINE: Final = 1 << 22
+"""Characters of a line of events that are read at once; a longer one counts as damaged."""
+
 BRIEF: Final = frozenset({"run_started", "epoch_ended", "stage_changed", "counterfactual", "rolled_back", "run_ended"})
 MAX_LOG: Final = 6000
 
@@ -38,7 +45,9 @@ Columns = dict[str, list[float | None]]
 def read_json(path: Path) -> Any:
     """The file's JSON, or None when it is missing, damaged or nested beyond reading."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_text(path) as file:
+            text = file.read(MAX_JSON + 1)
+        return json.loads(text) if len(text) <= MAX_JSON else None
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -46,8 +55,8 @@ def read_json(path: Path) -> Any:
 def read_lines(path: Path, skip: re.Pattern[str] | None = None) -> Iterator[dict[str, Any] | None]:
     """Each line of a file of JSON mappings; None for a damaged one. Nothing for a missing file, or lines to `skip`."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
+        with open_text(path, errors="replace") as lines:
+            while line := lines.readline(MAX_LINE):
                 if not line.strip() or (skip and skip.match(line)):
                     continue
                 try:
@@ -56,7 +65,7 @@ def read_lines(path: Path, skip: re.Pattern[str] | None = None) -> Iterator[dict
                     yield None
                     continue
                 yield record if isinstance(record, dict) else None
-    except FileNotFoundError:
+    except OSError:  # missing, or no file of this folder
         return
 
 
@@ -68,6 +77,13 @@ def read_events(path: Path, kinds: frozenset[str] | None = None) -> Iterator[dic
     skip = re.compile(rf'\{{"kind":"(?!(?:{"|".join(kinds)})")\w+"') if kinds else None
     for event in read_lines(path, skip):
         yield renamed(event) if event is not None and isinstance(event.get("kind"), str) else None
+
+
+def dropped_sinks(folder: Path) -> list[str]:
+    """Names of the sinks that failed before the run's end, by its `result.json`; what they wrote is not whole."""
+    result = read_json(folder / "result.json")
+    names = result.get("dropped_sinks") if isinstance(result, dict) else None
+    return [printable(name) for name in names] if isinstance(names, list) else []
 
 
 @attrs.define
@@ -112,6 +128,7 @@ class RunDigest:
         self.decisions: list[list[float | None]] = []
         self.marks: list[list[Any]] = []
         self.log: list[list[Any]] = []
+        self.dropped = dropped_sinks(folder)
         for event in read_events(folder / "events.jsonl", BRIEF if brief else None):
             if event is None:
                 self.unreadable += 1
@@ -212,6 +229,7 @@ class RunDigest:
             "log": _shorten_log(self.log),
             "total": self.total,
             "unreadable": self.unreadable,
+            "dropped": self.dropped,
             "config": manifest,
             "compare": compare if isinstance(compare, dict) else None,
             "stages": {stage.value: {"colour": spec.colour, "summary": spec.summary, "occupied": spec.occupied,

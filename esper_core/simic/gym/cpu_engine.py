@@ -18,10 +18,11 @@ import torch
 import torch.multiprocessing as processes
 
 from esper_core.leyline.errors import EsperError
+from esper_core.registry.worker_process import end_with
 
 WORKER_ENVIRONMENT: Final[Mapping[str, str]] = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456", "PYTHONSAFEPATH": "1",
 }  # fmt: skip
 """What a worker starts with; `MALLOC_*` are glibc's own."""
 
@@ -46,7 +47,8 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, parent: int) -> None:
+    end_with(parent)
     torch.set_num_threads(1)
     state: dict[str, Any] = {}
     while True:
@@ -81,7 +83,7 @@ class WorkerPool:
         with _environment(WORKER_ENVIRONMENT):
             for _ in range(workers or len(os.sched_getaffinity(0))):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)

@@ -9,6 +9,7 @@ from typing import Final
 
 from esper_core.leyline.errors import BadFile
 from esper_core.leyline.events import Event
+from esper_core.leyline.files import open_append, open_regular
 
 _EAGER_SECONDS: Final = 1.0
 _EAGER_BYTES: Final = 1 << 18
@@ -31,7 +32,7 @@ class JsonLines:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / "events.jsonl"
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._file = open_append(self.path)
         self._waiting, self._pushed = bytearray(), time.monotonic()
         self._error: OSError | None = None
 
@@ -78,13 +79,13 @@ class JsonLines:
             BadFile: the file is shorter, or `position` is not the end of a line.
         """
         self._push()
-        size = self.path.stat().st_size
+        size = os.fstat(self._file.fileno()).st_size
         if position > size:
             raise BadFile(
                 f"{self.path} has {size} bytes and the checkpoint was taken at {position}", "the run's whole event log"
             )
         if position:
-            with open(self.path, "rb") as file:
+            with os.fdopen(open_regular(self.path), "rb") as file:
                 file.seek(position - 1)
                 if file.read(1) != b"\n":
                     raise BadFile(f"{self.path} has no line that ends at byte {position}", "the run's own event log")

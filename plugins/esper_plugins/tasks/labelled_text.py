@@ -7,6 +7,7 @@ classification takes them; to fine-tune a pretrained one, name its folder as the
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from esper_core.leyline.errors import BadFile, EsperError, MissingDependency, UnknownName, did_you_mean
 from esper_plugins.tasks.codecs import INSTALL, Codec, make_codec
 from esper_plugins.tasks.holdout import hold_out, share_of
-from esper_plugins.tasks.rows import Row, check_classes, label_of, read_table, text_of
+from esper_plugins.tasks.rows import Row, check_classes, label_of, read_parquet, read_table, text_of
 from esper_plugins.tasks.splits import ResidentSplit, Task
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -101,7 +102,7 @@ def _files(name: str, path: Path) -> dict[str, Path]:
 
 def _table(path: Path, text: str, label: str) -> tuple[list[str], list[str], list[str]]:
     """Texts and labels of a file, as words, and what was odd about them."""
-    rows = _rows(path)
+    rows = _rows(path, (text, label))
     for column in (text, label):
         if rows and (not isinstance(rows[0], dict) or column not in rows[0]):
             known = list(rows[0]) if isinstance(rows[0], dict) else []
@@ -125,18 +126,12 @@ def _table(path: Path, text: str, label: str) -> tuple[list[str], list[str], lis
     return texts, labels, notes
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path, columns: tuple[str, str]) -> list[Row]:
     if path.suffix != ".parquet":
         return read_table(path)
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise MissingDependency(f"{path} needs the package pyarrow", "it installed", INSTALL) from None
-    try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise BadFile(f"{path} cannot be read: {error}", "a whole parquet file") from error
-    return rows
+    if find_spec("pyarrow") is None:
+        raise MissingDependency(f"{path} needs the package pyarrow", "it installed", INSTALL)
+    return read_parquet(path, columns)
 
 
 def _numbers(part: str, words: list[str], names: list[str]) -> np.ndarray:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,6 +18,18 @@ from esper_core.leyline.errors import BadFile
 
 _SIXTEEN_BITS = ("PNG", "PPM", None)
 """Formats whose integers Pillow gives from 0 to 65,535 where it calls the mode `I`; None is an array's."""
+
+FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file is called. Not among them: EPS, for which Pillow starts Ghostscript."""
+
+MAX_PIXELS: Final = 89_478_485
+"""Where Pillow itself begins to warn."""
+
+_LARGE: Final = 8_000_000
+_one_at_a_time = threading.Lock()
+"""Held while a large picture is decoded: a few bytes of a file may become hundreds of megabytes."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such pictures are refused
 
 
 def pixels(image: Image.Image, size: int, channels: int) -> Tensor:
@@ -38,9 +53,9 @@ def pixels(image: Image.Image, size: int, channels: int) -> Tensor:
 def is_deep(path: str) -> bool:
     """Whether the picture at `path` has more than 8 bits a channel and can be read; only its head is looked at."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.mode[:2] in ("I", "I;", "F")
-    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError):
+    except _FAULTS:
         return False  # whoever reads it says what is wrong with it
 
 
@@ -63,10 +78,23 @@ def read_picture(path: str, size: int, channels: int) -> Tensor:
         BadFile: no picture, or a damaged one.
     """
     try:
-        with Image.open(path) as image:
-            return pixels(image, size, channels)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise BadFile(f"{path} cannot be read as a picture: {error}", "a whole picture") from error
+        with Image.open(path, formats=FORMATS) as image:
+            area = image.width * image.height
+            if area > MAX_PIXELS:
+                raise BadFile(f"{path} has {area:,} pixels", f"at most {MAX_PIXELS:,}", "make it smaller")
+            if area <= _LARGE:
+                return pixels(image, size, channels)
+            with _one_at_a_time:
+                return pixels(image, size, channels)
+    except UnidentifiedImageError as error:
+        raise BadFile(f"{path} is no picture", f"one of {', '.join(FORMATS)}") from error
+    except _FAULTS as error:
+        told = str(error) or type(error).__name__
+        raise BadFile(f"{path} cannot be read as a picture: {told}", "a whole picture") from error
+
+
+_FAULTS: Final = (OSError, Image.DecompressionBombError, ValueError, SyntaxError, TypeError, LookupError, MemoryError)
+"""What Pillow's decoders raise on damaged files."""
 
 
 class Pictures:

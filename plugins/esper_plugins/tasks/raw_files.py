@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from pathlib import Path
+from typing import IO, Final
 
 import numpy as np
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor
 from esper_core.leyline.errors import BadFile
 
 _IDX_UNSIGNED_BYTE = 0x08
+_CHUNK: Final = 1 << 20
+
+MAX_BYTES: Final = 1 << 30
+"""Of one array; the largest published set of this kind, EMNIST by class, has 638 million."""
 
 
 def read_idx(path: Path) -> Tensor:
@@ -25,14 +31,32 @@ def read_idx(path: Path) -> Tensor:
         BadFile: damaged, or not of unsigned bytes.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, dims = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{dims}I", data, 4)
-    except (OSError, EOFError, struct.error) as error:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            zero, kind, dims = struct.unpack(">HBB", file.read(4))
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            size = math.prod(shape)
+            if zero or kind != _IDX_UNSIGNED_BYTE or not dims:
+                raise BadFile(f"{path} is not a whole IDX file of bytes", "the file as published")
+            if size > MAX_BYTES:  # before memory is taken: a kilobyte of gzip may hold a megabyte
+                raise BadFile(f"{path} says that it holds {size:,} bytes", f"at most {MAX_BYTES:,}")
+            data = np.empty(size, np.uint8)
+            found = _fill(file, data)
+            if found != size or file.read(1):
+                raise BadFile(f"{path} is not a whole IDX file of bytes", "the file as published")
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise BadFile(f"{path} is not a whole IDX file: {error}", "the file as published") from error
-    if zero or kind != _IDX_UNSIGNED_BYTE or math.prod(shape) != len(data) - 4 - 4 * dims:
-        raise BadFile(f"{path} is not a whole IDX file of bytes", "the file as published")
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
+    return torch.from_numpy(data.reshape(shape))
+
+
+def _fill(file: IO[bytes], data: np.ndarray) -> int:
+    """Read into `data` until it is full or the file ends; bytes read. No more memory is touched than that."""
+    view, found = memoryview(data), 0
+    while found < len(view):
+        count = file.readinto(view[found : found + _CHUNK])  # type: ignore[attr-defined]
+        if not count:
+            break
+        found += count
+    return found
 
 
 def find_idx_pair(folders: list[Path], part: str) -> tuple[Path, Path] | None:

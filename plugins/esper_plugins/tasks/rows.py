@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from esper_core.leyline.errors import BadFile, EsperError
 
 Row = Mapping[str, Any]
+
+MAX_BYTES: Final = 1 << 29
+"""Of text that is kept in memory at once."""
 
 
 def text_of(value: Any, where: str) -> str | None:
@@ -71,8 +74,55 @@ def read_table(path: Path) -> list[Row]:
             return [json.loads(line) for line in file if line.strip()]
     except UnicodeDecodeError as error:
         raise BadFile(f"{path} is not UTF-8 (byte {error.start})", f"{path.suffix} in UTF-8") from error
-    except (OSError, csv.Error, ValueError, TypeError) as error:
+    except RecursionError as error:
+        raise BadFile(f"{path} is nested too deeply", "one flat row a line") from error
+    except (OSError, csv.Error, ValueError, TypeError, MemoryError) as error:
         raise BadFile(f"{path} cannot be read: {error}", f"whole {path.suffix} in UTF-8") from error
+
+
+def check_parquet(path: Path) -> None:
+    """Refuse a parquet file of which a part would need too much memory: a few bytes may stand for gigabytes.
+
+    Raises:
+        BadFile: a row group of more than `MAX_BYTES` when it is unpacked, or no parquet file.
+    """
+    from pyarrow import ArrowException, parquet
+
+    try:
+        about = parquet.ParquetFile(path).metadata
+        largest = max((about.row_group(i).total_byte_size for i in range(about.num_row_groups)), default=0)
+    except (OSError, ArrowException) as error:
+        raise BadFile(f"{path} cannot be read: {error}", "a whole parquet file") from error
+    if largest > MAX_BYTES:
+        raise BadFile(f"{path} has a row group of {largest:,} bytes", f"at most {MAX_BYTES:,}", "smaller row groups")
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a parquet file; of its columns only those in `columns`, unless one is missing: then all of the first.
+
+    Raises:
+        BadFile: damaged, or more than `MAX_BYTES` of text.
+    """
+    from pyarrow import ArrowException, parquet
+
+    check_parquet(path)
+    try:
+        source = parquet.ParquetFile(path, read_dictionary=list(columns))  # a repeated value is kept once
+        if missing := set(columns) - set(source.schema_arrow.names):
+            return [dict.fromkeys(set(source.schema_arrow.names) - missing)]
+        rows: list[Row] = []
+        size = 0
+        for batch in source.iter_batches(batch_size=1024, columns=list(columns)):
+            for values in zip(*(batch.column(name) for name in columns), strict=True):
+                row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+                size += sum(len(value) for value in row.values() if isinstance(value, str | bytes | list))
+                if size > MAX_BYTES:
+                    given = f"{path} holds more than {MAX_BYTES:,} bytes of text"
+                    raise BadFile(given, "less", f"--task datasets:{path}, which streams")
+                rows.append(row)
+        return rows
+    except (OSError, ArrowException, MemoryError) as error:
+        raise BadFile(f"{path} cannot be read: {error}", "a whole parquet file") from error
 
 
 def check_header(path: Path) -> None:

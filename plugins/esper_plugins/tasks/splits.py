@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from typing import Any
 
 import attrs
 import torch
@@ -91,6 +93,9 @@ class ExampleSplit(ABC):
             batch statistics never see a lone example. A split smaller than one batch still gives one.
     """
 
+    sampled: int = 1 << 17
+    """Examples whose inputs a fingerprint looks at."""
+
     def __init__(
         self,
         targets: Tensor,
@@ -124,6 +129,20 @@ class ExampleSplit(ABC):
     ) -> Iterator[Batch]:
         """See `leyline.host.Split`."""
 
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits over every target, and over the inputs of examples evenly spread among all."""
+        digest = hashlib.sha256(self.targets.contiguous().numpy().tobytes())
+        step = max(1, self.examples // self.sampled)
+        chosen = self.stored(torch.arange(0, self.examples, step)) if self.examples else torch.empty(0)
+        for tensor in [chosen] if isinstance(chosen, Tensor) else [chosen[name] for name in sorted(chosen)]:
+            digest.update(f"{self.examples} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    @abstractmethod
+    def stored(self, indices: Tensor) -> Any:
+        """Inputs of the examples at `indices` as they are stored, on the CPU."""
+
     def _positions(
         self, batch_size: int, seed: int, epoch: int, start: int, shuffle: bool, device: str
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -156,6 +175,10 @@ class ResidentSplit(ExampleSplit):
         self.inputs = inputs
         self._resident = {"cpu": Batch(inputs, targets)}
 
+    def stored(self, indices: Tensor) -> Any:
+        """See `ExampleSplit`."""
+        return Batch(self.inputs, self.targets).map(lambda t: t.index_select(0, indices)).inputs
+
     def batches(
         self,
         batch_size: int,
@@ -186,9 +209,15 @@ class StreamedSplit(ExampleSplit):
         ahead: batches loaded ahead of use.
     """
 
+    sampled = 64
+
     def __init__(self, load: Callable[[Tensor], Inputs], targets: Tensor, *, ahead: int = 4, **options: object) -> None:
         super().__init__(targets, **options)  # type: ignore[arg-type]
         self.load, self.ahead = load, ahead
+
+    def stored(self, indices: Tensor) -> Any:
+        """See `ExampleSplit`."""
+        return self.load(indices)
 
     def batches(
         self,

@@ -1,0 +1,90 @@
+"""Files in folders that somebody else may have made: what is opened is a regular file of that folder, never a link."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import IO, Final
+
+from esper_core.leyline.errors import BadFile
+
+MAX_ENTRIES: Final = 100_000
+"""Entries of a run folder that are looked at; more are refused."""
+
+_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
+_NO_FOLLOW: Final = _LINKS | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NO_WAIT: Final = getattr(os, "O_NONBLOCK", 0)
+"""Opening a pipe that nobody writes to would wait for ever."""
+
+
+def open_regular(
+    path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = False
+) -> int:
+    """A descriptor of the regular file at `path`; its last component may not be a symbolic link.
+
+    Args:
+        flags: as for `os.open`.
+        follow: whether it may be one after all, where the user typed the path.
+
+    Raises:
+        OSError: it is a link, a pipe, a device or a folder, or cannot be opened.
+    """
+    descriptor = os.open(path, flags | (_NO_FOLLOW & ~_LINKS if follow else _NO_FOLLOW) | _NO_WAIT, mode)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return descriptor
+
+
+def open_text(path: str | os.PathLike[str], errors: str = "strict", *, follow: bool = False) -> IO[str]:
+    """The regular file at `path` for reading as UTF-8; see `open_regular`."""
+    return os.fdopen(open_regular(path, follow=follow), "r", encoding="utf-8", errors=errors)
+
+
+def open_append(path: str | os.PathLike[str]) -> IO[bytes]:
+    """The regular file at `path`, made if it is missing, for appending without a buffer; see `open_regular`."""
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab", buffering=0)
+
+
+def make_temporary(target: Path) -> Path:
+    """An empty new file beside `target`, under a name that nobody can have prepared; its mode is the umask's.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666))
+    return path
+
+
+def refuse_links(folder: str | os.PathLike[str]) -> None:
+    """Make sure that everything under `folder` is a plain folder or a regular file.
+
+    A run folder from elsewhere could otherwise have its reader write to, or read from, any place on this machine. The
+    folder itself may be reached through a link.
+
+    Raises:
+        BadFile: it holds a symbolic link, a pipe, a socket or a device, or more entries than a run has.
+    """
+    waiting, seen = [os.fspath(folder)], 0
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > MAX_ENTRIES:
+                        raise BadFile(f"{folder} holds more than {MAX_ENTRIES} files", "the folder of a run")
+                    if entry.is_symlink():
+                        raise BadFile(
+                            f"{entry.path} is a symbolic link, and a run folder is written to",
+                            "files and folders of its own",
+                            "put the data itself in its place, if the folder can be trusted",
+                        )
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    elif not entry.is_file(follow_symlinks=False):
+                        raise BadFile(f"{entry.path} is no regular file", "files and folders")
+        except OSError as error:
+            raise BadFile(f"{folder} cannot be read: {error.strerror or error}", "a readable folder") from error

@@ -1,0 +1,80 @@
+"""After an alarm over a loss that is not finite: were it the data, or is there evidence against a seed?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.errors import RunFailed
+from esper_core.leyline.host import Batch
+from esper_core.tolaria.faults import Finding, without_seeds
+from esper_core.tolaria.governor import Alarm
+from esper_core.tolaria.setup import Setup
+from esper_core.tolaria.step import forward
+
+
+def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch: int, count: int) -> Finding | None:
+    """Repeat the latest batches without the seeds, and with each of them alone.
+
+    The host's running statistics and the random state move; the caller puts the last good state back once more.
+
+    Args:
+        epoch, batch: of the latest training batch. count: how many to repeat, within the epoch.
+
+    Returns:
+        None where the batches cannot be had again: a loader of the caller's own may answer otherwise.
+
+    Raises:
+        RunFailed: the validation data are at fault, which no rollback mends.
+    """
+    if hasattr(setup.task.train, "loader"):
+        return None
+    validating = alarm.cause.startswith("validation")
+    repeated = enumerate(setup.validation()) if validating else _latest(setup, epoch, batch, count)
+    training = plane.host.module.training
+    set_training(plane, not validating)
+    names, seeds = list[str](), dict[str, None]()
+    try:
+        for number, one in repeated:
+            with without_seeds(plane):
+                alone = _is_finite(setup, plane, one, not validating)
+            if alone:
+                seeds |= dict.fromkeys(_sick(setup, plane, one, not validating))
+            elif validating:
+                told = f"the loss of validation batch {number} is not finite without any seed"
+                raise RunFailed(told, "finite data", "clean them, then esper resume")
+            else:
+                names.append(f"batch {number} of epoch {epoch}")
+    finally:
+        set_training(plane, training)
+    return Finding(tuple(names), tuple(seeds))
+
+
+def set_training(plane: Plane, training: bool) -> None:
+    """Put host and seeds into training or evaluation mode."""
+    plane.host.module.train(training)
+    plane.module.train(training)
+
+
+def _sick(setup: Setup, plane: Plane, batch: Batch, training: bool) -> Iterator[str]:
+    """Paths of the seeds with which alone the loss is not finite."""
+    for path in plane.contributing():
+        with without_seeds(plane, but=path):
+            if not _is_finite(setup, plane, batch, training):
+                yield path
+
+
+def _latest(setup: Setup, epoch: int, batch: int, count: int) -> Iterator[tuple[int, Batch]]:
+    config, first = setup.config, max(0, batch + 1 - count)
+    batches = setup.task.train.batches(
+        config.batch_size, seed=config.seed, epoch=epoch, start=first, shuffle=True, device=str(setup.device)
+    )
+    return enumerate(islice(batches, batch + 1 - first), start=first)
+
+
+def _is_finite(setup: Setup, plane: Plane, batch: Batch, training: bool) -> bool:
+    with torch.set_grad_enabled(training):
+        return bool(forward(plane.host, setup.objective, batch, setup.precision)[1].detach().isfinite())
