@@ -192,19 +192,6 @@ class RunConfig:
         return {name: self.settings[key] for key, (owner, _, name) in split.items() if owner == part}
 
 
-def _depth(value: object) -> int:
-    """Levels of mappings and lists."""
-    depth, level = 0, [value]
-    while level := [
-        item
-        for holder in level
-        if isinstance(holder, Mapping | list)
-        for item in (holder.values() if isinstance(holder, Mapping) else holder)
-    ]:
-        depth += 1
-    return depth
-
-
 def option_of(field: attrs.Attribute[Any]) -> Option:
     """A scalar field of `RunConfig` as a typed option."""
     bounds = {k: v for k, v in field.metadata.items() if k in ("choices", "minimum", "maximum")}

@@ -1,0 +1,79 @@
+"""Data and plugins that are not those of the beginning are noticed, before anything goes on with them."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+
+import pytest
+import torch
+
+from esper_core.leyline.errors import BadFile
+from esper_core.tolaria import origin
+from esper_core.tolaria.run import resume_run, start_run
+from esper_plugins.tasks.splits import ResidentSplit, StreamedSplit
+from tests.tolaria import ground
+from tests.tolaria.test_resume import Interrupter
+
+INPUTS, TARGETS = torch.arange(96, dtype=torch.uint8).view(12, 8), torch.arange(12) % 3
+
+
+def resident(inputs=INPUTS, targets=TARGETS):
+    return ResidentSplit(inputs, targets)
+
+
+def streamed(inputs=INPUTS, targets=TARGETS):
+    return StreamedSplit(lambda indices: inputs[indices], targets)
+
+
+def flipped(make):
+    targets = TARGETS.clone()
+    targets[7] = 2 - targets[7]
+    return make(targets=targets)
+
+
+CHANGES = {
+    "a label flipped": flipped,
+    "rows reordered": lambda make: make(INPUTS.flip(0), TARGETS.flip(0)),
+    "an example deleted": lambda make: make(INPUTS[:-1], TARGETS[:-1]),
+    "an input changed": lambda make: make(INPUTS.clone().index_fill_(0, torch.tensor([5]), 9)),
+}
+
+
+@pytest.mark.parametrize("make", [resident, streamed])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_data_changes_the_fingerprint(make, change):
+    assert origin.fingerprint_of(make()) == origin.fingerprint_of(make())
+    assert origin.fingerprint_of(CHANGES[change](make)) != origin.fingerprint_of(make())
+
+
+def test_what_has_changed_is_named():
+    recorded = {"data": {"train": "a", "test": "b"}, "parts": {"blueprint x": "dist 1", "host y": "dist 1"}}
+    now = {"train": "a", "test": "c"}
+    assert origin.compare(recorded, lambda: now, {"blueprint x": "dist 2", "host y": "dist 1"}) == [
+        "the test data", "blueprint x (was dist 1, is dist 2)",
+    ]  # fmt: skip
+    assert not origin.compare({}, lambda: now, {"blueprint x": "dist 2"})
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("origin") / "run"
+    config = ground.config(folder, epochs=1)
+    start_run(config, {"stop": Interrupter(signal.SIGTERM, 4)}, registry=ground.registry())
+    return folder
+
+
+@pytest.mark.parametrize("what", ["data", "parts"])
+def test_a_run_does_not_go_on_with_others_unless_told(stopped, tmp_path, monkeypatch, what):
+    folder, told = tmp_path / "run", []
+    shutil.copytree(stopped, folder)
+    if what == "data":
+        monkeypatch.setattr(origin, "data_of", lambda task: {"train": "another"})
+    else:
+        parts = origin.parts_of
+        monkeypatch.setattr(origin, "parts_of", lambda *args: {**parts(*args), "blueprint plain": "tests 2 abc"})
+    with pytest.raises(BadFile, match=r"(the train data|blueprint plain \(was tests 0 .*is tests 2).*--accept-changes"):
+        resume_run(folder, registry=ground.registry())
+    assert resume_run(folder, registry=ground.registry(), accept_changes=True, notify=told.append).status == "finished"
+    assert any("not what the run began with" in line for line in told)
