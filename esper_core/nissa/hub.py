@@ -114,12 +114,12 @@ class Hub:
         self._drop_all(failed)
         self._workers = {}
 
-    def _each_inline(self, call: Callable[[Sink], None]) -> dict[str, Exception]:
-        failed: dict[str, Exception] = {}
+    def _each_inline(self, call: Callable[[Sink], None]) -> dict[str, BaseException]:
+        failed: dict[str, BaseException] = {}
         for name, sink in self._inline.items():
             try:
                 call(sink)
-            except Exception as error:  # noqa: BLE001 - a sink's fault, whatever it is, must not end the run
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a sink does must not end the run
                 failed[name] = error
         return failed
 
@@ -132,13 +132,13 @@ class Hub:
         found = {name: worker.fault(self._patience) for name, worker in self._workers.items()}
         return {name: error for name, error in found.items() if error is not None}
 
-    def _drop_all(self, failed: Mapping[str, Exception]) -> None:
+    def _drop_all(self, failed: Mapping[str, BaseException]) -> None:
         for name in failed:
             sink, worker = self._inline.pop(name, None), self._workers.pop(name, None)
             if worker is not None:
                 worker.abandon()
             if sink is not None:
-                with suppress(Exception):  # it failed already; this only frees what it may hold
+                with suppress(Exception, SystemExit):  # it failed already; this only frees what it may hold
                     sink.close()
         for name, error in failed.items():
             self.dropped[name] = f"{type(error).__name__}: {error}"[:500]

@@ -92,9 +92,9 @@ class SinkWorker:
                     self._sink.flush()
                 elif isinstance(item, Event) and not self._abandoned:
                     self._sink.write(item)
-            except Exception as error:  # noqa: BLE001 - a sink's fault, whatever it is, must not end the run
-                self._error = error
-                with suppress(Exception):  # it failed already; this only frees what it may hold
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a sink does must not end the run
+                self._error = error if isinstance(error, Exception) else RuntimeError(f"it calls exit({error.code!r})")
+                with suppress(Exception, SystemExit):  # it failed already; this only frees what it may hold
                     self._sink.close()
                 return
             finally:

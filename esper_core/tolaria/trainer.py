@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
-from esper_core.leyline.errors import BadOption, EsperError, RunFailed
+from esper_core.leyline.errors import BadFile, BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted, renamed
 from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Metric
@@ -436,7 +436,7 @@ class Trainer:
                 {**self._plain(), "sinks": self.hub.positions()},
                 self.position.validation_loss,
             )
-        except OSError as error:
+        except PART_FAULTS as error:  # a full disk, or a part that cannot say how it stands
             self._fault("checkpoint", error, "the earlier checkpoints stay; training goes on")
         self._saved_at = time.monotonic()
         self._save_cost = self._saved_at - began
@@ -464,6 +464,15 @@ class Trainer:
         Raises:
             BadFile: its parts do not belong to this run.
         """
+        try:
+            self._load(tensors, plain)
+        except EsperError:
+            raise
+        except PART_FAULTS as error:  # a part that cannot take up its state
+            told = f"{type(error).__name__}: {error}"
+            raise BadFile(f"the run cannot be taken up from its checkpoint: {told}", "parts that can") from error
+
+    def _load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         with expect_well_formed("the checkpoint"):
             load_training(self.tolaria.plane, self.tolaria.optimizer, tensors, plain["training"], "the checkpoint")
             self.tolaria.load_state_dict(plain["tolaria"])
