@@ -140,10 +140,9 @@ def test_a_faulty_blueprint_is_embargoed_and_all_its_seeds_are_named(tmp_path):
         {"decision": 0, "op": "germinate", "slot": slot, "blueprint": "raises-forward", "tempo": "fast"}
         for slot in ("block1", "block2")
     ]
-    controller = ground.schedule(tmp_path / "plan.json", *steps, {**steps[0], "decision": 5})
-    config = ground.config(
-        tmp_path / "run", controller=controller, settings={"plane.embargo": 0, "governor.embargo": 9}
-    )
+    controller = ground.schedule(tmp_path / "plan.json", *steps, {**steps[0], "slot": "block3", "decision": 3})
+    settings = {"cnn.widths": "6,8,8", "governor.embargo": 9}
+    config = ground.config(tmp_path / "run", controller=controller, settings=settings)
     assert start_run(config, registry=ground.registry()).status == "finished"
     faults = [(f["where"], f["action"]) for f in ground.events(tmp_path / "run", "fault")]
     seeds = [where for where, action in faults if action == "the seed was culled"]
