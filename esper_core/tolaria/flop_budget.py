@@ -18,6 +18,7 @@ import torch
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
 from esper_core.leyline.objective import Objective
+from esper_core.leyline.options import OptionValue
 from esper_core.leyline.scaling import params_fed_by
 from esper_core.leyline.specs import HostSpec
 from esper_core.tolaria.config import RunConfig
@@ -112,7 +113,9 @@ def suit_budget(config: RunConfig, host: HostProtocol) -> tuple[RunConfig, list[
             if getattr(config, name) == defaults[name]:
                 changes[name] = free
         order = config.settings.get("heuristic.deepen_order", "interleave" if config.optimizer == "muon" else "stack")
-        own = {"heuristic.deepen_order": order, "copy.blocks": "all" if order == "stack" else "1"}
+        own: dict[str, OptionValue] = {"copy.blocks": "all" if order == "stack" else "1"}
+        if config.controller.partition(":")[0] == "heuristic":
+            own["heuristic.deepen_order"] = order
         changes["settings"] = {**own, **config.settings}
     told = {"schedule": "a constant rate that falls at the end", "blueprints": "copies of the host's own blocks",
             "budget_params": "no limit on parameters but the FLOPs", "rent": "no rent but them"}  # fmt: skip

@@ -99,9 +99,9 @@ class GPT(nn.Module):
 def start_size(params: float) -> dict[str, int]:
     """Options of a network that ends with `params` parameters in its blocks when its depth has doubled twice.
 
-    The final network is about twenty times as wide as deep, as the best ones of docs/growth.md.
+    The final network is about twelve times as wide as deep, as the best grown ones of docs/growth.md.
     """
-    wide = (20.0 * params / 12.0) ** (1 / 3)
+    wide = params ** (1 / 3)
     step = 32 if wide <= 160 else 64
     width = max(step, step * round(wide / step))
     return {"layers": max(1, round(params / (12 * width**2) / 4)), "width": width}

@@ -107,3 +107,38 @@ def test_copies_that_did_not_prove_themselves_are_not_planted_again() -> None:
 def test_a_run_that_goes_by_epochs_has_no_plan() -> None:
     plain = attrs.evolve(view([slot("blocks.0", 1)], 1e14, 0.3, 1), course=None)
     assert plan_depth(plain, last=0.25, latest=0.7) == (None, "")
+
+
+@pytest.mark.parametrize(("layers", "width", "length", "budget", "ends"), [
+    (3, 192, 256, 1e15, 6), (3, 160, 256, 1e15, 6), (3, 160, 256, 3e15, 12), (4, 192, 256, 1e16, 16),
+    (1, 64, 128, 5e12, 2), (1, 48, 128, 5e12, 4), (1, 64, 128, 1e13, 4), (1, 48, 128, 1.2e12, 2), (1, 64, 128, 1e12, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("order", ["stack", "interleave"])
+def test_the_plans_of_the_protocols(layers: int, width: int, length: int, budget: float, ends: int, order: str) -> None:
+    """A GPT of 256 tokens, with FLOPs as they are counted: attention in full, and the head."""
+    params, forward = 12 * width**2, 24 * width**2 * length + 4 * length**2 * width
+    head, depth, targets, born = 2 * 256 * width * length, layers, 0.0, list[int]()
+    for decision in range(1, 51):
+        targets += 0.02 * budget * length / (3 * (depth * forward + head))
+        slots = []
+        for block in range(layers):
+            heights = len(born) if order == "interleave" or block == layers - 1 else 0
+            slots += [
+                slot(f"blocks.{block}" + (f"+{n}" if n else ""), stage=Stage.FOSSILIZED, age=decision - born[n])
+                for n in range(heights)
+            ]
+            offered = 1 if order == "interleave" else depth if block == layers - 1 else block + 1
+            top = BlueprintView("copy", "depth", frozenset(), offered * params, offered * forward)
+            path = f"blocks.{block}" + (f"+{heights}" if heights else "")
+            slots.append(attrs.evolve(slot(path, 1), blueprints=(top,)))
+        share = decision / 50
+        now = attrs.evolve(
+            view(slots, budget, share, 1), decision=decision, decisions=50, host_flops=depth * forward + head,
+            course=Course(budget, share * budget, int(targets), float(length)),
+        )  # fmt: skip
+        command, _ = plan_depth(now, last=0.25, latest=0.7, order=order)
+        if command is not None:
+            assert len(command.slots) == (1 if order == "stack" else layers)
+            born.append(decision)
+            depth *= 2
+    assert depth == ends

@@ -67,6 +67,12 @@ P8_SIZES: Final = (
 )  # fmt: skip
 
 
+P8_SMALL: Final = (
+    (6, 160), (8, 128), (8, 160), (6, 128), (4, 192), (6, 192), (4, 256), (5, 256), (10, 128), (12, 128), (3, 192),
+    (8, 192),
+)  # fmt: skip
+
+
 def p8(data: str = "text/english") -> list[Frontier]:
     """One GPU, Debian's documentation: 1e15, 3e15 and 1e16 FLOP, each with AdamW and with Muon."""
     base = _debian("byte", data)
@@ -80,18 +86,20 @@ def p8(data: str = "text/english") -> list[Frontier]:
         _grown("by hand 5-10x160", 5, 160, (0.2, 2), order="interleave"),
     )
     narrow = _grown("by hand 3-6-12x128", 3, 128, (0.07, 2), (0.28, 2))
+    thin = _grown("heuristic 3x128", 3, 128, heuristic=True)
+    thin_interleaved = _grown("heuristic 3x160", 3, 160, heuristic=True, order="interleave")
     shallow = _grown("by hand 3-6x192", 3, 192, (0.2, 2), order="interleave")
     zero = _grown("zero output 3-6-12x128", 3, 128, (0.07, 2), (0.28, 2), birth="zero")
     bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004,), "most_rates": 2, "margin": 0.02,
            "decays": (0.4, 0.2), "finalists": 1, "seeds": 3}  # fmt: skip
-    low = {"budget": 1e15, "host": (3, 160), "rates": (0.004,), "most_rates": 2, "decays": (0.4,), "seeds": 3,
-           "sizes": ((6, 128), (8, 128), (10, 128), (12, 128), (5, 192), (6, 192), (8, 192), (4, 256))}  # fmt: skip
+    low = {"budget": 1e15, "host": (3, 128), "rates": (0.006, 0.003), "most_rates": 3, "decays": (0.4,), "seeds": 3,
+           "sizes": P8_SMALL}  # fmt: skip
     high = {"budget": 1e16, "host": (4, 192), "sizes": ((12, 192), (10, 256), (16, 192), (8, 320)), "rates": (0.003,),
             "most_rates": 1, "decays": (0.4,), "finalists": 1, "seeds": 1}  # fmt: skip
     large = (_grown("heuristic 4x192", 4, 192, heuristic=True),)
     return [
-        Frontier(name="p8-1e15", base=base, grown=(stacked[0], narrow), controls=(zero,), **low),
-        Frontier(name="p8-muon-1e15", **muon, grown=(interleaved[0], shallow), **low),
+        Frontier(name="p8-1e15", base=base, grown=(thin, narrow), controls=(zero,), **low),
+        Frontier(name="p8-muon-1e15", **muon, grown=(thin_interleaved, shallow), **low),
         Frontier(name="p8", base=base, grown=stacked, **bar),
         Frontier(name="p8-muon", **muon, grown=interleaved, **bar),
         Frontier(name="p8-1e16", base=base, grown=large, **high),

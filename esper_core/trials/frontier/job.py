@@ -87,11 +87,15 @@ def config_of(job: Job, base: Mapping[str, Any], folder: Path) -> RunConfig:
     }  # fmt: skip
     settings |= {f"{host_name(base)}.{name}": value for name, value in job.size.items()}
     controller = str(base.get("controller", "heuristic")) if job.heuristic else "wait"
+    settings = {key: value for key, value in settings.items() if key.partition(".")[0] not in ("heuristic", "copy")}
     if not job.is_static:
         blocks = "all" if job.order == "stack" else "1"
         settings |= {"copy.birth": job.birth, "copy.moments": job.moments, "copy.blocks": blocks}
     if job.heuristic:
         settings["heuristic.deepen_order"] = job.order
+        settings |= {
+            k: v for k, v in {**base.get("settings", {}), **job.settings}.items() if k.startswith("heuristic.")
+        }
     if job.grow and not job.heuristic:
         plan = folder / "plan.json"
         plan.write_text(json.dumps({"advance": True, "steps": list(_steps(job))}), encoding="utf-8")
