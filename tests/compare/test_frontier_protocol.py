@@ -16,7 +16,7 @@ from esper_core.trials.frontier.job import Job
 from esper_core.trials.frontier.of_run import _plan, describe, frontier_of, sizes_around
 from esper_core.trials.frontier.plan import Frontier
 from esper_core.trials.frontier.queue import append_row, read_rows
-from esper_core.trials.frontier.table import show, summarise
+from esper_core.trials.frontier.table import equal_loss, show, summarise
 
 GROWN = Job(arm="grown", budget=1.0, size={"layers": 1, "width": 64}, rate=0.0, heuristic=True)
 FRONTIER = Frontier(
@@ -60,6 +60,18 @@ def test_it_ends_and_what_it_found_is_what_is_there() -> None:
     pair = next(pair for pair in summary["paired"] if pair["arm"] == "grown")
     assert pair["minus"] in ("static 3x64", "static 2x96") and -0.055 < pair["low"] < pair["high"] < -0.04
     assert summary["isoflop"]["fitted"] and "grown" in show(summary)
+
+
+def test_flops_to_equal_loss_are_told_within_one_configuration() -> None:
+    def found(name: str, budget: float, static: float, grown: float, **config: str) -> dict:
+        tuned = {"s": {"validation_loss": static, "static": True}, "g": {"validation_loss": grown, "static": False}}
+        return {"name": name, "budget": budget, "config": config, "tuned": tuned}
+
+    one, three = found("one", 1e15, 1.0, 0.95), found("three", 3e15, 0.9, 0.9 * 0.9)
+    other = found("muon", 1e15, 0.5, 0.4, optimizer="muon")
+    told = equal_loss([one, three, other])
+    assert set(told) == {"one", "three"}
+    assert told["three"]["g"] == pytest.approx(1 / 3)  # the static networks need three times as many for 0.81
 
 
 def test_test_text_is_read_only_when_all_is_tuned() -> None:

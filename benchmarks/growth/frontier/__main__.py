@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no job is begun")
     parser.add_argument("--only", default="", help="budgets by name, with commas, such as p8,p8-1e15")
     parser.add_argument("--show", action="store_true", help="only summarise the rows there are")
+    parser.add_argument(
+        "--refresh", action="store_true", help="write the summary of the rows again; it was measured where it was"
+    )
     args = parser.parse_args()
     began = time.monotonic()
     rows = args.rows or RESULTS / f"{args.protocol}.jsonl"
@@ -46,25 +50,36 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if args.cuda else 'CPU'}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+    if args.refresh:
+        before = json.loads(rows.with_suffix(".json").read_text(encoding="utf-8"))
+        told |= {key: before[key] for key in ("machine", "versions")}
+    idle = args.show or args.refresh
     if args.protocol in LISTS:
         module = LISTS[args.protocol]
-        whole = args.show or run_queue(module.plan, module.BASE, rows, workers=workers, limit=args.limit, notify=_say)
-        summary = module.summarise(read_rows(rows))
+        if not idle:
+            run_queue(module.plan, module.BASE, rows, workers=workers, limit=args.limit, notify=_say)
+        found = read_rows(rows)
+        summary = module.summarise(found)
         print(module.show(summary))
-        _end({**told, "whole": whole, **summary}, rows, args.show)
+        _end({**told, "whole": _is_whole([module.plan], found), **summary}, rows, args.show)
         return
     frontiers = PROTOCOLS[args.protocol](**({"data": args.data} if args.data else {}))
     if args.only:
         frontiers = [f for f in frontiers if f.name in args.only.split(",")]
-    whole = True
-    for frontier in frontiers if not args.show else ():
+    for frontier in frontiers if not idle else ():
         left = args.limit - (time.monotonic() - began)
-        whole = run_queue(frontier.plan, frontier.base, rows, workers=workers, limit=left, notify=_say) and whole
+        run_queue(frontier.plan, frontier.base, rows, workers=workers, limit=left, notify=_say)
     found = read_rows(rows)
+    whole = _is_whole([frontier.plan for frontier in frontiers], found)
     summaries = [summarise(frontier, found) for frontier in frontiers]
     for summary in summaries:
         print(show(summary))
     _end({**told, "whole": whole, "summaries": summaries, "equal_loss": equal_loss(summaries)}, rows, args.show)
+
+
+def _is_whole(plans: Iterable[Callable[[Any], Iterable[Any]]], rows: list[dict[str, Any]]) -> bool:
+    done = {row["key"] for row in rows}
+    return all(job.key in done for plan in plans for job in plan(rows))
 
 
 def _say(text: str) -> None:

@@ -41,7 +41,7 @@ def sections(results: Path, notes: Path) -> Iterator[str]:
                 yield f"### {summary['name']}: {summary['budget']:.3g} FLOP a run"
                 if summary["arms"]:
                     yield "\n".join(_finals(summary))
-                yield "\n".join(_tuned(summary, found["equal_loss"].get(f"{summary['budget']:g}", {})))
+                yield "\n".join(_tuned(summary, found["equal_loss"].get(summary["name"], {})))
 
 
 def _finals(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,9 @@ from typing import Any
 
 import attrs
 
+from esper_core.leyline.scaling import NEED, POWER
 from esper_core.storage.tensor_file import parse_json
+from esper_core.tamiyo.depth_plan import RATIO, SLACK
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import eval_run, start_run
 
@@ -68,6 +70,8 @@ class Job:
     def key(self) -> str:
         """What identifies the run: everything that changes its result, but not its name or purpose."""
         told = {k: v for k, v in self.to_mapping().items() if k not in ("arm", "stage")}
+        if self.heuristic:
+            told["law"] = [NEED, POWER, SLACK, RATIO]  # what it decides goes by these
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -51,7 +51,8 @@ def summarise(frontier: Frontier, rows: Rows) -> dict[str, Any]:
         for name, by_seed in finals.items()
     ]  # fmt: skip
     return {
-        "name": frontier.name, "budget": frontier.budget, "tuned": tuned, "arms": table,
+        "name": frontier.name, "budget": frontier.budget, "config": dict(frontier.config),
+        "tuned": tuned, "arms": table,
         "isoflop": None if fit is None else attrs.asdict(fit), "paired": _pairs(table),
         "host": static_name(frontier.host),
     }  # fmt: skip
@@ -76,24 +77,25 @@ def _pairs(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def equal_loss(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """FLOPs that the best static networks need for each grown arm's loss, over the arm's own, by budget and arm.
+    """FLOPs of a grown arm over those that the best static networks need for its loss, by summary and arm.
 
-    Along the validation losses of the best static size at every budget; needs two budgets.
+    Along the validation losses of the best static size at every budget of the same configuration; needs two budgets.
     """
-    best = {
-        s["budget"]: min(t["validation_loss"] for t in s["tuned"].values() if t["static"])
-        for s in summaries
-        if any(t["static"] for t in s["tuned"].values())
-    }
-    return {
-        f"{s['budget']:g}": {
-            name: s["budget"] / flops_to_reach(t["validation_loss"], best)
-            for name, t in s["tuned"].items()
-            if not t["static"]
+    found: dict[str, dict[str, float]] = {}
+    for summary in summaries:
+        alike = [other for other in summaries if other["config"] == summary["config"]]
+        best = {
+            other["budget"]: min(t["validation_loss"] for t in other["tuned"].values() if t["static"])
+            for other in alike
+            if any(t["static"] for t in other["tuned"].values())
         }
-        for s in summaries
-        if len(best) > 1
-    }
+        if len(best) > 1:
+            found[summary["name"]] = {
+                name: summary["budget"] / flops_to_reach(t["validation_loss"], best)
+                for name, t in summary["tuned"].items()
+                if not t["static"]
+            }
+    return found
 
 
 def show(summary: Mapping[str, Any]) -> str:
