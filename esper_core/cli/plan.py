@@ -21,6 +21,7 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
 
     notes: list[str] = []
     plan = plan_run(config, registry=current_registry(), notify=notes.append)
+    config = plan.config  # what the run would go by, which a budget may have changed
     if as_json:
         print_json({**plan.to_mapping(), "notes": notes})
         return
@@ -38,6 +39,9 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
     ]
     memory = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.memory.items() if name != "total")
     host = f"{quantity(plan.host_params)} parameters, {quantity(plan.host_flops, 'FLOP')} an example"
+    length = f"{config.epochs} epochs, {plan.steps} steps"
+    if config.budget_total:
+        length = f"{config.budget_total} FLOP, at most {plan.steps} steps"
     rows = {
         "host": f"{config.host}, {host}",
         "task": f"{plan.task}, {plan.outputs} outputs",
@@ -45,7 +49,7 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
         "blends": ", ".join(config.blends),
         "budget": f"{budgets[0]}, {budgets[1]} an example, at a rent of {config.rent:g} nats",
         "controller": ", around it ".join((config.controller, *config.overseers)),
-        "training": f"{config.epochs} epochs, {plan.steps} steps of {config.batch_size}, {plan.decisions} decisions",
+        "training": f"{length} of {config.batch_size}, {plan.decisions} decisions",
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}",
         "device": plan.device,
         "memory": f"about {quantity(plan.memory['total'], 'B')} ({memory})",

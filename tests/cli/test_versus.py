@@ -1,4 +1,4 @@
-"""`--versus host` ends with what growing gained at equal FLOPs; `compare --frontier` says what it needs."""
+"""`--versus host` ends with what growing gained at equal FLOPs; plans and comparisons of runs with a budget."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def test_a_run_carries_its_own_control(home: Path, versus: str) -> None:  # noqa
 
 def test_a_run_by_epochs_has_no_frontier(home: Path, versus: str) -> None:  # noqa: F811
     assert "budget" in esper(home, "compare", "versus", "--frontier", code=2).output
+
+
+def test_the_plan_of_a_budget_is_what_the_run_would_go_by(home: Path) -> None:  # noqa: F811
+    text = " ".join(esper(home, "run", "--host", "gpt", "--budget-total", "1e11", "--dry-run").output.split())
+    assert "1e11 FLOP, at most" in text and "wsd" in text and "at a rent of 0 nats" in text and "grows copy" in text
+    assert "the budget suggests to start with layers 1" in text
