@@ -88,7 +88,7 @@ def test_every_arm_is_run_once_and_the_table_is_paired(run: Path) -> None:
         assert host["flops"] < static["flops"]
     assert units["grown"][0]["flops"] == training_flops(run)
     pair = next(p for p in table["paired"] if p["minus"] == "host")
-    differences = [g["accuracy"] - h["accuracy"] for g, h in zip(units["grown"], units["host"], strict=True)]
+    differences = [g["score"] - h["score"] for g, h in zip(units["grown"], units["host"], strict=True)]
     assert pair["mean"] == pytest.approx(sum(differences) / 2)
     assert pair["low"] <= pair["mean"] <= pair["high"] and pair["n"] == 2
 
@@ -97,7 +97,7 @@ def test_what_is_done_is_not_run_again(run: Path) -> None:
     compare_run(run, CompareConfig(seeds=1, arms=("host",)))
     marked = run / "compare" / "host-0.json"
     row = json.loads(marked.read_text())
-    marked.write_text(json.dumps({**row, "accuracy": 0.125}))
+    marked.write_text(json.dumps({**row, "score": 0.125}))
     said: list[str] = []
     table = compare_run(run, CompareConfig(seeds=1, arms=("host",)), notify=said.append)
     assert not said
