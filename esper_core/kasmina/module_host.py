@@ -234,12 +234,25 @@ class ComposedModel(nn.Module):
         self.model = model
         self.grown = nn.ModuleList(module for module, _ in grown.values())
         self._to_logits, self._prepare = to_logits, prepare
+        keep_unfused(model)
         for path, (module, view) in grown.items():
             grow_behind(model.get_submodule(path), module, view)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits of a batch."""
         return self._to_logits(call(self.model, self._prepare(inputs) if self._prepare else inputs))
+
+
+def keep_unfused(model: nn.Module) -> None:
+    """Have torch's encoder layers call their parts, without gradients too: the fused way would pass by what grew there.
+
+    Layers with hooks are never fused; a composed model has none.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch reads it for this decision only
+        elif isinstance(module, nn.TransformerEncoder):
+            module.enable_nested_tensor = module.use_nested_tensor = False
 
 
 def grow_behind(place: nn.Module, grown: nn.Module, view: FeatureView) -> None:

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 def find_candidates(registry: Registry, names: Sequence[str] | None) -> dict[str, BlueprintSpec]:
     """The blueprints that may grow, by the name that a command uses.
 
-    None takes all that can be used; those whose name several packages offer go by `distribution/name`.
+    None takes all that can be used, or those that the registry's file recorded; those whose name several packages
+    offer go by `distribution/name`.
 
     Raises:
         UnknownName, AmbiguousName, PluginBroken, MissingDependency: a name that means no blueprint that can be used.
     """
+    if names is None and registry.origins is not None:
+        names = registry.origins.names("blueprint") or None
     if names is None:
-        parts = registry.specs("blueprint")
-        every = dict.fromkeys(part.qualified if registry.rivals(part) else part.name for part in parts)
+        every = dict.fromkeys(registry.shortest(part) for part in registry.specs("blueprint"))
         wanted = [name for name in every if _is_usable(registry, name)]
     else:
         wanted = list(dict.fromkeys(names))

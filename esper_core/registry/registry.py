@@ -22,6 +22,7 @@ from esper_core.leyline.specs import KINDS
 from esper_core.registry.discovery import find_plugins, normalised, without
 from esper_core.registry.importing import describe, import_object, install_line, missing_modules
 from esper_core.registry.loading import Manager, load_plugin
+from esper_core.registry.origin import Origins
 from esper_core.registry.quiet import diverted_stdout
 from esper_core.registry.record import Broken, Plugin, Registered
 
@@ -55,6 +56,7 @@ class Registry:
         self.plugins: list[Plugin] = []
         self.broken: list[Broken] = []
         self._embedded: list[tuple[object, str, str, str]] = []
+        self._origins: Origins | None = None
         self._parts: dict[tuple[str, str], list[Registered]] = {}
         self._manager = Manager(hookspecs.GROUP)
         self._manager.add_hookspecs(hookspecs)
@@ -68,6 +70,28 @@ class Registry:
     def distributions(self) -> dict[str, str]:
         """Version of every distribution that a loaded plugin comes from, for the record of a run."""
         return {plugin.distribution: plugin.version for plugin in self.plugins}
+
+    @property
+    def origins(self) -> Origins | None:
+        """What names mean here, in a registry that is bound to a file."""
+        return self._origins
+
+    def bound(self, origins: Origins) -> Registry:
+        """This registry for the names of one file: each means the part that it meant when the file was written.
+
+        A name that `origins` does not know is the built-in of that name, if there is one.
+        """
+        twin = object.__new__(Registry)
+        twin.__dict__.update(self.__dict__)
+        twin._origins = origins
+        return twin
+
+    def shortest(self, part: Registered) -> str:
+        """The part's own name where that finds it, or else `distribution/name`."""
+        try:
+            return part.name if self.find(part.kind, part.name) is part else part.qualified
+        except EsperError:
+            return part.qualified
 
     def specs(self, kind: str | None = None, *, capability: str | None = None) -> list[Registered]:
         """Parts by (kind, name), of one `kind` and with one `capability` if given; rivals for a name are all there."""
@@ -101,6 +125,8 @@ class Registry:
             PluginBroken, MissingDependency: the plugin that offers it, or that is called so, cannot be used.
         """
         found = self._candidates(kind, name)
+        if self._origins is not None and not self._is_broken(kind, name):
+            found = self._origins.choose(kind, name, found, self.distributions)
         if not found:
             raise self._not_found([kind], name)
         if len(found) > 1:
@@ -118,6 +144,15 @@ class Registry:
         if not found:
             raise self._not_found(kinds, name)
         return found
+
+    def _is_broken(self, kind: str, name: str) -> bool:
+        """Whether the owner of a name that was recorded is here and cannot be used, which explains more."""
+        owner = self._origins.owners.get((kind, name)) if self._origins else None
+        bare = name.rpartition("/")[2]
+        return owner is not None and any(
+            _same(b.distribution, owner.distribution) and b.kind in ("", kind) and b.name in ("", bare)
+            for b in self.broken
+        )
 
     def _candidates(self, kind: str, name: str) -> list[Registered]:
         distribution, _, bare = name.rpartition("/")
@@ -215,7 +250,7 @@ class Registry:
             rivals.sort(key=lambda p: (p.distribution, p.plugin, p.module))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.disabled, self._embedded)
+        return _rebuild, (self.disabled, self._embedded, self._origins)
 
 
 def load_registry(disabled: Iterable[str] = ()) -> Registry:
@@ -235,11 +270,11 @@ def load_registry(disabled: Iterable[str] = ()) -> Registry:
     return registry
 
 
-def _rebuild(disabled: tuple[str, ...], embedded: list[tuple[Any, str, str, str]]) -> Registry:
+def _rebuild(disabled: tuple[str, ...], embedded: list[tuple[Any, str, str, str]], origins: Origins | None) -> Registry:
     registry = load_registry(disabled)
     for plugin, name, distribution, version in embedded:
         registry.register(plugin, name=name, distribution=distribution, version=version)
-    return registry
+    return registry if origins is None else registry.bound(origins)
 
 
 def _same(one: str, other: str) -> bool:

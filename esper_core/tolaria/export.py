@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from esper_core.kasmina.compose import compose
 from esper_core.leyline.errors import BadOption, EsperError, MissingDependency
 from esper_core.leyline.host import list_tensors, map_tensors
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria.assembly import build_task
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.export_source import write_source
-from esper_core.tolaria.model_file import load_model, load_plane
+from esper_core.tolaria.model_file import load_plane
 
 if TYPE_CHECKING:
     from esper_core.leyline.host import Inputs
@@ -90,10 +91,9 @@ def export_run(
         raise BadOption(f"format {form!r}", f"one of {', '.join(FORMATS)}", "--format onnx")
     if form == "onnx":
         _need("onnx", "onnxscript", "onnxruntime")
-    registry = registry or load_registry()
-    _, header = load_plane(path, registry)
-    model = load_model(path, registry=registry)
-    task, _ = build_task(RunConfig.from_mapping(header["config"]), registry)
+    plane, header = load_plane(path, registry or load_registry())
+    model = compose(plane).eval()
+    task, _ = build_task(RunConfig.from_mapping(header["config"]), plane.registry)
     batch = next(iter(task.validation.batches(_COMPARED))).inputs
     tensors = tuple(list_tensors(batch))
     names = _names(batch, len(tensors))
@@ -104,7 +104,7 @@ def export_run(
     target = Path(out) if out is not None else Path(path) / "export" / _default_name(form)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        compute = _WRITERS[form](program, target)
+        compute = _WRITERS[form](program, target, names)
     except OSError as error:
         raise EsperError(
             f"cannot write {target}: {error.strerror or error}", "a writable place", "--out PATH"
@@ -122,9 +122,10 @@ def export_run(
 
 def _trace(model: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, int | None]:
     """The program for any batch size, or else for that of `tensors`; and that size if it is fixed."""
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
+    one, any_ = torch.export.Dim("batch", min=1), torch.export.Dim.DYNAMIC
+    shared, apart = (tuple({0: size} for _ in tensors) for size in (one, any_))
     failure: Exception | None = None
-    for shapes, fixed in (((dynamic,), None), (None, len(tensors[0]))):
+    for shapes, fixed in (((shared,), None), ((apart,), None), (None, len(tensors[0]))):
         try:
             with torch.no_grad(), _quiet():
                 return torch.export.export(model, tensors, dynamic_shapes=shapes), fixed
@@ -136,21 +137,26 @@ def _trace(model: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[torch.export.
     )
 
 
-def _write_pt2(program: torch.export.ExportedProgram, target: Path) -> Callable[..., Tensor]:
+def _write_pt2(program: torch.export.ExportedProgram, target: Path, names: tuple[str, ...]) -> Callable[..., Tensor]:
     with _quiet():
         torch.export.save(program, target)
         return torch.export.load(target).module()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, target: Path) -> Callable[..., Tensor]:
+def _write_onnx(program: torch.export.ExportedProgram, target: Path, names: tuple[str, ...]) -> Callable[..., Tensor]:
     import onnxruntime
 
     with _quiet():
-        torch.onnx.export(program, (), target, dynamo=True, verbose=False, external_data=False)
+        torch.onnx.export(
+            program, (), target, input_names=list(names), output_names=["logits"], dynamo=True, verbose=False,
+            external_data=False,
+        )  # fmt: skip
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
+    found = [node.name for node in session.get_inputs()]
+    if found != list(names):
+        raise EsperError(f"{target} takes {', '.join(found)}", f"the inputs {', '.join(names)}", "--format torch-export")
 
     def compute(*tensors: Tensor) -> Tensor:
         feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
@@ -159,7 +165,7 @@ def _write_onnx(program: torch.export.ExportedProgram, target: Path) -> Callable
     return compute
 
 
-def _write_torch(program: torch.export.ExportedProgram, target: Path) -> Callable[..., Tensor]:
+def _write_torch(program: torch.export.ExportedProgram, target: Path, names: tuple[str, ...]) -> Callable[..., Tensor]:
     target.mkdir(parents=True, exist_ok=True)
     source, tensors = write_source(program)
     (target / "model.py").write_text(source, encoding="utf-8")
@@ -171,7 +177,8 @@ def _write_torch(program: torch.export.ExportedProgram, target: Path) -> Callabl
     return module.load()  # type: ignore[no-any-return]
 
 
-_WRITERS: Final[dict[str, Callable[[torch.export.ExportedProgram, Path], Callable[..., Tensor]]]] = {
+_Writer = Callable[[torch.export.ExportedProgram, Path, tuple[str, ...]], Callable[..., Tensor]]
+_WRITERS: Final[dict[str, _Writer]] = {
     "torch": _write_torch, "torch-export": _write_pt2, "onnx": _write_onnx,
 }  # fmt: skip
 

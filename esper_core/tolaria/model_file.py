@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +13,14 @@ from torch import nn
 
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.probe import odd_ones, probe
 from esper_core.leyline.errors import BadFile
 from esper_core.leyline.files import refuse_links
 from esper_core.leyline.host import TaskProtocol
-from esper_core.registry import Registry, load_registry
+from esper_core.leyline.stages import STAGES, Stage
+from esper_core.registry import Registry, load_registry, split_reference
+from esper_core.registry.origin import Origins, describe, not_as_written
+from esper_core.registry.record import Registered
 from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.config import RunConfig
@@ -48,7 +53,7 @@ def save_model(plane: Plane, path: Path, about: Mapping[str, Any]) -> None:
         OSError: it could not be written.
     """
     path.parent.mkdir(exist_ok=True)
-    header = {"format": FORMAT, **about, "structure": plane.structure()}
+    header = {"format": FORMAT, **about, **_growth_of(plane, RunConfig.from_mapping(about["config"]))}
     write_tensor_file(path, model_tensors(plane), header)
 
 
@@ -59,7 +64,58 @@ def save_growth(plane: Plane, path: str | Path) -> None:
         OSError: it could not be written.
     """
     seeds = {name: tensor for name, tensor in model_tensors(plane).items() if name.startswith("plane.")}
-    write_tensor_file(path, seeds, {"format": GROWTH_FORMAT, "structure": plane.structure()})
+    write_tensor_file(path, seeds, {"format": GROWTH_FORMAT, **_growth_of(plane)})
+
+
+def origins_of(registry: Registry, config: RunConfig, task: str, plane: Plane) -> dict[str, dict[str, dict[str, str]]]:
+    """Whose parts a run is made of: distribution and version by kind and name, every blueprint that may grow included.
+
+    Args:
+        task: as the user named it, or its default.
+    """
+    references = [
+        ("host", config.host),
+        ("task", task),
+        *(("controller", name) for name in (config.controller, *config.overseers)),
+        *(("reward", name.partition("=")[0]) for name in config.rewards),
+        *(("sink", name) for name in ("jsonl", *config.sinks)),
+        *(("blueprint", name) for name in plane.candidates),
+    ]
+    return describe(_found(registry, [(kind, split_reference(name)[0]) for kind, name in references], plane.blends))
+
+
+def bind(registry: Registry, origins: Origins) -> Registry:
+    """The registry for the names of one file.
+
+    Raises:
+        MissingDependency, UnknownName: a part that the file names is not installed; the hint is the install line.
+    """
+    bound = registry.bound(origins)
+    for kind, name in origins.owners:
+        bound.find(kind, name)
+    return bound
+
+
+def _growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
+    """Structure of the seeds, whose parts they are, and what they answer to a fixed input."""
+    live = [growth for growth in plane.growths.values() if STAGES[growth.stage].occupied]
+    names = [("blueprint", growth.blueprint) for growth in live]
+    if config is not None and config.host != "model":
+        names.append(("host", split_reference(config.host)[0]))
+    blends = [growth.blend for growth in live]
+    return {
+        "structure": plane.structure(),
+        "origins": describe(_found(plane.registry, names, blends)),
+        "probes": probe(plane),
+    }
+
+
+def _found(
+    registry: Registry, names: Iterable[tuple[str, str]], blends: Iterable[str]
+) -> Iterator[tuple[str, str, Registered]]:
+    of_blends = [("blend", name) for blend in blends for name in blend.split(":")]
+    for kind, name in dict.fromkeys([*names, *of_blends]):
+        yield kind, name, registry.find(kind, name)
 
 
 def load_growth(plane: Plane, path: str | Path) -> None:
@@ -69,12 +125,49 @@ def load_growth(plane: Plane, path: str | Path) -> None:
         BadFile: damaged, or made for another host.
     """
     tensors, header = read_tensor_file(path)
+    if header.get("format") != GROWTH_FORMAT:
+        raise BadFile(f"{path} holds no seeds", f"format {GROWTH_FORMAT}")
     with expect_well_formed(path):
-        if header["format"] != GROWTH_FORMAT:
-            raise BadFile(f"{path} holds no seeds", f"format {GROWTH_FORMAT}")
-        plane.rebuild(header["structure"])
-        host = {name: tensor for name, tensor in model_tensors(plane).items() if name.startswith("host.")}
-        load_weights(plane, {**host, **tensors}, path)
+        origins = Origins.read(header.get("origins", {}))
+    plane.registry = bind(plane.registry, origins)
+    own = plane.blueprint_options
+    try:
+        with _as_written(path, origins, plane.registry):
+            plane.blueprint_options = {**own, **_options_in(header["structure"])}
+            plane.rebuild(header["structure"])
+            host = {name: tensor for name, tensor in model_tensors(plane).items() if name.startswith("host.")}
+            load_weights(plane, {**host, **tensors}, path)
+            _check_answers(header, plane)
+    finally:
+        plane.blueprint_options = own
+
+
+def _options_in(structure: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options with which each blueprint of a file was built."""
+    return {str(entry["blueprint"]): dict(entry["options"]) for entry in structure if entry["blueprint"]}
+
+
+@contextmanager
+def _as_written(source: object, origins: Origins, registry: Registry) -> Iterator[None]:
+    """Have a file that no longer fits say which packages have changed since it was written.
+
+    Raises:
+        BadFile: in place of what malformed data provokes.
+    """
+    try:
+        with expect_well_formed(source):
+            yield
+    except BadFile as error:
+        if not origins.changed(registry.distributions):
+            raise
+        raise not_as_written(error.given, origins, registry.distributions, BadFile) from error
+
+
+def _check_answers(header: Mapping[str, Any], plane: Plane) -> None:
+    odd = odd_ones(header.get("probes", {}), plane)
+    if odd:
+        names = ", ".join(f"{plane.growths[path].blueprint} at {path}" for path in odd)
+        raise BadFile(f"the grown parts answer otherwise than when they were saved: {names}")
 
 
 def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plane, dict[str, Any]]:
@@ -97,14 +190,28 @@ def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plan
     if header.get("format") != FORMAT:
         raise BadFile(f"{file} is no grown model", f"format {FORMAT}")
     with expect_well_formed(file):
+        origins = Origins.read(header.get("origins", {}))
         config = without_fetching(RunConfig.from_mapping(header["config"]), weights=False)  # the file has them
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
+    registry = bind(registry, origins)
+    with _as_written(file, origins, registry):
         with offline():
             host = build_host(config, registry, outputs, shape)
-        plane = build_plane(config, registry, host, host_flops=0, timetable=Timetable.of_steps(config, 1))
+        needed = _needed(config, header["structure"])
+        plane = build_plane(needed, registry, host, host_flops=0, timetable=Timetable.of_steps(config, 1))
         plane.rebuild(header["structure"])
         load_weights(plane, tensors, file)
+        _check_answers(header, plane)
     return plane, header
+
+
+def _needed(config: RunConfig, structure: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """The configuration with no more parts than live in the structure: others need not be installed to load it."""
+    live = [entry for entry in structure if STAGES[Stage(entry["stage"])].occupied]
+    if not live:
+        return config
+    blueprints, blends = (tuple(dict.fromkeys(str(entry[key]) for entry in live)) for key in ("blueprint", "blend"))
+    return attrs.evolve(config, blueprints=blueprints, blends=blends)
 
 
 def load_model(path: str | Path, *, registry: Registry | None = None, device: str = "cpu") -> nn.Module:

@@ -19,9 +19,11 @@ from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.objective import Metric
 from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
+from esper_core.registry.origin import Origins
+from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.model_file import describe_origin, load_plane
+from esper_core.tolaria.model_file import bind, describe_origin, load_plane, origins_of
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
 from esper_core.tolaria.origin import check_origin, compare, data_of, fingerprint_of, parts_of
 from esper_core.tolaria.run_folder import RunFolder
@@ -82,7 +84,8 @@ def start_run(
         RunFailed: the run could not go on; its last good model was saved.
     """
     setup = set_up(config, registry, notify=notify)
-    create = partial(RunFolder.create, setup.config, setup.task_name, setup.registry)
+    origins = origins_of(setup.registry, setup.config, setup.task_name, setup.plane)
+    create = partial(RunFolder.create, setup.config, setup.task_name, setup.registry, origins)
     trainer = build_trainer(setup, sinks or {}, create if keep else lambda: None, test=test)
     if trainer.folder is not None:
         trainer.folder.add_to_manifest({key: trainer.about[key] for key in ("data", "parts")})
@@ -113,6 +116,7 @@ def resume_run(
         BadFile: there is no run at `path`, another process trains it, or it cannot be read; also if it has
             checkpoints and none of them can be read. Nothing was changed.
         BadOption: the run is complete.
+        MissingDependency: a package is not installed that the run has parts of.
     """
     folder, config, about = RunFolder.open(path)
     if folder.result().get("status") == "finished":
@@ -139,6 +143,9 @@ def _take_up(
         notify(
             f"the run began with torch {version}; with {torch.__version__} it may go on differently in the last bits"
         )
+    with expect_well_formed(folder.path / "run.json"):
+        origins = Origins.read(about.get("origins", {}))
+    registry = bind(registry or load_registry(), origins)
     found = None if from_scratch else folder.checkpoints.newest(notify)
     with offline(not download):
         asked = config if download else without_fetching(config)
@@ -212,9 +219,9 @@ def eval_run(
     plane, header = load_plane(path, registry)
     config = RunConfig.from_mapping(header["config"])
     with offline(not download):
-        task, _ = assembly.build_task(config if download else without_fetching(config), registry)
+        task, _ = assembly.build_task(config if download else without_fetching(config), plane.registry)
     now = lambda: {split: fingerprint_of(getattr(task, split))}  # noqa: E731
-    changed = compare(header, now, parts_of(config, plane, registry), (split,))
+    changed = compare(header, now, parts_of(config, plane, plane.registry), (split,))
     if changed:
         notify(f"not what the model was trained with: {'; '.join(changed)}")
     chosen = assembly.choose_device(device)

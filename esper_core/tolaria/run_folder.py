@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Final
 
 import torch
@@ -63,8 +64,13 @@ class RunFolder:
         return self.path / "model" / "model.safetensors"
 
     @classmethod
-    def create(cls, config: RunConfig, task: str, registry: Registry) -> RunFolder:
+    def create(
+        cls, config: RunConfig, task: str, registry: Registry, origins: Mapping[str, Any] = MappingProxyType({})
+    ) -> RunFolder:
         """A new folder with its `run.json`; held until `release`.
+
+        Args:
+            origins: whose parts the run is made of.
 
         Raises:
             BadOption: there is a run already, or the folder cannot be written to.
@@ -77,7 +83,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             refuse_links(path)
             folder.hold()
-            write_json_file(path / "run.json", {"format": FORMAT, "config": config.to_mapping(), **_versions(registry)})
+            about = {"config": config.to_mapping(), **_versions(registry), "origins": dict(origins)}
+            write_json_file(path / "run.json", {"format": FORMAT, **about})
         except OSError as error:
             raise BadOption(
                 f"{_brief(path)} cannot be written to: {error.strerror or error}", "a folder with space", "--out DIR"

@@ -1,0 +1,110 @@
+"""Whose part a name meant when a file was written: recorded beside it, and looked up again whatever is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from esper_core.leyline.errors import EsperError, MissingDependency, UnknownName
+from esper_core.registry.discovery import CORE_DISTRIBUTION, normalised
+from esper_core.registry.record import Registered
+
+
+@attrs.frozen
+class Owner:
+    """The distribution that offered a part, and its version then."""
+
+    distribution: str
+    version: str
+
+    @property
+    def hint(self) -> str:
+        """What to type so that it is here again."""
+        if self.distribution == "local":
+            return "registry.register(plugin), as when the file was written"
+        return f"pip install '{self.distribution}=={self.version}'"
+
+
+@attrs.frozen
+class Origins:
+    """What the names of one file mean.
+
+    Attributes:
+        owners: by (kind, name).
+    """
+
+    owners: Mapping[tuple[str, str], Owner]
+
+    @classmethod
+    def read(cls, data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Origins:
+        """The inverse of `describe`; of an empty mapping, as older files have it, one that prefers built-ins."""
+        return cls(
+            {
+                (str(kind), str(name)): Owner(str(owner["distribution"]), str(owner["version"]))
+                for kind, names in data.items()
+                for name, owner in names.items()
+            }
+        )
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """The recorded names of one kind, in the order in which they were recorded."""
+        return tuple(name for its_kind, name in self.owners if its_kind == kind)
+
+    def choose(self, kind: str, name: str, found: list[Registered], versions: Mapping[str, str]) -> list[Registered]:
+        """Those of `found` that the name means.
+
+        Args:
+            versions: of every installed distribution that offers something.
+
+        Raises:
+            MissingDependency: it meant a part of a distribution that is not installed.
+            UnknownName: the distribution is installed and no longer offers the part.
+        """
+        owner = self.owners.get((kind, name))
+        if owner is None:
+            built_in = [part for part in found if part.distribution == CORE_DISTRIBUTION]
+            return built_in or found
+        wanted = normalised(owner.distribution)
+        mine = [part for part in found if normalised(part.distribution) == wanted]
+        if mine:
+            return mine
+        installed = next((version for other, version in versions.items() if normalised(other) == wanted), None)
+        meant = f"{kind} {name!r} is that of {owner.distribution} {owner.version}"
+        if installed is not None:
+            raise UnknownName(f"{meant}, and {owner.distribution} {installed} does not offer it", hint=owner.hint)
+        others = " or ".join(sorted({part.distribution for part in found}))
+        instead = f" ({others} offers another of that name)" if others else ""
+        raise MissingDependency(f"{meant}, which is not installed{instead}", hint=owner.hint)
+
+    def changed(self, versions: Mapping[str, str]) -> dict[str, tuple[Owner, str]]:
+        """Distributions whose installed version is another now: owner then, and version now."""
+        now = {normalised(name): version for name, version in versions.items()}
+        return {
+            owner.distribution: (owner, now[normalised(owner.distribution)])
+            for owner in self.owners.values()
+            if now.get(normalised(owner.distribution), owner.version) != owner.version
+        }
+
+
+def describe(parts: Iterable[tuple[str, str, Registered]]) -> dict[str, dict[str, dict[str, str]]]:
+    """JSON-compatible: kind to name as it was typed to distribution and version."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for kind, name, part in parts:
+        found.setdefault(kind, {})[name] = {"distribution": part.distribution, "version": part.version}
+    return found
+
+
+def newer(origins: Origins, versions: Mapping[str, str]) -> str:
+    """What to say of distributions that changed since a file was written; empty if none did."""
+    changed = origins.changed(versions).values()
+    return ", ".join(f"{owner.distribution} was {owner.version} and is {now} here" for owner, now in changed)
+
+
+def not_as_written(given: str, origins: Origins, versions: Mapping[str, str], error: type[EsperError]) -> EsperError:
+    """The error of a file that no longer gives what it gave, with the versions that changed since."""
+    changed = origins.changed(versions).values()
+    told = newer(origins, versions)
+    lines = " ".join(owner.hint for owner, _ in changed)
+    return error(f"{given}{'; ' + told if told else ''}", "the parts with which it was written", lines)
