@@ -9,6 +9,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.errors import BadOption, did_you_mean
+from esper_core.leyline.leniency import Tolerant
 
 OptionValue = str | int | float | bool | None
 _TRUE: Final = ("true", "yes", "on", "1")
@@ -17,7 +18,7 @@ KINDS: Final = MappingProxyType({"str": str, "int": int, "float": float, "bool":
 
 
 @attrs.frozen
-class Option:
+class Option(metaclass=Tolerant):
     """One option of a spec.
 
     Attributes:

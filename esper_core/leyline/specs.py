@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 
-from esper_core.leyline.errors import EsperError
+from esper_core.leyline.errors import EsperError, did_you_mean
+from esper_core.leyline.leniency import Tolerant
 from esper_core.leyline.options import Option
 from esper_core.leyline.sensors import check_sensors
 from esper_core.leyline.tags import LAYOUTS, is_tag
@@ -83,12 +84,36 @@ def _check_api(_: object, attribute: attrs.Attribute[int], value: int) -> None:
         raise EsperError(f"{attribute.name} {value!r} is a {type(value).__name__}", f"an integer such as {API_VERSION}")
 
 
+def accepted_versions(oldest: int = OLDEST_API_VERSION, newest: int = API_VERSION) -> str:
+    """The plugin API versions that this core takes, as words."""
+    return " and ".join(str(version) for version in range(oldest, newest + 1))
+
+
+class _SpecType(Tolerant):
+    """Makes specs, and tells a field of a later version from a mistake."""
+
+    def explain(cls, error: EsperError, fields: dict[str, Any]) -> EsperError:
+        api = fields.get("api", API_VERSION)
+        if isinstance(api, int) and api > API_VERSION:
+            name, kind = fields.get("name"), getattr(cls, "kind", "spec")
+            return EsperError(
+                f"{kind} {name!r} is for plugin API {api}, newer than this core's ({accepted_versions()})",
+                hint="pip install -U esper-core",
+            )
+        known = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
+        for field in fields:
+            if field not in known:
+                near = did_you_mean(field, known) or f"api={API_VERSION + 1} in it, if a newer core knows the field"
+                return EsperError(f"{cls.__name__} {fields.get('name')!r} has no field {field!r}", hint=near)
+        return error
+
+
 # Equality and representation are written once, not generated for every class: making these classes is the greater
 # part of what importing them costs, and every command pays it.
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)
-class PluginSpec:
+class PluginSpec(metaclass=_SpecType):
     """What every spec says of itself.
 
     Attributes:

@@ -12,7 +12,8 @@ import attrs
 import pluggy
 
 from esper_core.leyline.errors import EsperError, PluginBroken, did_you_mean
-from esper_core.leyline.specs import API_VERSION, OLDEST_API_VERSION, SPEC_KINDS, PluginSpec
+from esper_core.leyline.leniency import Malformed, lenient
+from esper_core.leyline.specs import API_VERSION, OLDEST_API_VERSION, SPEC_KINDS, PluginSpec, accepted_versions
 from esper_core.registry.importing import describe, import_object
 from esper_core.registry.quiet import diverted_stdout
 from esper_core.registry.record import Broken, Plugin, Registered
@@ -51,7 +52,7 @@ def load_plugin(
     parts: list[Registered] = []
     broken: list[Broken] = []
     started = time.perf_counter()
-    with diverted_stdout() as stdout:
+    with diverted_stdout() as stdout, lenient():
         try:
             if target is None:
                 owner = f"plugin {plugin.qualified} {plugin.version}"
@@ -123,6 +124,12 @@ def _specs(plugin: Plugin, hook: str, implementation: pluggy.HookImpl) -> Iterat
             else:
                 refused = _fault(plugin, f"offers {kind.kind} {spec.name!r} {reason}")
                 yield _broken(plugin, refused, kind.kind, spec.name)
+        elif isinstance(spec, Malformed):
+            told = f"offers a {kind.kind} that cannot be used: {spec.error.given}"
+            refused = PluginBroken(
+                f"plugin {plugin.qualified} {plugin.version} {told}", spec.error.expected, spec.error.hint
+            )
+            yield _broken(plugin, refused, kind.kind, spec.name)
         else:
             reason = f"returns {_type(spec)} from {hook} among its {kind.__name__}s"
             yield _broken(plugin, _fault(plugin, reason), kind.kind)
@@ -130,7 +137,7 @@ def _specs(plugin: Plugin, hook: str, implementation: pluggy.HookImpl) -> Iterat
 
 def _refusal(spec: PluginSpec) -> str:
     """Why a spec is refused, or the empty string."""
-    accepted = " and ".join(str(version) for version in range(OLDEST_API_VERSION, API_VERSION + 1))
+    accepted = accepted_versions(OLDEST_API_VERSION, API_VERSION)
     if spec.api > API_VERSION:
         return f"for plugin API {spec.api}, newer than this core's ({accepted}); pip install -U esper-core"
     if spec.api < OLDEST_API_VERSION:

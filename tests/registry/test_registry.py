@@ -18,6 +18,7 @@ from esper_core.leyline import specs
 from esper_core.leyline.errors import (
     AmbiguousName,
     BadOption,
+    EsperError,
     MissingDependency,
     PluginBroken,
     UnknownName,
@@ -25,11 +26,11 @@ from esper_core.leyline.errors import (
 )
 from esper_core.leyline.hookspecs import GROUP, hookimpl
 from esper_core.leyline.options import Option
-from esper_core.leyline.specs import ControllerSpec, RewardSpec
+from esper_core.leyline.specs import API_VERSION, OLDEST_API_VERSION, BlueprintSpec, ControllerSpec, RewardSpec
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.discovery import find_plugins
 from esper_core.registry.loading import SLOW_NOTE
-from tests.registry.site import answer, offers, run_python, write_package
+from tests.registry.site import answer, offers, run_esper, run_python, write_package
 
 
 @pytest.fixture
@@ -389,3 +390,43 @@ def test_a_plane_over_everything_takes_both_sides_of_a_conflict_by_their_full_na
     names = set(find_candidates(load_registry(), None))
     assert {"esper-core/conv", "impostor/conv", "depthwise"} <= names
     assert names.isdisjoint({"conv", "sick"})
+
+
+def test_specs_of_this_api_and_the_one_before_work_and_those_of_the_next_are_refused_one_by_one(tmp_path) -> None:
+    """One package with a spec for each version; a field that this core does not know is told from a mistake."""
+    api, oldest = API_VERSION, OLDEST_API_VERSION
+    write_package(
+        tmp_path,
+        "versions",
+        offers(
+            f'blueprint("next", api={api + 1}, grows_on_trees=True)',
+            f'blueprint("next-layout", api={api + 1}, layouts=("NCDHW",))',
+            f'blueprint("now", api={api})',
+            f'blueprint("before", api={oldest})',
+            'blueprint("typo", sumary="x")',
+            'blueprint("incomplete", estimate=None)',
+            'blueprint("optional", options=[Option("size", "int", "much", "h")])',
+            f'blueprint("too-old", api={oldest - 1})',
+        ),
+    )
+    result = run_esper("plugins", "list", "--json", site=tmp_path)
+    found = answer(result)
+    assert {p["name"] for p in found["parts"] if p["distribution"] == "versions"} == {"now", "before"}
+    causes = {b["name"]: b["cause"] for b in found["broken"] if b["distribution"] == "versions"}
+    assert set(causes) == {"next", "next-layout", "typo", "incomplete", "optional", "too-old"}
+    for name in ("next", "next-layout"):
+        assert f"for plugin API {api + 1}, newer than this core's" in causes[name]
+        assert "pip install -U esper-core" in causes[name]
+    assert "has no field 'sumary'; did you mean summary?" in causes["typo"]
+    assert "size='much' cannot be read" in causes["optional"]
+    used = run_esper("plugins", "info", "versions/next", site=tmp_path)
+    assert used.returncode != 0 and "newer than this core's" in used.stderr and "Traceback" not in used.stderr
+
+
+def test_outside_of_a_registration_a_wrong_spec_is_an_error() -> None:
+    with pytest.raises(EsperError, match="has no field 'colour'"):
+        BlueprintSpec(name="x", summary="s", factory="a:b", family="f", layouts=("NCHW",), estimate="a:c", colour=1)
+    with pytest.raises(EsperError, match="newer than this core's"):
+        BlueprintSpec(name="x", api=API_VERSION + 1, colour=1)
+    with pytest.raises(EsperError, match="cannot be made"):
+        BlueprintSpec(name="x")
