@@ -19,7 +19,7 @@ API_VERSION: Final = 2
 
 OLDEST_API_VERSION: Final = max(1, API_VERSION - 1)
 
-_NAME: Final = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
+NAME: Final = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
 _FACTORY: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -148,7 +148,7 @@ class PluginSpec(metaclass=_SpecType):
 
     @name.validator
     def _nameable(self, _: object, value: str) -> None:
-        if not isinstance(value, str) or not _NAME.fullmatch(value):
+        if not isinstance(value, str) or not NAME.fullmatch(value):
             raise EsperError(
                 f"{self.kind or 'spec'} name {value!r} cannot be typed", "lower-case letters, digits, '_' and '-'"
             )

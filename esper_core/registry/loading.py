@@ -13,7 +13,7 @@ import pluggy
 
 from esper_core.leyline.errors import EsperError, PluginBroken, did_you_mean
 from esper_core.leyline.leniency import Malformed, lenient
-from esper_core.leyline.specs import API_VERSION, OLDEST_API_VERSION, SPEC_KINDS, PluginSpec, accepted_versions
+from esper_core.leyline.specs import API_VERSION, NAME, OLDEST_API_VERSION, SPEC_KINDS, PluginSpec, accepted_versions
 from esper_core.registry.importing import describe, import_object
 from esper_core.registry.quiet import diverted_stdout
 from esper_core.registry.record import Broken, Plugin, Registered
@@ -129,7 +129,7 @@ def _specs(plugin: Plugin, hook: str, implementation: pluggy.HookImpl) -> Iterat
             refused = PluginBroken(
                 f"plugin {plugin.qualified} {plugin.version} {told}", spec.error.expected, spec.error.hint
             )
-            yield _broken(plugin, refused, kind.kind, spec.name)
+            yield _broken(plugin, refused, kind.kind, spec.name if NAME.fullmatch(spec.name) else "")
         else:
             reason = f"returns {_type(spec)} from {hook} among its {kind.__name__}s"
             yield _broken(plugin, _fault(plugin, reason), kind.kind)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice, pairwise
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import pytest
@@ -14,10 +15,15 @@ import torch
 from torch import Tensor
 
 from esper_core.leyline.errors import EsperError
-from esper_core.leyline.host import Batch, Split, TaskProtocol
+from esper_core.leyline.host import IGNORED, Batch, Split, TaskProtocol
 from esper_core.leyline.specs import TaskSpec
 from esper_core.testing.base import Conformance
 from esper_core.testing.cases import installed
+
+_SHAPES: Final[Mapping[str, Callable[[TaskProtocol], tuple[int, ...]]]] = MappingProxyType(
+    {"classification": lambda task: (), "language-modelling": lambda task: task.input_shape}
+)
+"""Shape of one example's target, for the kinds of task where it is known."""
 
 _FEW = 6
 """Batches that are compared of splits that may be long."""
@@ -37,6 +43,9 @@ def same(left: Batch, right: Batch) -> bool:
 
 class TaskConformance(Conformance):
     """The invariants of a task.
+
+    Inputs may be several tensors of different shapes, of which one has the task's `input_shape`. Targets of kinds other
+    than classification and language modelling may have any shape, such as a class for each pixel.
 
     Attributes:
         spec: name of the task, or `distribution/name`.
@@ -80,14 +89,18 @@ class TaskConformance(Conformance):
         for split in self.splits(task):
             for batch in self.few(split):
                 targets, *inputs = tensors(batch)
-                assert targets.dtype == torch.int64
-                assert all(x.shape[0] == batch.size and tuple(x.shape[1:]) == task.input_shape for x in inputs)
-                language = task.kind == "language-modelling"
-                assert targets.shape == ((batch.size, *task.input_shape) if language else (batch.size,))
-                counted = targets[targets != -100]
-                assert counted.numel() == 0 or 0 <= counted.min() <= counted.max() < task.outputs
-                assert all(x.is_floating_point() or x.dtype == torch.int64 for x in inputs)
-                assert all(x.isfinite().all() for x in inputs)
+                assert all(len(x) == batch.size for x in (targets, *inputs)), "examples come first"
+                assert any(tuple(x.shape[1:]) == task.input_shape for x in inputs), "no input has `input_shape`"
+                assert all(x.isfinite().all() for x in (targets, *inputs))
+                assert all(x.is_floating_point() or x.dtype in (torch.int64, torch.bool) for x in inputs)
+                if task.kind in _SHAPES:
+                    assert targets.dtype == torch.int64
+                    assert targets.shape == (batch.size, *_SHAPES[task.kind](task)), "one target an example, or a token"
+                if targets.dtype == torch.int64:
+                    counted = targets[targets != IGNORED]
+                    assert counted.numel() == 0 or 0 <= counted.min() <= counted.max() < task.outputs
+                else:
+                    assert targets.is_floating_point(), "classes as int64, numbers as floats"
 
     def test_the_same_arguments_give_the_same_batches(self) -> None:
         first, second = self.build(), self.build()

@@ -76,6 +76,7 @@ def origins_of(registry: Registry, config: RunConfig, task: str, plane: Plane) -
     references = [
         ("host", config.host),
         ("task", task),
+        *([("objective", config.objective)] if config.objective else []),
         *(("controller", name) for name in (config.controller, *config.overseers)),
         *(("reward", name.partition("=")[0]) for name in config.rewards),
         *(("sink", name) for name in ("jsonl", *config.sinks)),

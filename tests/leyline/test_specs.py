@@ -42,7 +42,7 @@ def test_every_kind_can_be_made_compared_and_shown(kind: type[PluginSpec]) -> No
     assert spec.example.startswith("esper ") and spec.kind and spec.factory_signature.startswith("factory(")
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         spec.name = "changed"  # type: ignore[misc]
-    with pytest.raises(TypeError):
+    with pytest.raises(EsperError, match="has no field 'unknown_field'"):
         make(kind, unknown_field=1)
 
 

@@ -404,7 +404,7 @@ def test_specs_of_this_api_and_the_one_before_work_and_those_of_the_next_are_ref
             f'blueprint("now", api={api})',
             f'blueprint("before", api={oldest})',
             'blueprint("typo", sumary="x")',
-            'blueprint("incomplete", estimate=None)',
+            'blueprint("incomplete", family=None)',
             'blueprint("optional", options=[Option("size", "int", "much", "h")])',
             f'blueprint("too-old", api={oldest - 1})',
         ),
