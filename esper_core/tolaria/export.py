@@ -156,7 +156,7 @@ def _write_onnx(program: torch.export.ExportedProgram, target: Path, names: tupl
         session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
     found = [node.name for node in session.get_inputs()]
     if found != list(names):
-        raise EsperError(f"{target} takes {', '.join(found)}", f"the inputs {', '.join(names)}", "--format torch-export")
+        raise EsperError(f"{target} takes {', '.join(found)}", f"inputs {', '.join(names)}", "--format torch-export")
 
     def compute(*tensors: Tensor) -> Tensor:
         feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
