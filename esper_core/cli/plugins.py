@@ -241,6 +241,7 @@ def part_data(registry: Registry, part: Registered, *, full: bool = False) -> di
         "version": part.version,
         "capabilities": sorted(spec.capabilities),
         "needs": sorted(spec.needs),
+        "excludes": sorted(getattr(spec, "excludes", ())),
         "conflicts": [other.qualified for other in registry.rivals(part)],
         "missing": list(missing),
         "install": registry.install_line(part) if missing else "",

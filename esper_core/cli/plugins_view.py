@@ -83,6 +83,7 @@ def _show_part(console: Console, registry: Registry, part: Registered) -> None:
     fact("family", Text(getattr(spec, "family", "")))
     fact("layouts", Text(" ".join(getattr(spec, "layouts", ()))))
     fact("needs", Text(" ".join(sorted(spec.needs))))
+    fact("excludes", Text(" ".join(sorted(getattr(spec, "excludes", ())))))
     fact("offers", Text(" ".join(sorted(spec.capabilities))))
     fact("sensors", Text(" ".join(spec.sensors)))
     requires = Text(" ".join(spec.requires))

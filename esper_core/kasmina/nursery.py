@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import nn
 
+from esper_core.kasmina.birth_tests import check_causal, draws_in_training
 from esper_core.kasmina.blends import parse_blend
 from esper_core.kasmina.block_run import quiet_pass
 from esper_core.kasmina.copies import BlockRun
@@ -64,6 +65,8 @@ def misfit(spec: BlueprintSpec, point: InjectionSpec) -> str:
     """Why a blueprint cannot grow at `point`, or the empty string."""
     if point.layout not in spec.layouts:
         return f"it serves {', '.join(spec.layouts)}, and {point.name} is {point.layout}"
+    if barred := sorted(spec.excludes & point.tags):
+        return f"it excludes {', '.join(barred)}, and {point.name} has {', '.join(sorted(point.tags))}"
     missing = sorted(spec.needs - point.tags)
     return f"it needs {', '.join(missing)}, and {point.name} has {', '.join(sorted(point.tags))}" if missing else ""
 
@@ -148,8 +151,11 @@ def plant(
         if not isinstance(built, nn.Module):
             raise IncompatibleSeed(f"blueprint {command.blueprint} built a {type(built).__name__}", "a torch.nn.Module")
         writes = False
+        slot.draws = draws_in_training(seed, point)
         if run is None:
             writes = _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype)
+            if "causal" in point.tags and not known:
+                check_causal(seed, point, f"a seed of {command.blueprint}")
         elif not known:
             _check_copies(seed, run, point, command.blueprint)
     if run is None:

@@ -48,7 +48,7 @@ def _answer(slot: SeedSlot) -> list[list[float]]:
     h = torch.randn(1, *slot.spec.feature_shape, generator=noise).to(device=like.device, dtype=like.dtype)
     try:
         with torch.random.fork_rng(devices=[]), eval_mode(slot.seed), eval_mode(slot.combination):
-            s = slot.seed(h).to(h.dtype)
+            s = slot.seed(h.clone()).to(h.dtype)
             out = slot.combination(h, s, torch.ones((), device=h.device, dtype=h.dtype))
     except Exception:  # noqa: BLE001 - such a seed wants more than its feature, which only the host can give
         return []

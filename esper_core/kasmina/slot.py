@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.calls import Call
+from esper_core.kasmina.random_states import random_states, set_random_states
 from esper_core.kasmina.straight_through import silent_at_zero, straight_through
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.stages import EMPTY, STAGES, Stage
@@ -80,6 +81,7 @@ class SeedSlot(nn.Module):
         whole: the seed answers with a feature, not with a delta.
         wants_call: the seed also takes the call of the host's block.
         writes: the seed writes to its input in place, so that it is given a copy.
+        draws: the seed may draw random numbers in training; compiled code is cut around it then.
         muted: the output is `h` whatever the stage; for counterfactuals.
         probe: called with (slot, h, s, out) while gradients are on; None costs nothing.
         tracer: called with the slot whenever it computes; None costs nothing.
@@ -98,6 +100,7 @@ class SeedSlot(nn.Module):
         self.whole = False
         self.wants_call = False
         self.writes = False
+        self.draws = True
         self.muted = False
         self.probe: Probe | None = None
         self.tracer: Callable[[SeedSlot], None] | None = None
@@ -134,7 +137,7 @@ class SeedSlot(nn.Module):
         if self.mode is Mode.ISOLATED:
             if not torch.is_grad_enabled():
                 return h
-            s = self._ask(h.detach(), call.detached() if call is not None else None).to(h.dtype)
+            s = self._ask_apart(h.detach(), call.detached() if call is not None else None).to(h.dtype)
             out = straight_through(h, s - h.detach() if self.whole else s)
         else:
             s = self._ask(silent_at_zero(h, self.alpha) if self.mode is Mode.RAMPING else h, call).to(h.dtype)
@@ -168,6 +171,23 @@ class SeedSlot(nn.Module):
         if s.shape != h.shape:  # it would be broadcast, and mix examples or positions
             raise RuntimeError(f"the seed answered {tuple(h.shape)} with {tuple(s.shape)}")
         return s
+
+    def _ask_apart(self, h: Tensor, call: Call | None) -> Tensor:
+        """Ask the seed and put the random number generators back: the host draws what it would have drawn."""
+        if torch.compiler.is_compiling():
+            if not self.draws:
+                return self._ask(h, call)
+            before = random_states(h.device)
+            s = self._ask(h, call)
+            set_random_states(h.device, before)
+            return s
+        if h.is_cuda and torch.cuda.is_current_stream_capturing():  # a captured graph has generators of its own
+            return self._ask(h, call)
+        before = random_states(h.device)
+        try:
+            return self._ask(h, call)
+        finally:
+            set_random_states(h.device, before)
 
     def extra_repr(self) -> str:
         return f"{self.path!r}, {self.stage.value}" + (f", {self.blueprint}" if self.blueprint else "")

@@ -219,6 +219,7 @@ class BlueprintSpec(PluginSpec):
             interpolate between the two then, and at alpha 1 the seed's answer goes on as it is.
         isolation: whether its seeds learn anything while isolated; if not, they begin to blend as soon as they are
             born, and the run is given time to settle.
+        excludes: tags of points at which it cannot grow, such as `causal` for what mixes all positions. (API 2)
     """
 
     kind: ClassVar[str] = "blueprint"
@@ -230,6 +231,7 @@ class BlueprintSpec(PluginSpec):
     wants: tuple[str, ...] = attrs.field(default=(), converter=_words, validator=_check_wants)
     answers: str = attrs.field(default="delta", validator=attrs.validators.in_(("delta", "feature")))
     isolation: bool = True
+    excludes: frozenset[str] = attrs.field(default=frozenset(), converter=_tags, validator=_check_tags)
 
     @property
     def example(self) -> str:

@@ -28,14 +28,16 @@ def installed() -> Registry:
     return load_registry()
 
 
-def points(layouts: Iterable[str], needs: frozenset[str] = frozenset(), *, fast: bool) -> list[InjectionSpec]:
+def points(
+    layouts: Iterable[str], needs: frozenset[str] = frozenset(), *, fast: bool, excludes: frozenset[str] = frozenset()
+) -> list[InjectionSpec]:
     """Injection points of the given layouts that have the tags `needs`: a subset, or every combination of sizes.
 
     Tags that follow neither from the layout nor from causality, such as `vision` or a plugin's own, are granted.
     """
     granted = needs - {"causal", *LAYOUT_TAGS.values()}
     every = [attrs.evolve(p, tags=p.tags | granted) for layout in layouts for p in _of_layout(layout, fast)]
-    return [point for point in every if needs <= point.tags]
+    return [point for point in every if needs <= point.tags and not excludes & point.tags]
 
 
 def causal_points(layouts: Iterable[str], needs: frozenset[str]) -> list[InjectionSpec]:

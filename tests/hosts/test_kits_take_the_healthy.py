@@ -114,7 +114,7 @@ def kit(seed: type[nn.Module]) -> BlueprintConformance:
             torch.manual_seed(number)
             return seed(point)
 
-    data = SimpleNamespace(layouts=("NLD",), needs=frozenset())
+    data = SimpleNamespace(layouts=("NLD",), needs=frozenset(), answers="delta", wants=(), excludes=frozenset())
     return type("Kit", (BlueprintConformance,), {"spec": "none", "build": built, "data": data})()
 
 

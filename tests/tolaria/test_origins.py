@@ -115,7 +115,9 @@ def rewritten(folder: Path, target: Path, *without: str) -> Path:
 def test_another_package_with_a_built_in_name_breaks_no_old_run(of_conv, tmp_path) -> None:
     before, both = load_model(of_conv, registry=installed()), installed(IMPOSTOR)
     assert same(before, load_model(of_conv, registry=both))
-    assert same(before, load_model(rewritten(of_conv, tmp_path / "old.safetensors", "origins", "probes"), registry=both))
+    assert same(
+        before, load_model(rewritten(of_conv, tmp_path / "old.safetensors", "origins", "probes"), registry=both)
+    )
     assert eval_run(of_conv, registry=both) == eval_run(of_conv, registry=installed())
 
 

@@ -1,0 +1,63 @@
+"""What is measured of a seed before it touches the host: whether it sees the future, and whether it draws numbers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.leyline.errors import IncompatibleSeed
+from esper_core.leyline.injection import InjectionSpec
+
+_DRAWING: Final = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.MultiheadAttention)
+
+
+@torch.no_grad()
+def check_causal(seed: nn.Module, point: InjectionSpec, who: str) -> None:
+    """Refuse a seed that lets a position of a causal host see what comes behind it.
+
+    A copy with noise on every parameter is asked twice, since a new seed is silent: the second time with other values
+    in the second half of the positions. The first half of its answers must not move.
+
+    Raises:
+        IncompatibleSeed: it does.
+    """
+    length = point.positions
+    if length < 2:
+        return
+    twin, noise = copy.deepcopy(seed).eval(), torch.Generator().manual_seed(0)
+
+    def drawn(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=noise).to(device=like.device, dtype=like.dtype)
+
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(0.2 * drawn(parameter, tuple(parameter.shape)))
+    like = next((p for p in seed.parameters() if p.is_floating_point()), torch.zeros(()))
+    h = drawn(like, (1, *point.feature_shape))
+    other, half = h.clone(), length // 2
+    other[:, half:] = 3 * drawn(like, tuple(h[:, half:].shape))
+    one, two = twin(h.clone()), twin(other)
+    moved = float((one[:, :half].float() - two[:, :half].float()).abs().max())
+    bound = (1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2) * float(one.float().abs().max())
+    if not moved <= bound:
+        raise IncompatibleSeed(
+            f"{who} at {point.name} sees the positions that follow: its first half moves by {moved:.2g}",
+            "a causal seed, since the host is causal there",
+            'excludes=("causal",) in its spec',
+        )
+
+
+@torch.no_grad()
+def draws_in_training(seed: nn.Module, point: InjectionSpec) -> bool:
+    """Whether a seed draws random numbers in training; call it where the generator is forked."""
+    before = torch.get_rng_state()
+    try:
+        twin = copy.deepcopy(seed).train()
+        like = next((p for p in twin.parameters() if p.is_floating_point()), torch.zeros(()))
+        twin(torch.zeros(2, *point.feature_shape, device=like.device, dtype=like.dtype))
+    except Exception:  # noqa: BLE001 - it wants more than a feature, or refuses zeros: go by what it is made of
+        return any(isinstance(module, _DRAWING) for module in seed.modules())
+    return not torch.equal(before, torch.get_rng_state())
