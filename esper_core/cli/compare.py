@@ -1,4 +1,4 @@
-"""`esper compare`: put a finished run beside what one would have had without growing."""
+"""`esper compare`: compare a finished run with baselines that do not grow."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from esper_core import __version__
 
 VERBS: dict[str, tuple[str, str, str]] = {
     "run": ("esper_core.cli.run", "run", "grow a host on a task"),
-    "resume": ("esper_core.cli.resume", "resume", "go on with a run that was stopped"),
+    "resume": ("esper_core.cli.resume", "resume", "resume a run from its newest checkpoint"),
     "eval": ("esper_core.cli.evaluate", "evaluate", "measure a grown model"),
-    "compare": ("esper_core.cli.compare", "compare", "put a run beside what one would have had without growing"),
+    "compare": ("esper_core.cli.compare", "compare", "compare a run with baselines that do not grow"),
     "export": ("esper_core.cli.export", "export", "write a grown model for use without Esper"),
     "report": ("esper_core.cli.report", "report", "write the report of a run as one HTML file"),
     "runs": ("esper_core.cli.runs", "runs", "list runs, and put two side by side"),

@@ -1,4 +1,4 @@
-"""`esper resume`: go on with a run that was stopped."""
+"""`esper resume`: resume a run from its newest checkpoint."""
 
 from __future__ import annotations
 

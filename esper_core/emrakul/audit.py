@@ -1,4 +1,4 @@
-"""Emrakul: withers a seed slowly, looks at what that cost, and culls or revives it. She never deletes untested."""
+"""Emrakul, the auditor: withers a seed slowly, measures what that cost, and culls or revives it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plane: one per model, owner of every slot, seed and ledger. The map over the territory."""
+"""The plane: one per model, owner of every slot, seed and ledger."""
 
 from __future__ import annotations
 
@@ -399,7 +399,7 @@ class Plane:
         """Grow what `structure` describes, in place of what grows now; weights are initial until loaded.
 
         Raises:
-            UnknownName, PluginBroken, MissingDependency: a blueprint or blend that is not to be had.
+            UnknownName, PluginBroken, MissingDependency: a blueprint or blend is not available.
         """
         for path in list(self._slots):
             if path in self._slots and self._slots[path].seed is not None:

@@ -54,7 +54,7 @@ class CurveConformance(BlendConformance):
 
     part = "curve"
 
-    def test_rises_from_nought_to_one(self) -> None:
+    def test_rises_from_zero_to_one(self) -> None:
         for option in (None, *self.data.options):
             for bound in (None,) if option is None else (option.minimum, option.maximum):
                 options = {option.name: bound} if option is not None and bound is not None else {}
@@ -82,7 +82,7 @@ class CombinationConformance(BlendConformance):
         return module
 
     @pytest.mark.parametrize("poison", [0.0, float("inf"), float("-inf"), float("nan")])
-    def test_identity_at_nought(self, point: InjectionSpec, poison: float) -> None:
+    def test_identity_at_zero(self, point: InjectionSpec, poison: float) -> None:
         for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
             module = disturb(self.build(point)).to(dtype)
             h, g = feature(point).to(dtype), feature(point, seed=1).to(dtype)

@@ -248,7 +248,7 @@ class HostConformance(Conformance):
             moved = [not torch.equal(a, b) for a, b in zip(old, plane.seed_groups()[path], strict=True)]
             assert any(moved), f"the seed at {path} learns nothing"
 
-    def test_alpha_nought_and_culling_leave_the_host(self, host: HostProtocol, inputs: Inputs) -> None:
+    def test_alpha_zero_and_culling_leave_the_host(self, host: HostProtocol, inputs: Inputs) -> None:
         bare, plane = copy.deepcopy(host), Plane(host, installed())
         paths = plant_everywhere(plane)
         break_seeds(plane, paths[::2])

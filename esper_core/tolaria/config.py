@@ -56,16 +56,18 @@ class RunConfig:
     download: bool = _option(False, "let the task fetch data that is not on this machine", group="data")
     controller: str = _option("heuristic", "who decides: `name` or `name:argument`", group="growth")
     overseers: tuple[str, ...] = _option(
-        (), "controllers put around the first, innermost first, such as those that audit", group="growth"
+        (), "controllers that wrap the controller, from the inside out, such as an auditor", group="growth"
     )
     rewards: tuple[str, ...] = _option(
         ("accuracy=1", "rent=1"), "terms of the reported reward, `name=weight`", group="growth"
     )
-    rent: float = _option(0.05, "price of growing as much again as the host has, in nats", group="growth", minimum=0.0)
+    rent: float = _option(0.05, "rent (nats) of seeds as large as the host", group="growth", minimum=0.0)
     budget_params: str = _option(
         "20%", "parameters of all seeds: a number, a share of the host's, or empty", group="growth"
     )
-    budget_flops: str = _option("", "forward FLOPs of all seeds for one example: likewise", group="growth")
+    budget_flops: str = _option(
+        "", "limit on the forward FLOPs of all seeds for one example: a number, or a share such as 20%", group="growth"
+    )
     decisions_per_epoch: int = _option(
         0, "decision steps in an epoch; 0: at least 24 in the run", group="growth", minimum=0
     )
@@ -95,7 +97,7 @@ class RunConfig:
     weight_decay: float = _option(0.01, "decoupled for adamw and muon, L2 for sgd", group="training", minimum=0.0)
     schedule: str = _option(
         "trapezoid",
-        "course of the learning rate",
+        "learning-rate schedule",
         group="training",
         choices=("trapezoid", "wsd", "cosine", "constant", "linear", "one-cycle"),
     )

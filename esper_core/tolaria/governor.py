@@ -51,7 +51,7 @@ class GovernorConfig:
     snapshot_every: int = _option(100, "optimizer steps between snapshots, beside one at each decision", 1, 100_000)
     embargo: int = _option(4, "decisions for which the guilty command is refused", 1, 10_000)
     recovery: int = _option(2, "decisions after a rollback in which nothing new should grow", 0, 10_000)
-    patience: int = _option(5, "rollbacks in a row after which the run is beyond rescue", 1, 1000)
+    patience: int = _option(5, "rollbacks in a row after which the run is unrecoverable", 1, 1000)
     pardon: int = _option(200, "optimizer steps without alarm that end such a row", 1, 1_000_000)
     settle: int = _option(
         100,
@@ -233,7 +233,7 @@ class Governor:
         """Record a rollback; forget the losses since `to_step`, and embargo the guilty command.
 
         Args:
-            strike: whether it brings the run nearer to being beyond rescue. A seed that was missed while it withered
+            strike: whether it brings the run nearer to being unrecoverable. A seed that was missed while it withered
                 does not: that is what the audit asked, and the state from before it is whole. Nor do data at fault.
         """
         self.rollbacks += 1
@@ -260,7 +260,7 @@ class Governor:
         return self._level()[0] if self.losses else math.nan
 
     @property
-    def beyond_rescue(self) -> bool:
+    def unrecoverable(self) -> bool:
         """Whether too many rollbacks came in a row."""
         return self.strikes > self.config.patience
 

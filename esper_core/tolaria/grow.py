@@ -178,7 +178,7 @@ def grow(
 
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
-        RunFailed: the run is beyond rescue; the model is back in its last good state.
+        RunFailed: the run is unrecoverable; the model is back in its last good state.
     """
     config = RunConfig.from_mapping(
         {"device": _device_of(model), **options, "host": OWN_MODEL, "blueprints": tuple(blueprints)}

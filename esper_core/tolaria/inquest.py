@@ -77,7 +77,7 @@ def answer(tolaria: Tolaria, alarm: Alarm) -> None:
     """Remove the seed that is measured to be behind `alarm`, accept a new level, or return to the last good state.
 
     Raises:
-        RunFailed: beyond rescue; the model is back in its last good state.
+        RunFailed: unrecoverable; the model is back in its last good state.
     """
     found = find_harmful(tolaria, alarm)
     if found is None and not is_another_level(tolaria, alarm):
@@ -93,7 +93,7 @@ def answer(tolaria: Tolaria, alarm: Alarm) -> None:
         tolaria.tell_audit(verdict)
         for auditor in auditors(tolaria.controller):
             auditor.removed(path)
-        tolaria.uproot(path, why)
+        tolaria.remove_seed(path, why)
         tolaria.flops_each = None
     governor.settle()
     if found is not None:

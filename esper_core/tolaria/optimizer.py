@@ -75,10 +75,10 @@ class GrowthOptimizer:
         """Track what lives on `plane`, now and from now on."""
         matrices = {id(p) for p in plane.host.module.parameters() if p.dim() == 2}
         self._not_hidden = frozenset(matrices - hidden_matrices(plane.host.module))
-        plane.on_change(self.heed)
+        plane.on_change(self.on_stage_change)
         self.sync(plane)
 
-    def heed(self, change: StageChange) -> None:
+    def on_stage_change(self, change: StageChange) -> None:
         """Take up the parameters that a change brought to life, and drop those that it removed."""
         gone = {id(p) for p in change.removed}
         for path, seed in list(self.seeds.items()):

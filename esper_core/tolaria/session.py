@@ -128,7 +128,7 @@ class Tolaria:
         optimizer.check(plane)
         if sensors is not None:
             sensors.attach()
-        self._teach(controller)
+        self._connect_auditors(controller)
 
     # --- In the loop ---
 
@@ -159,7 +159,7 @@ class Tolaria:
             examples: in the batch.
 
         Raises:
-            RunFailed: beyond rescue; the model is back in its last good state.
+            RunFailed: unrecoverable; the model is back in its last good state.
         """
         if self.sensors is not None:
             self.sensors.after_step()
@@ -187,7 +187,7 @@ class Tolaria:
             epoch: epochs done, with fractions.
 
         Raises:
-            RunFailed: beyond rescue; the model is back in its last good state.
+            RunFailed: unrecoverable; the model is back in its last good state.
         """
         self.batches = batches = list(batches) if iter(batches) is batches else batches  # audits read them again
         alarm = self._drain()
@@ -200,7 +200,7 @@ class Tolaria:
             if math.isfinite(measured.loss):
                 self._tell_fault("validation", f"the loss was {first.loss} once", "the second measurement counts")
         self._fit_rent(measured.loss)
-        alarm = alarm or self.governor.observe_validation(measured.loss, self.clock.step) or self._find_sick()
+        alarm = alarm or self.governor.observe_validation(measured.loss, self.clock.step) or self._check_parameters()
         commands: list[Command] = []
         view = None
         if alarm is not None:
@@ -271,7 +271,7 @@ class Tolaria:
         for path in paths:
             blueprint = self.plane.growths[path].blueprint
             self._tell_fault(f"seed {path}", error, "the seed was culled")
-            self.uproot(path, "it raised")
+            self.remove_seed(path, "it raised")
             if self.governor.note_fault(blueprint):
                 action = f"blueprint {blueprint} is embargoed for {self.governor.config.embargo} decisions"
                 self._tell_fault(f"blueprint {blueprint}", error, action)
@@ -280,7 +280,7 @@ class Tolaria:
         told = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self.emit(FaultCaught(step=self.clock.step, where=where, error=told[:500], action=action))
 
-    def uproot(self, path: str, reason: str) -> None:
+    def remove_seed(self, path: str, reason: str) -> None:
         """Remove a seed now, whatever its stage, and keep its slot empty for a while."""
         stage = self.plane.growths[path].stage
         if not STAGES[stage].occupied:
@@ -469,12 +469,12 @@ class Tolaria:
             for module in (host.module, self.plane.module):
                 module.train(training)
 
-    def _find_sick(self) -> Alarm | None:
+    def _check_parameters(self) -> Alarm | None:
         """Cull isolated seeds that are not finite; the host or a seed that contributes is an alarm."""
         sick = self._not_finite()
         isolated = [path for path in sick if path and STAGES[self.plane.growths[path].stage].isolated]
         for path in isolated:
-            self.uproot(path, "its parameters are not finite")
+            self.remove_seed(path, "its parameters are not finite")
         return Alarm("parameters are not finite", math.nan, math.inf) if len(sick) > len(isolated) else None
 
     def _finish_decision(self, measured: Measurement, commands: Sequence[Command], view: RunView | None) -> None:
@@ -510,7 +510,7 @@ class Tolaria:
         """Return to the last good state, tell of all that changed, and bar the guilty command.
 
         Raises:
-            RunFailed: beyond rescue.
+            RunFailed: unrecoverable.
         """
         plane, governor, snapshot, step = self.plane, self.governor, self.snapshot, self.clock.step
         self.emit(GovernorAlarm(step=step, cause=alarm.cause, value=alarm.value, limit=alarm.limit))
@@ -549,9 +549,9 @@ class Tolaria:
         penalty = 0.0 if audited else governor.config.penalty
         self.emit(RolledBack(step=step, to_step=snapshot.step, lost=lost, guilty=guilty, penalty=penalty))
         tell_restored(self, before)
-        if governor.beyond_rescue:
+        if governor.unrecoverable:
             raise RunFailed(
-                f"the run is beyond rescue after {governor.strikes} rollbacks in a row ({alarm.cause})",
+                f"the run is unrecoverable after {governor.strikes} rollbacks in a row ({alarm.cause})",
                 "a loss that stays finite",
                 "a lower --learning-rate",
             )
@@ -563,7 +563,7 @@ class Tolaria:
             plane.embargo(slot, governor.config.embargo)
             entering = plane.growths[slot].stage.spec.entering
             if (entering and (found is None or slot in found.seeds)) or governor.offences[slot] > 1:
-                self.uproot(slot, f"guilty of: {alarm.cause}")
+                self.remove_seed(slot, f"guilty of: {alarm.cause}")
 
     def is_finite(self) -> bool:
         """Whether every parameter of the host, and of seeds that are let in, is finite."""
@@ -582,7 +582,7 @@ class Tolaria:
 
     # --- What is told ---
 
-    def _teach(self, controller: object) -> None:
+    def _connect_auditors(self, controller: object) -> None:
         """Give an auditor around the controller what only the loop can measure."""
         while controller is not None:
             if getattr(controller, "measure", self) is None:

@@ -247,7 +247,7 @@ class Trainer:
             self._fault("training data", ValueError(told), f"it was left out; {governor.skipped} so far")
         if not usable:
             told = f"{governor.skipped_in_a_row} batches in a row hold values that are not finite"
-            raise RunFailed(f"the run is beyond rescue: {told}", "finite data", "clean them, then esper resume")
+            raise RunFailed(f"the run is unrecoverable: {told}", "finite data", "clean them, then esper resume")
         return fine
 
     def _examine(self, alarm: Alarm) -> Finding | None:

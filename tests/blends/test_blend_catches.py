@@ -103,11 +103,11 @@ def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("broken", "test"),
     [
-        (Plain, lambda case: case.test_identity_at_nought(MAP, float("inf"))),
-        (Plain, lambda case: case.test_identity_at_nought(MAP, float("nan"))),
+        (Plain, lambda case: case.test_identity_at_zero(MAP, float("inf"))),
+        (Plain, lambda case: case.test_identity_at_zero(MAP, float("nan"))),
         (Freezes, lambda case: case.test_host_never_freezes(MAP)),
         (Detaches, lambda case: case.test_host_never_freezes(MAP)),
-        (PoisonsItsGate, lambda case: case.test_identity_at_nought(MAP, float("inf"))),
+        (PoisonsItsGate, lambda case: case.test_identity_at_zero(MAP, float("inf"))),
         (PoolsTheFuture, lambda case: case.test_causal_points_see_no_future()),
         (Plain, lambda case: case.test_declares_itself()),
     ],
@@ -136,4 +136,4 @@ def test_alpha_as_a_number_is_caught() -> None:
 def test_a_broken_curve_is_caught(broken: Callable[[], Callable[[float], float]]) -> None:
     case = type("Case", (blend.CurveConformance,), {"spec": broken.__name__})()
     with pytest.raises(AssertionError):
-        case.test_rises_from_nought_to_one()
+        case.test_rises_from_zero_to_one()

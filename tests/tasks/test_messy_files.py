@@ -93,7 +93,7 @@ def test_rows_that_are_left_out_are_told(tmp_path) -> None:
     assert sum(s.examples for s in (task.train, task.validation, task.test)) == 40
 
 
-def test_one_and_one_point_nought_are_one_label(tmp_path) -> None:
+def test_one_and_one_point_zero_are_one_label(tmp_path) -> None:
     rows = '{"text":"a","label":1}\n{"text":"b","label":1.0}\n{"text":"c","label":"1"}\n{"text":"d","label":0}\n' * 8
     assert read("labelled", tmp_path / "t.jsonl", rows).outputs == 2
 

@@ -152,16 +152,16 @@ def test_a_faulty_blueprint_is_embargoed_and_all_its_seeds_are_named(tmp_path):
     assert any("embargo" in event["reason"] for event in refused), refused
 
 
-def test_a_run_beyond_rescue_ends_with_the_last_good_model(tmp_path, spoil):
+def test_an_unrecoverable_run_ends_with_the_last_good_model(tmp_path, spoil):
     spoil(lambda number, batch: Batch(batch.inputs * float("nan"), batch.targets) if number >= 9 else batch)
     settings = {"governor.patience": 2}
-    with pytest.raises(RunFailed, match=r"beyond rescue.*last good model is in"):
+    with pytest.raises(RunFailed, match=r"unrecoverable.*last good model is in"):
         start_run(ground.config(tmp_path / "run", settings=settings), registry=ground.registry())
     model = load_model(tmp_path / "run", registry=ground.registry())
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert torch.isfinite(model(torch.randn(2, 1, 8, 8))).all()
     (ended,) = ground.events(tmp_path / "run", "run_ended")
-    assert ended["status"] == "failed" and "beyond rescue" in ended["reason"]
+    assert ended["status"] == "failed" and "unrecoverable" in ended["reason"]
 
 
 def test_a_loader_that_raises_stops_the_run_and_it_resumes(tmp_path, spoil):

@@ -60,7 +60,7 @@ def test_a_seed_on_probation_makes_the_watch_tight():
     for stage in (Stage.FOSSILIZED, Stage.PROBATIONARY):
         draw = random.Random(0)
         governor = Governor(GovernorConfig(floor=0.0), math.log(10))
-        governor.status([Stage.DORMANT, stage])
+        governor.watch([Stage.DORMANT, stage])
         assert governor.observe([1.0 + draw.gauss(0, 0.1) for _ in range(150)], 150) is None
         alarms[stage] = governor.observe([1.25] * 25, 175)  # between two and three deviations
     assert alarms[Stage.FOSSILIZED] is None and "2 deviations" in alarms[Stage.PROBATIONARY].cause
@@ -106,17 +106,17 @@ def test_an_embargo_ends():
     assert left == [2, 1, 0] and governor.embargo_left(Op.CULL, "a") == 0
 
 
-def test_rollbacks_in_a_row_are_beyond_rescue_and_calm_pardons():
+def test_rollbacks_in_a_row_are_unrecoverable_and_calm_pardons():
     governor = Governor(GovernorConfig(patience=2, pardon=50), math.log(10))
     for step in (10, 20):
         governor.roll_back(step, 5, None)
-    assert not governor.beyond_rescue and governor.caution == 0.25
+    assert not governor.unrecoverable and governor.caution == 0.25
     governor.observe([1.0] * 10, 100)
     governor.roll_back(110, 100, None)
     assert governor.strikes == 1 and governor.rollbacks == 3
     for step in (120, 130):
         governor.roll_back(step, 100, None)
-    assert governor.beyond_rescue
+    assert governor.unrecoverable
 
 
 @settings(max_examples=40, deadline=None)

@@ -70,7 +70,7 @@ class Cohort:
         """What every member sees at a decision; the trunk, if anybody needs it, has its own beside them.
 
         Raises:
-            RunFailed: the trunk, which grows nothing, is beyond rescue.
+            RunFailed: the trunk, which grows nothing, is unrecoverable.
         """
         if self.twin or any(member.shared for member in self.members):
             self.trunk.observe(batches, epoch)

@@ -68,7 +68,7 @@ def frontier_of(run: RunConfig, budget: float, registry: Registry, seeds: int) -
     own = [run.settings.get(f"{spec.name}.{name}", defaults[name]) for name in spec.sizes]
     if not own or not all(isinstance(size, int) and size > 0 for size in own):
         hint = f"--set {spec.name}.{spec.sizes[0]}=2" if spec.sizes else "esper compare RUN --arms host@FLOPs"
-        raise BadOption(f"nobody knows which sizes {run.host} could have", "a host with size options", hint)
+        raise BadOption(f"the sizes of host {run.host} are unknown", "a host with size options", hint)
     base = {key: value for key, value in run.to_mapping().items() if key not in _OWN}
     host = tuple(int(str(size)) for size in own)
     grown = Job(arm="grown", budget=budget, size=dict(zip(spec.sizes, host, strict=True)), rate=0.0, heuristic=True,

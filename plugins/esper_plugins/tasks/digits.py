@@ -2,7 +2,7 @@
 
 The splits are fixed and stratified by class. scikit-learn's function
 `train_test_split(test_size=450, stratify=labels, random_state=0)` sets a quarter aside for
-testing; of the other 1,347, `validation` (a share) is held out likewise.
+testing; of the other 1,347, `validation` (a share) is held out in the same way.
 
 Source: E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Repository, 1998.
 """
