@@ -364,8 +364,11 @@ def deeper_host(config: RunConfig, plane: Plane, organs: Sequence[Organ], regist
     if not spec.sizes or families != {"depth"}:
         return None
     name = f"{spec.name}.{spec.sizes[0]}"
-    default = next(option.default for option in spec.options if option.name == spec.sizes[0])
-    depth, wanted = config.settings.get(name, default), plane.host_params + plane.ledger.seed_params
+    option = next(option for option in spec.options if option.name == spec.sizes[0])
+    depth, wanted = (
+        option.parse(config.settings.get(name, option.default)),
+        plane.host_params + plane.ledger.seed_params,
+    )
     if not isinstance(depth, int) or depth < 1:
         return None
     task, _ = assembly.build_task(config, registry)

@@ -113,7 +113,7 @@ def run_row(job: Job) -> dict:
 
 
 def test_the_frontier_of_a_run_tells_what_tokens_and_flops_were_worth() -> None:
-    config = RunConfig(host="gpt", budget_total="1e12", learning_rate=0.008, settings={"gpt.layers": 1})
+    config = RunConfig(host="gpt", budget_total="1e12", learning_rate=0.008, settings={"gpt.layers": "1"})
     frontier = frontier_of(config, 1e12, load_registry(), seeds=2)
     assert (1, 64) in frontier.sizes and (2, 64) in frontier.sizes and len(frontier.sizes) > 6
     assert frontier.arms()[0].size == {"layers": 1, "width": 64}

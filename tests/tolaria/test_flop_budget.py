@@ -89,7 +89,7 @@ def test_what_is_no_budget_is_refused(text):
 @pytest.mark.parametrize(("optimizer", "slots"), [("adamw", ["blocks.0", "blocks.0+1"]), ("muon", ["blocks.0"])])
 def test_the_heuristic_deepens_a_network_by_its_budget_alone(tmp_path, monkeypatch, optimizer, slots):
     monkeypatch.setattr(scaling, "NEED", {"adamw": 5.0, "muon": 13.0}[optimizer])
-    settings = {"gpt.layers": 1, "gpt.width": 16, "gpt.heads": 1, "stdlib.length": 16, "governor.settle": 2}
+    settings = {"gpt.layers": "1", "gpt.width": 16, "gpt.heads": 1, "stdlib.length": 16, "governor.settle": 2}
     config = RunConfig(
         host="gpt", budget_total="1e9", batch_size=8, optimizer=optimizer, settings=settings, out=str(tmp_path / "run"),
         decisions_per_epoch=0, device="cpu",

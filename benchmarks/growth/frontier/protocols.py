@@ -47,7 +47,7 @@ def p9(quick: bool = False) -> list[Frontier]:
         Frontier(
             name="p9", base=_STDLIB, config=WARM, budget=5e12, host=(1, 64), sizes=sizes,
             grown=(heuristic, by_hand, narrow),
-            controls=(zero,), rates=(0.008, 0.016, 0.004), seeds=5,
+            controls=(zero,), rates=(0.008, 0.016, 0.004), margin=0.1, seeds=5,
         )
     ]  # fmt: skip
 

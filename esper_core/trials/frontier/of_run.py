@@ -64,8 +64,8 @@ def frontier_of(run: RunConfig, budget: float, registry: Registry, seeds: int) -
     """The plan: sizes around the host's own, at a budget of FLOPs."""
     spec = registry.find("host", split_reference(run.host)[0]).spec
     assert isinstance(spec, HostSpec)
-    defaults = {option.name: option.default for option in spec.options}
-    own = [run.settings.get(f"{spec.name}.{name}", defaults[name]) for name in spec.sizes]
+    options = {option.name: option for option in spec.options}
+    own = [options[name].parse(run.settings.get(f"{spec.name}.{name}", options[name].default)) for name in spec.sizes]
     if not own or not all(isinstance(size, int) and size > 0 for size in own):
         hint = f"--set {spec.name}.{spec.sizes[0]}=2" if spec.sizes else "esper compare RUN --arms host@FLOPs"
         raise BadOption(f"the sizes of host {run.host} are unknown", "a host with size options", hint)
@@ -77,6 +77,7 @@ def frontier_of(run: RunConfig, budget: float, registry: Registry, seeds: int) -
     return Frontier(
         name=spec.name, base=base, budget=budget, sizes=sizes_around(host), host=host, options=spec.sizes,
         grown=(grown,), rates=(rate, 2 * rate, rate / 2), decays=(0.4, 0.2), finalists=1, seeds=seeds, tune_seed=1000,
+        margin=0.15,  # nobody knows how well the run's rate suits other sizes
     )  # fmt: skip
 
 
