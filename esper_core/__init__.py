@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from esper_core.tolaria.config import RunConfig as RunConfig
     from esper_core.tolaria.grow import accompany as accompany
     from esper_core.tolaria.grow import grow as grow
-    from esper_core.tolaria.grow import to_batch as to_batch
+    from esper_core.tolaria.labels import to_batch as to_batch
     from esper_core.tolaria.model_file import load_growth as load_growth
     from esper_core.tolaria.model_file import load_model as load_model
     from esper_core.tolaria.model_file import save_growth as save_growth
+    from esper_core.tolaria.progress_file import resume as resume
+    from esper_core.tolaria.progress_file import save_progress as save_progress
     from esper_core.tolaria.run import resume_run as resume_run
     from esper_core.tolaria.run import start_run as start_run
     from esper_core.tolaria.session import Tolaria as Tolaria
@@ -53,11 +55,13 @@ PUBLIC: dict[str, str] = {
     "load_growth": "esper_core.tolaria.model_file:load_growth",
     "load_model": "esper_core.tolaria.model_file:load_model",
     "load_registry": "esper_core.registry:load_registry",
+    "resume": "esper_core.tolaria.progress_file:resume",
     "resume_run": "esper_core.tolaria.run:resume_run",
     "save_growth": "esper_core.tolaria.model_file:save_growth",
+    "save_progress": "esper_core.tolaria.progress_file:save_progress",
     "split_reference": "esper_core.registry:split_reference",
     "start_run": "esper_core.tolaria.run:start_run",
-    "to_batch": "esper_core.tolaria.grow:to_batch",
+    "to_batch": "esper_core.tolaria.labels:to_batch",
 }
 """Every public name and where it is. The imports above say the same to type checkers; a test compares them."""
 

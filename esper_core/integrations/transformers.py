@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from esper_core.kasmina.compose import compose
+from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
-from esper_core.leyline.events import Event
+from esper_core.leyline.events import Event, FaultCaught
 from esper_core.leyline.host import Batch
-from esper_core.tolaria.grow import ToBatch, accompany, to_batch
-from esper_core.tolaria.model_file import save_growth
+from esper_core.tolaria.grow import accompany
+from esper_core.tolaria.labels import ToBatch, to_batch
+from esper_core.tolaria.model_file import load_growth
+from esper_core.tolaria.progress_file import resume, save_progress
 from esper_core.tolaria.session import Tolaria
+
+_FILE = "growth.safetensors"
+_COMPARED = 3
+_DIFFERENT = 0.01
 
 
 class GrowthCallback(TrainerCallback):
@@ -27,9 +35,13 @@ class GrowthCallback(TrainerCallback):
         Trainer(model=model, callbacks=[growth], ...).train()
         plain = growth.compose()
 
-    The trainer's optimizer and scheduler are left as they are; its checkpoints get the seeds as `growth.safetensors`
-    beside the model, whose keys do not change. For one process and one device; with fp16 the seeds see scaled
-    gradients, so prefer bf16.
+    The trainer's optimizer and scheduler are left as they are. Its checkpoints get the seeds and their progress as
+    `growth.safetensors` beside the model, whose keys do not change; `resume_from_checkpoint` and
+    `load_best_model_at_end` find them there. For one process and one device, and one `train()`; with fp16 the seeds see
+    scaled gradients, so prefer bf16.
+
+    Where the model's output has no loss, because of `label_smoothing_factor` or of a `compute_loss` of one's own, call
+    `watch(trainer)` before `train()`: otherwise seeds grow without the training loss, which is said aloud.
 
     Args:
         validation: batches that decisions read, each a mapping with `labels`; read anew at each decision.
@@ -51,7 +63,8 @@ class GrowthCallback(TrainerCallback):
         self.validation, self.decisions, self.convert, self.on_event = validation, decisions, convert, on_event
         self.options = options
         self.tolaria: Tolaria | None = None
-        self._loss: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self._summed, self._watched, self._compared, self._unseen = False, False, 0, 0
         self._device = "cpu"
         self._hook: Any = None
 
@@ -72,8 +85,31 @@ class GrowthCallback(TrainerCallback):
         """An independent plain module with the seeds built in."""
         return compose(self.plane).eval()
 
+    def watch(self, trainer: Any) -> GrowthCallback:
+        """Take the training loss from `trainer.compute_loss`, for models whose output does not hold it."""
+        compute = trainer.compute_loss
+
+        def noted(*args: Any, **given: Any) -> Any:
+            answer = compute(*args, **given)
+            loss = answer[0] if isinstance(answer, tuple) else answer
+            own = trainer.compute_loss_func is not None or getattr(trainer, "model_accepts_loss_kwargs", False)
+            if torch.is_grad_enabled():
+                self._note(loss, own and given.get("num_items_in_batch") is not None)
+            return answer
+
+        trainer.compute_loss, self._watched = noted, True
+        return self
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
-        """Lay the plane over the model."""
+        """Lay the plane over the model; go on from the trainer's checkpoint if it does.
+
+        Raises:
+            EsperError: several devices or processes, a second `train()`, or a checkpoint without its seeds.
+        """
+        if self.tolaria is not None:
+            raise EsperError("this callback has grown a model already", "one callback a train()", "GrowthCallback(...)")
+        if max(getattr(args, "n_gpu", 1), getattr(args, "world_size", 1)) > 1:
+            raise EsperError("the trainer uses several devices", "one process and one device", "CUDA_VISIBLE_DEVICES=0")
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         sample = next(iter(self.validation), None)
         if sample is None:
@@ -83,12 +119,24 @@ class GrowthCallback(TrainerCallback):
             model, optimizer, sample, steps=state.max_steps, decisions=self.decisions, convert=self.convert,
             emit=self.on_event, **self.options,
         )  # fmt: skip
-        self._hook = model.register_forward_hook(self._note_loss)
+        self.convert = self.tolaria.convert or self.convert
+        if state.global_step > 0:
+            resume(self.tolaria, self._beside(args, state.global_step))
+        if not self._watched:
+            self._hook = model.register_forward_hook(self._look, with_kwargs=True)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Update the seeds after the host, while the gradients are there."""
-        if self.tolaria is not None and self._loss is not None:
-            self.tolaria.step(self._loss, args.train_batch_size * args.gradient_accumulation_steps)
+        if self.tolaria is None:
+            return
+        losses, self._losses = self._losses, []
+        loss = None
+        if losses:
+            loss = torch.stack(losses).sum() if self._summed else torch.stack(losses).mean()
+        elif not self._unseen:
+            self._unseen = 1
+            self._say("the model's output holds no loss, so growth goes without it; growth.watch(trainer) shows it")
+        self.tolaria.step(loss, args.train_batch_size * args.gradient_accumulation_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Decide when it is time."""
@@ -99,17 +147,67 @@ class GrowthCallback(TrainerCallback):
         """Save the seeds beside the trainer's checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.tolaria is not None and folder.is_dir():
-            save_growth(self.tolaria.plane, folder / "growth.safetensors")
+            save_progress(self.tolaria, folder / _FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Stop listening to the model."""
+        """Stop listening to the model; where the trainer went back to its best checkpoint, so do the seeds."""
         if self._hook is not None:
             self._hook.remove()
+        if self.tolaria is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            load_growth(self.tolaria.plane, Path(state.best_model_checkpoint) / _FILE)
+        if self.tolaria.clock.step == 0:
+            self._say("no growth step happened: the trainer never told of an optimizer step")
 
-    def _note_loss(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _beside(self, args: Any, step: int) -> Path:
+        given = args.resume_from_checkpoint
+        folders = [Path(args.output_dir) / f"checkpoint-{step}", *([Path(given)] if isinstance(given, str) else [])]
+        found = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
+        if found is None:
+            raise EsperError(
+                f"the trainer goes on at step {step}, and {folders[0]} holds no {_FILE}",
+                "a checkpoint that this callback wrote",
+                "train() without resume_from_checkpoint, to begin to grow anew",
+            )
+        return found
+
+    def _look(self, module: nn.Module, args: Any, given: Any, output: Any) -> None:
+        """See the loss in a training pass, and compare the first ones with Esper's own."""
+        if not (module.training and torch.is_grad_enabled()):
+            return
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        if module.training and isinstance(loss, Tensor) and torch.is_grad_enabled():
-            self._loss = loss.detach()
+        if not isinstance(loss, Tensor):
+            return
+        whole = given.get("num_items_in_batch") is None
+        self._note(loss, not whole)
+        if self._compared < _COMPARED and whole and "labels" in given and self.tolaria is not None:
+            self._compared += 1
+            self._compare(given, output, float(loss))
+
+    def _compare(self, given: Any, output: Any, loss: float) -> None:
+        assert self.tolaria is not None
+        try:
+            targets = self.convert({name: value for name, value in given.items() if value is not None}).targets
+            with torch.no_grad():
+                own = float(self.tolaria.objective.loss(pick_logits(output).detach(), targets))
+        except Exception as error:  # noqa: BLE001 - whatever a convert of one's own makes of a training batch
+            self._say(f"the trainer's loss could not be compared: {type(error).__name__}: {error}")
+            return
+        if abs(own - loss) > _DIFFERENT * max(abs(loss), 0.1):
+            self._say(
+                f"growth is judged by another loss than the trainer's: {own:.4g} and {loss:.4g} on one batch; "
+                "give convert= or loss="
+            )
+
+    def _note(self, loss: Tensor, summed: bool) -> None:
+        self._losses.append(loss.detach().float().mean())
+        self._summed = summed
+
+    def _say(self, what: str) -> None:
+        assert self.tolaria is not None
+        warnings.warn(what, stacklevel=3)
+        self.on_event(FaultCaught(step=self.tolaria.clock.step, where="trainer", error=what, action="training goes on"))
 
 
 class _Again:

@@ -264,6 +264,10 @@ class Plane:
             raise IllegalCommand(f"{command.op} at {command.slot} was vetoed: {veto}")
         return transition
 
+    def permits(self, command: Command) -> bool:
+        """Whether no plugin vetoes `command`. Views ask, so that no controller is offered what would be refused."""
+        return not self.registry.hook.esper_veto.get_hookimpls() or not self._veto(command)
+
     def _veto(self, command: Command) -> str:
         """Why a plugin refuses `command`; empty if none does. A veto that fails refuses too: it is there to guard."""
         try:

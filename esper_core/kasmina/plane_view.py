@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from esper_core.kasmina import nursery
 from esper_core.kasmina.growth import Growth, gate_value
+from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError, IllegalCommand
 from esper_core.leyline.specs import BlueprintSpec
 from esper_core.leyline.stages import EMPTY, STAGES, Op, find_transition, legal_ops
@@ -128,19 +129,21 @@ def _affordable(plane: Plane, path: str, left: tuple[int | None, int | None]) ->
         if spec.family in barren or nursery.refusal(plane, path, name, spec):
             continue
         params, flops = plane.cost(path, name)
-        if all(limit is None or cost <= limit for cost, limit in zip((params, flops), left, strict=True)):
+        affordable = all(limit is None or cost <= limit for cost, limit in zip((params, flops), left, strict=True))
+        if affordable and plane.permits(Command(Op.GERMINATE, path, name)):
             views.append(BlueprintView(name, spec.family, spec.capabilities, params, flops))
     return tuple(views)
 
 
 def _legal(plane: Plane, path: str, growth: Growth, can_germinate: bool) -> frozenset[Op]:
-    """The table's operations less those that a gate, an embargo or a budget refuses now."""
+    """The table's operations less those that a gate, an embargo, a budget or a plugin's veto refuses now."""
     legal = set()
     for op in legal_ops(growth.stage):
         transition = find_transition(growth.stage, op)
         if op is Op.GERMINATE and not can_germinate:
             continue
         rent = plane.rent_of(path)
-        if transition is None or all(g.passes(gate_value(g, growth, rent)) for g in transition.gates):
+        passes = transition is None or all(g.passes(gate_value(g, growth, rent)) for g in transition.gates)
+        if passes and (op in (Op.WAIT, Op.GERMINATE) or plane.permits(Command(op, path))):
             legal.add(op)
     return frozenset(legal)

@@ -11,7 +11,7 @@ from torch import nn
 
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
-from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.errors import BadOption
 from esper_core.leyline.events import Event, Sink
 from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Objective
@@ -19,6 +19,8 @@ from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.foreign import alone, as_it_was
+from esper_core.tolaria.labels import ToBatch, settle, to_batch
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.own_objective import Judge, Loss
 from esper_core.tolaria.session import Tolaria
@@ -26,33 +28,7 @@ from esper_core.tolaria.setup import OWN_MODEL, OwnModel, check_settings, set_up
 from esper_core.tolaria.timetable import Timetable
 from esper_core.tolaria.trainer import RunResult, Trainer
 
-ToBatch = Callable[[Any], Batch]
 Judged = tuple[Loss, Judge, bool]
-
-
-def to_batch(item: Any) -> Batch:
-    """What a loader yields, as a batch: `(inputs, …, targets)`, or a mapping with `labels`.
-
-    Several inputs go to the model as its positional arguments.
-
-    Labels that are a language model's own `input_ids`, as Hugging Face has them, are shifted to the next token.
-
-    Raises:
-        EsperError: neither.
-    """
-    if isinstance(item, Batch):
-        return item
-    if isinstance(item, Mapping) and "labels" in item:
-        inputs = {name: value for name, value in item.items() if name != "labels"}
-        targets = item["labels"]
-        if "input_ids" in inputs and targets.shape == inputs["input_ids"].shape:
-            targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], -100)], dim=1)
-        return Batch(inputs, targets)
-    if isinstance(item, Sequence) and len(item) >= 2:
-        return Batch(item[0] if len(item) == 2 else tuple(item[:-1]), item[-1])
-    raise EsperError(
-        f"the loader yields a {type(item).__name__}", "(inputs, targets) or a mapping with labels", "convert="
-    )
 
 
 @attrs.frozen
@@ -73,7 +49,10 @@ class LoaderSplit:
 
     def batch_count(self, batch_size: int) -> int | None:
         """Batches in an epoch, if the loader knows; its own batch size holds."""
-        return len(self.loader) if isinstance(self.loader, Sized) else None
+        try:
+            return len(self.loader) if isinstance(self.loader, Sized) else None
+        except TypeError:  # a DataLoader has a length, and refuses to tell it over an IterableDataset
+            return None
 
     def batches(
         self,
@@ -185,19 +164,35 @@ def grow(
     )
     registry, record = registry or load_registry(), _Record()
     check_settings(config, registry)
+    alone(model)
+    with as_it_was():
+        return _grow(
+            model, train_loader, val_loader, test_loader, config, registry, record, convert, points,
+            (loss, metric, higher_is_better), sinks or {},
+        )  # fmt: skip
+
+
+def _grow(
+    model: nn.Module, train_loader: Iterable[Any], val_loader: Iterable[Any], test_loader: Iterable[Any] | None,
+    config: RunConfig, registry: Registry, record: _Record, convert: ToBatch, points: Sequence[str] | None,
+    judged: Judged, sinks: Mapping[str, Sink],
+) -> Grown:  # fmt: skip
     assembly.make_deterministic(config.seed)
     model.to(assembly.choose_device(config.device)).train()
+    first = _first(val_loader)
+    convert = settle(convert, model, first)
+    loss, metric, higher_is_better = judged
     task = LoaderTask(
         LoaderSplit(train_loader, convert),
         LoaderSplit(val_loader, convert),
         LoaderSplit(() if test_loader is None else test_loader, convert),
     )
     own = OwnModel(
-        module=model, points=points, sample=_first(val_loader, convert), loss=loss, metric=metric,
+        module=model, points=points, sample=convert(first), loss=loss, metric=metric,
         higher_is_better=higher_is_better,
     )  # fmt: skip
     setup = set_up_module(config, registry, own, task)
-    hub = Hub({"record": record, **(sinks or {})}, registry)
+    hub = Hub({"record": record, **sinks}, registry)
     trainer = Trainer(setup, setup.build_tolaria(hub.emit), hub, None, about={}, test=test_loader is not None)
     try:
         result = trainer.run()
@@ -233,7 +228,7 @@ def accompany(
             tolaria.step(loss, len(targets))
             optimizer.zero_grad()
             if tolaria.due(steps):
-                tolaria.decide(map(to_batch, val_loader))
+                tolaria.decide(map(tolaria.convert, val_loader))
 
     Seeds have an optimizer of their own, which follows the learning rate of the first of `optimizer`'s groups.
 
@@ -251,6 +246,8 @@ def accompany(
     config = RunConfig.from_mapping(
         {**options, "device": _device_of(model), "host": OWN_MODEL, "blueprints": tuple(blueprints)}
     )
+    alone(model)
+    convert = settle(convert, model, sample)
     registry, split = registry or load_registry(), LoaderSplit((sample,), convert)
     task = LoaderTask(LoaderSplit(()), split, LoaderSplit(()))
     own = OwnModel(
@@ -259,15 +256,17 @@ def accompany(
     )  # fmt: skip
     setup = set_up_module(config, registry, own, task, Timetable.of_steps(config, steps, decisions))
     seeds = GrowthOptimizer((), config, assembly.part_config(config, "optimizer", OptimizerConfig), others=[optimizer])
-    return setup.build_tolaria(emit, optimizer=seeds)
+    tolaria = setup.build_tolaria(emit, optimizer=seeds)
+    tolaria.convert = convert
+    return tolaria
 
 
 def _device_of(model: nn.Module) -> str:
     return str(next((p.device for p in model.parameters()), torch.device("cpu")))
 
 
-def _first(loader: Iterable[Any], convert: ToBatch) -> Batch:
+def _first(loader: Iterable[Any]) -> Any:
     item = next(iter(loader), None)
     if item is None:
         raise BadOption("the loader is empty", "at least one batch")
-    return convert(item)
+    return item

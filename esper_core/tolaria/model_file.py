@@ -53,7 +53,7 @@ def save_model(plane: Plane, path: Path, about: Mapping[str, Any]) -> None:
         OSError: it could not be written.
     """
     path.parent.mkdir(exist_ok=True)
-    header = {"format": FORMAT, **about, **_growth_of(plane, RunConfig.from_mapping(about["config"]))}
+    header = {"format": FORMAT, **about, **growth_of(plane, RunConfig.from_mapping(about["config"]))}
     write_tensor_file(path, model_tensors(plane), header)
 
 
@@ -64,7 +64,7 @@ def save_growth(plane: Plane, path: str | Path) -> None:
         OSError: it could not be written.
     """
     seeds = {name: tensor for name, tensor in model_tensors(plane).items() if name.startswith("plane.")}
-    write_tensor_file(path, seeds, {"format": GROWTH_FORMAT, **_growth_of(plane)})
+    write_tensor_file(path, seeds, {"format": GROWTH_FORMAT, **growth_of(plane)})
 
 
 def origins_of(registry: Registry, config: RunConfig, task: str, plane: Plane) -> dict[str, dict[str, dict[str, str]]]:
@@ -97,7 +97,7 @@ def bind(registry: Registry, origins: Origins) -> Registry:
     return bound
 
 
-def _growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
+def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
     """Structure of the seeds, whose parts they are, and what they answer to a fixed input."""
     live = [growth for growth in plane.growths.values() if STAGES[growth.stage].occupied]
     names = [("blueprint", growth.blueprint) for growth in live]

@@ -114,6 +114,7 @@ class Tolaria:
         self.fossils_every = max(1, fossils_every)
         self.clock, self.snapshot = Clock(), Snapshot()
         self.batches: Iterable[Batch] = ()
+        self.convert: Callable[[Any], Batch] | None = None
         self.budget: float | None = None
         self.examine: Callable[[Alarm], Finding | None] | None = None
         self._deaths, self._churn = 0, dict[str, float]()
@@ -137,7 +138,7 @@ class Tolaria:
         if self.sensors is not None:
             self.sensors.after_backward(loss_scale)
 
-    def step(self, loss: Tensor, examples: int) -> None:
+    def step(self, loss: Tensor | None, examples: int) -> None:
         """Everything that belongs to one batch, where the caller's own optimizer updates the host.
 
         Call it between the optimizer's `step()` and `zero_grad()`. Arguments and errors are `after_step`'s.
@@ -151,11 +152,12 @@ class Tolaria:
         """Whether it is time for a decision step, in a run of that many optimizer steps."""
         return self.clock.step >= decision_step(self.clock.decision, steps, self.decisions)
 
-    def after_step(self, loss: Tensor, examples: int) -> None:
+    def after_step(self, loss: Tensor | None, examples: int) -> None:
         """Account for one optimizer step. Waits for the device only every `governor.check_every` steps.
 
         Args:
-            loss: the batch's mean loss, 0-dim, on the device.
+            loss: the batch's mean loss, 0-dim, on the device; None where nobody knows it: the governor then goes by the
+                validation split alone.
             examples: in the batch.
 
         Raises:
@@ -167,8 +169,9 @@ class Tolaria:
         if self.flops_each is None:
             self.flops_each = 3.0 * (self.plane.ledger.host_flops + self.plane.ledger.seed_flops)
         self.clock.total_flops += examples * self.flops_each
-        self._losses[self._waiting].copy_(loss.detach())
-        self._waiting += 1
+        if loss is not None:
+            self._losses[self._waiting].copy_(loss.detach())
+            self._waiting += 1
         changes = self.plane.step()
         if changes:
             self.optimizer.check(self.plane)

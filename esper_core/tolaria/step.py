@@ -63,7 +63,8 @@ class Strategy:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss` to those of the step; `last`: nothing will be added after this."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # a frozen host in which nothing grows yet has nothing to learn
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def complete(self, parameters: Iterable[nn.Parameter]) -> None:
         """Called after the last backward of a step and before gradients are read: exchange them between processes."""

@@ -1,0 +1,55 @@
+"""Growth in a process and on a model of someone else: what it refuses to start with, and what it puts back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from esper_core.kasmina.module_host import SlotHook
+from esper_core.leyline.errors import EsperError
+
+
+def alone(model: nn.Module) -> None:
+    """Refuse a model that several processes or devices train, or on which something grows already.
+
+    Raises:
+        EsperError: so it is.
+    """
+    distributed = cast("Any", torch.distributed)
+    if distributed.is_available() and distributed.is_initialized():
+        ranks = distributed.get_world_size()
+        if ranks > 1:
+            raise EsperError(
+                f"{ranks} ranks train together, and each would grow a model of its own", "one process", "one GPU"
+            )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise EsperError(f"the model is wrapped in {type(model).__name__}", "a model on one device", "model.module")
+    for path, module in model.named_modules():
+        if any(isinstance(hook, SlotHook) for hook in module._forward_hooks.values()):
+            raise EsperError(
+                f"something grows in this model already, at {path}",
+                "a model without slots",
+                "compose(plane), an independent model with its seeds built in",
+            )
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Put back what a run sets for the whole process: seeds, determinism, cuDNN's choices and the environment."""
+    mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+            torch.backends.cudnn.benchmark = benchmark
+            if workspace is None:
+                os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

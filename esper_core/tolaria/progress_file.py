@@ -1,0 +1,60 @@
+"""Growth beside a loop of one's own as one file: the seeds, how far they are, and how their optimizer stands.
+
+The host's weights, its optimizer and the learning-rate schedule are the loop's own affair; their checkpoint belongs
+beside this file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from esper_core.leyline.errors import BadFile
+from esper_core.registry.origin import Origins
+from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
+from esper_core.tolaria.model_file import GROWTH_FORMAT, bind, growth_of
+from esper_core.tolaria.session import Tolaria
+from esper_core.tolaria.snapshot import load_training, training_plain, training_tensors
+
+
+def save_progress(tolaria: Tolaria, path: str | Path) -> None:
+    """Write what `resume` needs. `load_growth` reads such a file too, for a model that is only used.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in training_tensors(tolaria.plane, tolaria.optimizer).items()
+        if name.startswith(("plane.", "optimizer.seed."))
+    }
+    state = {name: value for name, value in tolaria.state_dict().items() if name != "snapshot"}
+    training = {"plain": training_plain(tolaria.plane, tolaria.optimizer), "tolaria": state}
+    write_tensor_file(path, tensors, {"format": GROWTH_FORMAT, **growth_of(tolaria.plane), "training": training})
+
+
+def resume(tolaria: Tolaria, path: str | Path) -> None:
+    """Go on from what `save_progress` wrote, after the loop has loaded its own checkpoint.
+
+        tolaria = accompany(model, optimizer, first_batch, steps=steps)
+        model.load_state_dict(...)
+        optimizer.load_state_dict(...)
+        resume(tolaria, "growth.safetensors")
+
+    Raises:
+        BadFile: damaged, made for another host, or written by `save_growth`, which keeps no progress.
+        MissingDependency: a package is not installed that the file has parts of.
+    """
+    tensors, header = read_tensor_file(path)
+    if header.get("format") != GROWTH_FORMAT or "training" not in header:
+        raise BadFile(f"{path} holds no progress", "a file of save_progress", "load_growth, to use the seeds only")
+    plane, optimizer = tolaria.plane, tolaria.optimizer
+    with expect_well_formed(path):
+        origins = Origins.read(header["origins"])
+    plane.registry = bind(plane.registry, origins)
+    with expect_well_formed(path):
+        live = training_tensors(plane, optimizer)
+        theirs = ("host.", "optimizer.other.", "optimizer.host.")
+        kept = {name: tensor.clone() for name, tensor in live.items() if name.startswith(theirs)}
+        load_training(plane, optimizer, {**kept, **tensors}, header["training"]["plain"], path)
+        tolaria.load_state_dict(header["training"]["tolaria"])
+        optimizer.check(plane)
