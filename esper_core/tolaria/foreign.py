@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ def alone(model: nn.Module) -> None:
     Raises:
         EsperError: so it is.
     """
-    distributed = cast("Any", torch.distributed)
+    distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         ranks = distributed.get_world_size()
         if ranks > 1:
@@ -43,7 +42,8 @@ def as_it_was() -> Iterator[None]:
     """Put back what a run sets for the whole process: seeds, determinism, cuDNN's choices and the environment."""
     mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if used else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield
