@@ -139,12 +139,6 @@ def test_esper_measures_the_loss_that_the_trainer_trains(tmp_path, name) -> None
     assert last == pytest.approx(own, rel=1e-3)
 
 
-def test_another_loss_than_the_trainers_is_told(tmp_path) -> None:
-    growth = callback("tokens", tmp_path, convert=lambda i: to_batch(i, shifted=True))
-    with pytest.warns(UserWarning, match="judged by another loss"):
-        train(tmp_path / "out", "tokens", growth)
-
-
 @pytest.mark.parametrize("k", [2, 4])
 def test_accumulated_gradients_divide_no_loss(tmp_path, k) -> None:
     """The training loss that controllers read is the same, however many passes one step has."""
