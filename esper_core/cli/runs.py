@@ -11,6 +11,7 @@ import click
 
 from esper_core.cli.arguments import RUNS, find_run, list_runs, run_argument
 from esper_core.cli.output import make_console, make_table, print_json
+from esper_core.leyline.events import with_accuracy
 from esper_core.leyline.stages import BORN, stages_where
 
 _VACANT = stages_where(occupied=False)
@@ -31,7 +32,7 @@ def list_all(folder: str, as_json: bool) -> None:
     """List the runs in FOLDER (runs/ by default), newest first."""
     summaries = [summarise(path) for path in list_runs(Path(folder))]
     if as_json:
-        print_json(summaries)
+        print_json([with_accuracy(summary) for summary in summaries])
         return
     if not summaries:
         click.echo(f"no runs in {folder}; start one with: esper run --host cnn")
@@ -56,7 +57,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
     told = {k: [one["config"].get(k), two["config"].get(k)] for k in sorted({*one["config"], *two["config"]})}
     differing = {k: pair for k, pair in told.items() if pair[0] != pair[1]}
     if as_json:
-        print_json({"a": one, "b": two, "differing": differing})
+        print_json({"a": with_accuracy(one), "b": with_accuracy(two), "differing": differing})
         return
     from rich.table import Table
 

@@ -52,6 +52,12 @@ def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(key, key): value for key, value in record.items()}
 
 
+def with_accuracy(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with its `score` as `accuracy` too where that is its `metric`, for readers of version 0.1's JSON."""
+    name = record["metric"]["name"]
+    return {**record, "accuracy": record["score"]} if name == "accuracy" else dict(record)
+
+
 def _plain(value: Any) -> Any:
     """`value` as JSON data, whatever it is: an event that a part filled oddly must not cost the event log."""
     if value is None or type(value) in (bool, int, str):

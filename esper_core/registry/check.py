@@ -95,11 +95,12 @@ def arguments_of(spec: PluginSpec) -> tuple[list[str], list[str]]:
     """Positional and keyword arguments that a factory gets beside its options, from `factory_signature`."""
     if isinstance(spec, BlendSpec) and spec.part == "curve":
         return [], []
+    wanted = ["run"] if isinstance(spec, BlueprintSpec) and "run" in spec.wants else []
     inside = re.search(r"\((.*?)\)", spec.factory_signature)
     names = [name.strip() for name in inside[1].split(",")] if inside else []
     names = [name for name in names if not name.startswith("**")]
     star = names.index("*") if "*" in names else len(names)
-    return names[:star], names[star + 1 :]
+    return names[:star], names[star + 1 :] + wanted
 
 
 def _key(part: Registered) -> list[str]:

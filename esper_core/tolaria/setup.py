@@ -164,6 +164,12 @@ def set_up(
     return Setup(config, registry, device, precision, task, name, objective, plane, timetable)
 
 
+def host_params(config: RunConfig, registry: Registry, task: TaskProtocol) -> int:
+    """Parameters of the host that `config` describes, for `task`."""
+    host = assembly.build_host(config, registry, task.outputs, task.input_shape)
+    return sum(p.numel() for p in host.module.parameters())
+
+
 def _build_host(
     config: RunConfig, registry: Registry, task: TaskProtocol, objective: Objective, device: torch.device
 ) -> tuple[HostProtocol, int]:

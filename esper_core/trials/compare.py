@@ -39,7 +39,7 @@ from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.offline import offline, without_fetching
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
-from esper_core.tolaria.setup import Setup, keep_used_settings, set_up
+from esper_core.tolaria.setup import Setup, host_params, keep_used_settings, set_up
 from esper_core.trials.intervals import paired_interval
 from esper_core.trials.static import (
     Organ,
@@ -170,8 +170,8 @@ def summarise(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, 
         else:
             judge = Metric(**rows[0].get("metric", {}))
             key = "accuracy" if judge.name == "accuracy" else "score"
-        if judge.name == "accuracy" or key == "bits_per_byte":
-            entry["accuracy"] = entry["score"]
+        if rows[0].get("metric", {}).get("name", "accuracy") == "accuracy":  # also under the names of version 0.1
+            entry |= {"accuracy": entry["score"], "validation_accuracy": entry["validation_score"]}
         arms.append(entry)
     summary: dict[str, Any] = {
         "arms": arms,
@@ -374,8 +374,7 @@ def deeper_host(config: RunConfig, plane: Plane, organs: Sequence[Organ], regist
     task, _ = assembly.build_task(config, registry)
     for times in range(2, 33):
         deeper = attrs.evolve(config, settings={**config.settings, name: depth * times})
-        host = assembly.build_host(deeper, registry, task.outputs, task.input_shape)
-        params = sum(p.numel() for p in host.module.parameters())
+        params = host_params(deeper, registry, task)
         if params >= wanted:
             return deeper if params == wanted else None
     return None

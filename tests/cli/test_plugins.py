@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from esper_core.cli.locate import locate
 from esper_core.cli.main import cli
-from esper_core.leyline.specs import SPEC_KINDS
+from esper_core.leyline.specs import API_VERSION, SPEC_KINDS
 from esper_core.registry import load_registry
 from esper_core.registry.check import arguments_of, check_part
 from tests.registry.site import answer, offers, run_esper, write_package
@@ -68,7 +68,7 @@ def test_info_shows_all_that_is_known_of_a_part() -> None:
         "maximum": None,
     }
     assert part["sensors"] == list(spec.sensors) and part["needs"] == ["spatial"]
-    assert part["api"] == 1 and part["example"] == spec.example
+    assert part["api"] == API_VERSION and part["example"] == spec.example
     path, _, line = part["defined"].rpartition(":")
     assert Path(path).read_text().splitlines()[int(line) - 1].startswith(("def build", "class build", "build ="))
     text = esper("plugins", "info", "depthwise").output
@@ -200,6 +200,7 @@ def test_the_arguments_of_every_kind_can_be_read_from_its_signature(kind: Any) -
         "adapter": (["core"], []),
         "task": (["argument"], ["seed"]),
         "sink": (["folder"], []),
+        "objective": ([], ["outputs"]),
     }
     part = "combination" if kind.kind == "blend" else None
     assert (

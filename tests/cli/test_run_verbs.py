@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 def test_eval_measures_what_the_run_measured(home: Path, grown: Result) -> None:
     ended = events(home / "grown")[-1]
     found = json.loads(esper(home, "eval", "grown", "--json").stdout)
-    assert found["split"] == "test" and found["score"] == ended["test_score"]
+    assert found["split"] == "test" and found["score"] == found["accuracy"] == ended["test_score"]
     assert found["loss"] == pytest.approx(ended["test_loss"], rel=1e-5)
     assert "validation examples" in esper(home, "eval", "grown", "--split", "validation").output
 
@@ -149,6 +149,7 @@ def test_runs_are_listed_and_compared(home: Path, grown: Result) -> None:
     assert listed[0]["status"] == "finished" and listed[0]["split"] == "test" and listed[0]["params"] > 0
     pair = json.loads(esper(home, "runs", "compare", "grown", "other", "--json").stdout)
     assert pair["differing"]["seed"] == [0, 1] and pair["a"]["score"] != pair["b"]["score"]
+    assert listed[0]["accuracy"] == listed[0]["score"] == pair["b"]["accuracy"] and listed[0]["metric"]["share"]
     shown = esper(home, "runs", "compare", "grown", "latest").output
     assert "accuracy (test)" in shown and "differs" in shown
     assert "no runs in" in esper(home, "runs", "list", "empty").output

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
-from esper_core.leyline.stages import STAGES, stages_where
+from esper_core.leyline.stages import stages_where
 from esper_core.simic.gym.reward import (
     LOSS_CAP,
     OutcomeMeter,
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_the_worst_not_unmeasured() -> None:
 
 
 def test_fossilising_does_not_dodge_rent() -> None:
-    assert {stage for stage in STAGES if STAGES[stage].occupied} == stages_where(pays_rent=True)
+    assert stages_where(occupied=True) == stages_where(pays_rent=True)
     rent = build("rent", rate=0.05)
     assert rent(attrs.evolve(IDLE, excess_params_ratio=0.4, final=True)) == pytest.approx(-0.02)
 
