@@ -235,7 +235,7 @@ class BlueprintSpec(PluginSpec):
 
     @property
     def example(self) -> str:
-        host = "cnn" if "NCHW" in self.layouts else "transformers:gpt2"
+        host = "gpt" if "run" in self.wants else "cnn" if "NCHW" in self.layouts else "transformers:gpt2"
         return f"esper run --host {host} --blueprints {self.name}"
 
 
