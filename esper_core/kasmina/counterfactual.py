@@ -76,6 +76,7 @@ def measure_counterfactuals(
     paths: Sequence[str] | None = None,
     every: bool = False,
     count_cost: bool = True,
+    also: Sequence[Mask] = (),
 ) -> Measurement:
     """Evaluate the model as it is, and without each of its slots, on the same examples.
 
@@ -88,12 +89,13 @@ def measure_counterfactuals(
         paths: slots to measure; None for every one that contributes to the output.
         every: evaluate all 2^k masks instead of k.
         count_cost: also count FLOPs, on one example.
+        also: further masks to evaluate, such as that of all slots; their figures are in `Measurement.masks`.
 
     Raises:
         ValueError: `batches` is empty.
     """
     chosen = plane.contributing() if paths is None else list(paths)
-    masks = every_mask(chosen) if every else leave_one_out(chosen)
+    masks = list(dict.fromkeys((*(every_mask(chosen) if every else leave_one_out(chosen)), *also)))
     modules = (plane.host.module, plane.module)
     modes = [(m, m.training) for module in modules for m in module.modules()]
     for module in modules:
@@ -101,7 +103,7 @@ def measure_counterfactuals(
     sums: dict[Mask, Tensor] = {}
     flops_each, examples = 0, 0
     try:
-        with PrefixTree(plane.host, plane.slots) if chosen else _Bare(plane.host) as tree:
+        with PrefixTree(plane.host, plane.slots) if masks else _Bare(plane.host) as tree:
             for batch in batches:
                 if not examples:
                     sample = batch.head(1)

@@ -126,7 +126,11 @@ class EpochEnded(Event):
 
 @attrs.frozen(kw_only=True)
 class Decided(Event):
-    """A controller was asked. `train_loss` is the mean since the last decision; `readings` maps slot to sensors."""
+    """A controller was asked. `train_loss` is the mean since the last decision.
+
+    `rent` is lambda times `excess_params_ratio`, of all seeds; `score_minus_rent` is the validation score less the
+    rent, for scores of which higher is better.
+    """
 
     kind: ClassVar[str] = "decided"
     decision: int
@@ -136,6 +140,9 @@ class Decided(Event):
     validation_score: float
     commands: list[dict[str, Any]]
     governor: str
+    excess_params_ratio: float | None = None
+    rent: float | None = None
+    score_minus_rent: float | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -221,6 +228,18 @@ class Audited(Event):
 
 
 @attrs.frozen(kw_only=True)
+class RegionsRead(Event):
+    """Narset's budgets at a decision: region to what it holds, may hold, and has earned for it.
+
+    Each region has `slots`, `live` (seeds), `used` and `budget` (parameters), `flops` and `flops_budget` (forward, one
+    example; None without such a budget), and `efficiency` (nats for each host of parameters; None is unmeasured).
+    """
+
+    kind: ClassVar[str] = "regions"
+    regions: dict[str, dict[str, Any]]
+
+
+@attrs.frozen(kw_only=True)
 class RewardMeasured(Event):
     """The components of the shaped reward at a decision, by term, before and after weights."""
 
@@ -278,7 +297,7 @@ class RunEnded(Event):
 
 EVENT_KINDS: tuple[type[Event], ...] = (
     RunStarted, EpochEnded, Decided, CommandRefused, StageChanged, SlotRead, HostRead, CounterfactualMeasured,
-    Audited, RewardMeasured, GovernorAlarm, RolledBack, FaultCaught, RunEnded,
+    Audited, RegionsRead, RewardMeasured, GovernorAlarm, RolledBack, FaultCaught, RunEnded,
 )  # fmt: skip
 """Every kind of event, by which a reader of `events.jsonl` can find its fields."""
 

@@ -20,3 +20,6 @@ class OrganConfig:
     total: float = attrs.field(
         default=1.0, metadata={"help": "budget of all regions (share of the host) in a run without one", "minimum": 0.0}
     )
+    size: int = attrs.field(
+        default=0, metadata={"help": "points of a region; 0: the host's own regions, or chosen", "minimum": 0}
+    )

@@ -3,52 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import BadOption
+from esper_core.leyline.investment import Investor
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import Controller, RunView, SlotView
 from esper_core.narset.organ_config import OrganConfig
+from esper_core.narset.regions import chart
 
 
 @attrs.frozen
 class Organ:
-    """One region: parameters used and allotted, and nats gained per host of parameters (None: unmeasured)."""
+    """One region: parameters used and allotted, and nats gained per host of parameters (None: unmeasured).
+
+    Attributes:
+        flops, flops_budget: the same for forward FLOPs of one example; the budget is None where the run has none.
+        slots, live: how many slots there are, and in how many a seed lives.
+    """
 
     name: str
     used: int
     budget: int
     efficiency: float | None
+    flops: int = 0
+    flops_budget: int | None = None
+    slots: int = 0
+    live: int = 0
 
     @property
     def left(self) -> int:
         """Parameters that may still grow here."""
         return max(0, self.budget - self.used)
 
+    @property
+    def flops_left(self) -> float:
+        """Forward FLOPs that may still grow here; infinite where the run has no budget of FLOPs."""
+        return math.inf if self.flops_budget is None else max(0, self.flops_budget - self.flops)
 
-def region_of(slot: SlotView, slots: Mapping[str, SlotView]) -> str:
-    """The organ of a slot; what is nested in a seed or stacked belongs to where it stands in the host."""
-    root = slots.get(slot.path.split("/", 1)[0], slot)
-    return root.spec.region
+
+def regions_of(view: RunView, config: OrganConfig) -> dict[str, str]:
+    """The organ of every slot; what is nested in a seed or stacked belongs to where it stands in the host."""
+    slots = {slot.path: slot for slot in view.slots}
+    roots = {path: slots.get(path.split("/", 1)[0], slot).spec for path, slot in slots.items()}
+    found = chart(roots.values(), config.size)
+    return {path: found[root.name] for path, root in roots.items()}
 
 
 _DEFAULTS = OrganConfig()
 
 
-def allot(view: RunView, config: OrganConfig = _DEFAULTS) -> dict[str, Organ]:
-    """Every region with its budget.
+def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None) -> dict[str, Organ]:
+    """Every region with its budget; an `investor` sets the total and the shares.
 
     The floor is split equally; the rest in proportion to the marginal gain per parameter measured in each region,
     shrunk towards the common one where few parameters were measured. A region that only costs gets its floor.
     """
-    slots = {slot.path: slot for slot in view.slots}
+    names = regions_of(view, config)
     regions: dict[str, list[SlotView]] = {}
     for slot in view.slots:
-        regions.setdefault(region_of(slot, slots), []).append(slot)
+        regions.setdefault(names[slot.path], []).append(slot)
     left = view.params_left
     total = config.total * view.host_params if left is None else left + view.seed_params
     sums = {name: _measured(members, view.host_params) for name, members in regions.items()}
@@ -58,6 +76,11 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS) -> dict[str, Organ]:
         name: max(0.0, (gain + common * config.prior_params) / (weight + config.prior_params))
         for name, (gain, weight) in sums.items()
     }
+    if investor is not None:
+        investment = investor.invest(view, {name: merit if mass else None for name, merit in merits.items()})
+        total = total if investment.total is None else min(total, investment.total)
+        merits = {name: max(0.0, investment.shares.get(name, merit)) for name, merit in merits.items()}
+    flops_total = None if view.flops_left is None else view.flops_left + view.seed_flops
     whole = math.fsum(merits.values())
     organs = {}
     for name, members in regions.items():
@@ -65,7 +88,12 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS) -> dict[str, Organ]:
         share = config.floor / len(regions) + (1 - config.floor) * merit
         gain, weight = sums[name]
         used = sum(slot.params for slot in members)
-        organs[name] = Organ(name, used, math.floor(share * total), gain / weight if weight else None)
+        organs[name] = Organ(
+            name, used, math.floor(share * total), gain / weight if weight else None,
+            sum(slot.flops for slot in members),
+            None if flops_total is None else math.floor(share * flops_total),
+            len(members), sum(bool(slot.blueprint) for slot in members),
+        )  # fmt: skip
     _pool(organs, regions, merits)
     return organs
 
@@ -106,22 +134,27 @@ class OrganManager:
         if inner is None:
             raise BadOption("narset decides nothing alone", "a controller around which it stands", "--overseers narset")
         self.inner, self.config = inner, OrganConfig(**options)
+        self.announce: Callable[[Mapping[str, Organ]], None] | None = None
+        self._investor = _find_investor(inner)
 
     def decide(self, view: RunView) -> Sequence[Command]:
         """The inner controller's commands that the organs' budgets allow."""
-        slots = {slot.path: slot for slot in view.slots}
-        organs = allot(view, self.config)
-        left = {name: organ.left for name, organ in organs.items()}
-        narrowed = attrs.evolve(view, slots=tuple(_narrow(s, left[region_of(s, slots)]) for s in view.slots))
+        slots, regions = {slot.path: slot for slot in view.slots}, regions_of(view, self.config)
+        organs = allot(view, self.config, self._investor)
+        if self.announce is not None:
+            self.announce(organs)
+        left: dict[str, tuple[float, float]] = {name: (organ.left, organ.flops_left) for name, organ in organs.items()}
+        narrowed = attrs.evolve(view, slots=tuple(_narrow(s, *left[regions[s.path]]) for s in view.slots))
         commands = []
         for command in self.inner.decide(narrowed):
             if command.op is Op.GERMINATE and command.slot in slots:
                 slot = slots[command.slot]
-                cost = next((b.params for b in slot.blueprints if b.name == command.blueprint), 0)
-                region = region_of(slot, slots)
-                if cost > left[region]:
+                costs = [(b.params, b.flops) for b in slot.blueprints if b.name == command.blueprint]
+                params, flops = costs[0] if costs else (0, 0)
+                params_left, flops_left = left[regions[slot.path]]
+                if params > params_left or flops > flops_left:
                     continue
-                left[region] -= cost
+                left[regions[slot.path]] = params_left - params, flops_left - flops
             commands.append(command)
         return commands
 
@@ -134,7 +167,15 @@ class OrganManager:
         self.inner.load_state_dict(state["inner"])
 
 
-def _narrow(slot: SlotView, left: int) -> SlotView:
-    affordable = tuple(b for b in slot.blueprints if b.params <= left)
+def _find_investor(controller: Any) -> Investor | None:
+    """The outermost controller, from `controller` inwards, that sets budgets."""
+    while controller is not None and not hasattr(controller, "invest"):
+        controller = getattr(controller, "inner", None)
+    found: Investor | None = controller
+    return found
+
+
+def _narrow(slot: SlotView, params: float, flops: float) -> SlotView:
+    affordable = tuple(b for b in slot.blueprints if b.params <= params and b.flops <= flops)
     legal = slot.legal if affordable else slot.legal - {Op.GERMINATE}
     return attrs.evolve(slot, blueprints=affordable, legal=legal)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.investment import Investment
 from esper_core.leyline.stages import STAGES, Op, begins_blending
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
 from esper_core.tamiyo.depth_plan import FAMILY, plan_depth
@@ -143,6 +144,13 @@ class HeuristicController:
         if view.governor != "recovering":
             commands += self._plant(view)
         return commands
+
+    def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
+        """For Narset: the whole budget while some region earns more than its rent, and else what has grown so far."""
+        known = [value for value in efficiency.values() if value is not None]
+        earns = not known or max(known) > view.rent
+        shares = {name: value for name, value in efficiency.items() if value is not None}
+        return Investment(None if earns else view.seed_params, shares)
 
     def state_dict(self) -> dict[str, object]:
         """Measured gains, failures, what lived at the last decision and the number of seeds planted."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 from esper_core.leyline.errors import BadOption, did_you_mean
 from esper_core.leyline.options import Option, OptionValue
 from esper_core.storage.toml_file import flatten, parse_toml, read_text_file
+
+_ALIASES: Final = {"audit": "emrakul", "regions": "narset"}
+"""Other names of the parts that settings are for: what is set, and not who does it."""
 
 
 def _texts(value: object) -> object:
@@ -203,7 +206,13 @@ def option_of(field: attrs.Attribute[Any]) -> Option:
 def _checked_settings(value: object) -> dict[str, OptionValue]:
     if not isinstance(value, Mapping):
         raise BadOption(f"settings={value!r} is no table", "part.option = value", "heuristic.start = 0.1")
-    flat = dict(flatten(value))
+    flat: dict[str, OptionValue] = {}
+    for key, item in flatten(value):
+        owner, dot, name = key.rpartition(".")
+        plain = f"{_ALIASES.get(owner, owner)}{dot}{name}"
+        if flat.get(plain, item) != item:
+            raise BadOption(f"setting {plain!r} is given twice, as {flat[plain]!r} and {item!r}", "each option once")
+        flat[plain] = item
     for key, item in flat.items():
         if "." not in key.strip("."):
             raise BadOption(f"setting {key!r} names no part", "part.option", f"--set heuristic.{key}={item}")

@@ -27,6 +27,7 @@ from esper_core.leyline.events import (
     FaultCaught,
     GovernorAlarm,
     HostRead,
+    RegionsRead,
     RewardMeasured,
     RolledBack,
     SlotRead,
@@ -118,6 +119,9 @@ class Tolaria:
         self.budget: float | None = None
         self.examine: Callable[[Alarm], Finding | None] | None = None
         self._deaths, self._churn = 0, dict[str, float]()
+        self._gain, self._joint = (0.0, 0.0), (0.0, 0.0)  # of all seeds, in loss and score: when last told, and now
+        blank = StepOutcome(None, None, None, None, {}, 0.0, 0.0, {}, 0, True)
+        self._needs_gain = any(math.isnan(term(blank)) for term, _ in rewards.values())
         self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
         self.flops_each: float | None = None  # a training step's for one example; None once the structure changed
         self._probe_flops: dict[object, float] = {}
@@ -211,7 +215,7 @@ class Tolaria:
         else:
             self.plane.decide()
             self.keep()
-            self.governor.watch(self._stages())
+            self.governor.watch(self.stages().values())
             view = self.view(measured, epoch)
             for command in self._ask(view):
                 if self.obey(command):
@@ -366,10 +370,7 @@ class Tolaria:
     @property
     def status(self) -> str:
         """The governor's word on the run: `calm`, `watching` or `recovering`."""
-        return self.governor.status(self._stages())
-
-    def _stages(self) -> list[Stage]:
-        return [growth.stage for growth in self.plane.growths.values()]
+        return self.governor.status(self.stages().values())
 
     # --- Inside a decision ---
 
@@ -414,6 +415,10 @@ class Tolaria:
         slots = self.plane.slots
         if any(path not in slots or slots[path].seed is None for path in paths):  # it was culled, since it raised
             return self._measure(batches)
+        bare = measured.masks.get(frozenset(live))
+        if bare is not None and self._needs_gain:
+            rise = measured.score - bare[1]
+            self._joint = bare[0] - measured.loss, rise if self.objective.metric.higher_is_better else -rise
         each = self._probe_flops.setdefault(key, measured.flops / measured.examples)
         self.clock.total_flops += each * measured.examples
         for path, worth in measured.worth.items():
@@ -442,7 +447,11 @@ class Tolaria:
         """
 
         def measure() -> Measurement:
-            return measure_counterfactuals(self.plane, batches, self.objective, paths=paths, count_cost=count_cost)
+            live = self.plane.contributing()
+            also = [frozenset(live)] if live and self._needs_gain else []
+            return measure_counterfactuals(
+                self.plane, batches, self.objective, paths=paths, count_cost=count_cost, also=also
+            )
 
         try:
             return measure()
@@ -481,9 +490,10 @@ class Tolaria:
         return Alarm("parameters are not finite", math.nan, math.inf) if len(sick) > len(isolated) else None
 
     def _finish_decision(self, measured: Measurement, commands: Sequence[Command], view: RunView | None) -> None:
-        clock = self.clock
+        clock, ratio = self.clock, self.plane.ledger.excess_params_ratio
+        rent, better = self.plane.rent * ratio, self.objective.metric.higher_is_better
         if view is None:
-            self.governor.watch(self._stages())
+            self.governor.watch(self.stages().values())
         clock.history.append((self._train_loss(), measured.loss, measured.score))
         self.emit(
             Decided(
@@ -495,6 +505,9 @@ class Tolaria:
                 validation_score=measured.score,
                 commands=[part.to_dict() for command in commands for part in command.each()],
                 governor=self.status if view is None else view.governor,
+                excess_params_ratio=ratio,
+                rent=rent,
+                score_minus_rent=measured.score - rent if better else None,
             )
         )
         if self.rewards:
@@ -592,6 +605,8 @@ class Tolaria:
                 controller.measure = self._churn_of  # type: ignore[attr-defined]
             if getattr(controller, "report", self) is None:
                 controller.report = self.tell_audit  # type: ignore[attr-defined]
+            if getattr(controller, "announce", self) is None:
+                controller.announce = self._tell_regions  # type: ignore[attr-defined]
             controller = getattr(controller, "inner", None)
 
     def _churn_of(self, path: str) -> Interval:
@@ -620,6 +635,10 @@ class Tolaria:
                 params=growth.params if growth else 0,
             )
         )
+
+    def _tell_regions(self, organs: Mapping[str, Any]) -> None:
+        plain = {name: attrs.asdict(organ, filter=lambda a, _: a.name != "name") for name, organ in organs.items()}
+        self.emit(RegionsRead(step=self.clock.step, regions=plain))
 
     def _tell_refusal(self, command: Command, reason: str) -> None:
         self.emit(
@@ -651,13 +670,14 @@ class Tolaria:
             self.plane.bar(verdict.slot, self.plane.candidates[growth.blueprint].family, verdict.barren)
 
     def _tell_reward(self) -> None:
-        """The terms that one run alone can measure; gains over a twin that waits are `esper tamiyo train`'s."""
+        """Every term. In a run of its own the twin is the same network, on the same examples, without its seeds."""
         ledger = self.plane.ledger
         gains = {path: growth.loss.mean for path, growth in self.plane.growths.items() if growth.loss is not None}
         last = self.clock.decision + 1 >= self.decisions
+        loss, score = self._joint
         outcome = StepOutcome(
-            None, None, None, None, gains, ledger.excess_params_ratio, ledger.excess_flops_ratio,
-            self._churn, self._deaths, last,
+            loss, loss - self._gain[0], score, score - self._gain[1], gains,
+            ledger.excess_params_ratio, ledger.excess_flops_ratio, self._churn, self._deaths, last,
         )  # fmt: skip
         terms = {}
         for name, (term, _) in self.rewards.items():
@@ -675,7 +695,7 @@ class Tolaria:
                 step=self.clock.step, decision=self.clock.decision, terms=terms, weights=weights, total=total
             )
         )
-        self._deaths, self._churn = 0, {}
+        self._deaths, self._churn, self._gain = 0, {}, self._joint
 
     # --- State ---
 
@@ -689,6 +709,7 @@ class Tolaria:
             "waiting": self._losses[: self._waiting].tolist(),
             "deaths": self._deaths,
             "churn": self._churn,
+            "gain": [*self._gain, *self._joint],
             "host": self.host_readings,
             "snapshot": {"plain": self.snapshot.plain, "step": self.snapshot.step},
         }
@@ -707,4 +728,6 @@ class Tolaria:
         self._losses[: len(waiting)] = torch.tensor(waiting)
         self.flops_each, self._probe_flops = None, {}
         self._deaths, self._churn = int(state["deaths"]), dict(state["churn"])
+        gain = [float(value) for value in state.get("gain", (0.0,) * 4)]
+        self._gain, self._joint = (gain[0], gain[1]), (gain[2], gain[3])
         self.host_readings = dict(state.get("host", {}))  # not in checkpoints of 0.1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import attrs
@@ -13,9 +14,12 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "controllers"))
 from lab import CONV, NORM, Lab
 
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.investment import Investment
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import Interval, RunView
 from esper_core.narset.organs import OrganConfig, OrganManager, allot
+from esper_core.narset.regions import chart
 from esper_core.tamiyo.heuristic import HeuristicController
 
 
@@ -112,3 +116,57 @@ def test_budgets_never_exceed_the_whole_and_commands_never_exceed_budgets(
         for name, organ in allotted.items():
             assert after[name] <= max(organ.budget, organ.used)
         lab.tick()
+
+
+def points(count: int, roles: tuple[str, ...] = ("block",), region: str = "h") -> list[InjectionSpec]:
+    return [
+        InjectionSpec(f"{region}.{i}.{role}", 8, "NLD", len(roles) * i + k, (4, 8), role=role, region=region)
+        for i in range(count) for k, role in enumerate(roles)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "roles"), [(12, ("attention", "ffn")), (66, ("a",)), (64, ("a",))])
+def test_a_host_with_one_region_is_cut_by_depth_and_role_into_parts_of_sensible_size(
+    count: int, roles: tuple[str, ...]
+) -> None:
+    specs = points(count, roles)
+    regions = chart(specs)
+    sizes = Counter(regions.values())
+    assert min(sizes.values()) >= 2 and max(sizes.values()) <= 12 and len(sizes) >= 4
+    for name in sizes:
+        members = [s for s in specs if regions[s.name] == name]
+        assert len({s.role for s in members}) == 1
+        orders = [s.order for s in members]
+        assert orders == list(range(orders[0], orders[-1] + 1, len(roles)))
+    assert chart(specs, size=4).keys() == regions.keys() and len(set(chart(specs, size=4).values())) >= count // 4
+
+
+def test_regions_that_a_host_declares_are_kept_and_sixty_six_of_one_point_are_not() -> None:
+    declared = [s for n in range(5) for s in points(3, region=f"layer{n}")]
+    assert chart(declared) == {s.name: s.region for s in declared}
+    single = [attrs.evolve(s, region=s.name) for s in points(66)]
+    assert len(set(chart(single).values())) == 8
+
+
+def test_tamiyo_sets_the_total_and_the_shares_and_narset_tells_of_them() -> None:
+    class Investor(HeuristicController):
+        def invest(self, view: RunView, efficiency: object) -> Investment:
+            return Investment(300, {"o0": 1.0, "o1": 0.0, "o2": 0.0})
+
+    lab, told = lattice(3, 2, 600), []
+    manager = OrganManager(inner=Investor(), floor=0.0)
+    manager.announce = told.append
+    manager.decide(lab.view())
+    assert [organ.budget for organ in told[0].values()] == [300, 0, 0]
+    for slot in lab.slots:  # nothing earns its rent: the heuristic gives no more than there is
+        slot.blueprint, slot.measured = CONV, Interval(-0.1, -0.1, -0.1, 9)
+    assert sum(o.budget for o in allot(lab.view(), investor=HeuristicController()).values()) <= lab.seed_params()
+
+
+def test_a_budget_of_flops_is_shared_and_kept() -> None:
+    lab = lattice(2, 2, None)
+    view = attrs.evolve(lab.view(), flops_left=2 * CONV.flops)
+    organs = allot(view, OrganConfig(floor=1.0))
+    assert [organ.flops_budget for organ in organs.values()] == [CONV.flops, CONV.flops]
+    commands = OrganManager(inner=HeuristicController(), floor=1.0).decide(attrs.evolve(view, decision=30))
+    assert len([c for c in commands if c.op is Op.GERMINATE]) <= 2

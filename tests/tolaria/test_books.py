@@ -15,17 +15,20 @@ from torch import nn
 from esper_core.emrakul.audit import Auditor
 from esper_core.kasmina.ledger import count_parameters
 from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import EsperError, IllegalCommand
+from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import STAGES, Op, Stage
+from esper_core.nissa.report import write_report
 from esper_core.tamiyo.wait import WaitController
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.governor import Alarm, Governor, GovernorConfig
 from esper_core.tolaria.inquest import answer
 from esper_core.tolaria.optimizer import GrowthOptimizer
+from esper_core.tolaria.run import start_run
 from esper_core.tolaria.session import Tolaria
 from esper_plugins.objectives.classes import Classification
 from tests.kasmina.small import batch, small_plane
+from tests.tolaria import ground
 
 CHANCE, CROSS_ENTROPY = math.log(5), Classification(outputs=5)
 GOVERNOR = GovernorConfig(patience=100, check_every=1000, snapshot_every=1000)
@@ -204,3 +207,34 @@ def test_a_mild_alarm_to_which_rollbacks_return_is_a_new_level_and_not_the_end()
         life.tolaria.governor.observe([0.1] * 60, 1)
         answer(life.tolaria, Alarm("for the test", 0.4, 0.3))
     assert life.tolaria.governor.rollbacks == 2 and len(life.told("governor_alarm")) == 8
+
+
+def test_a_run_measures_every_reward_that_it_names_and_tells_score_minus_rent_at_every_decision(tmp_path) -> None:
+    plan = ground.schedule(
+        tmp_path / "plan.json", {"decision": 0, "op": "germinate", "slot": "*", "blueprint": "plain", "tempo": "fast"}
+    )
+    rewards = ("accuracy=1", "loss=1", "terminal=1", "rent=1")
+    config = ground.config(tmp_path / "run", controller=plan, rewards=rewards, overseers=("emrakul", "narset"))
+    start_run(config, registry=ground.registry())
+    told = ground.events(tmp_path / "run", "reward")
+    decided = ground.events(tmp_path / "run", "decided")
+    assert len(told) == len(decided) == 6
+    for reward, decision in zip(told, decided, strict=True):
+        assert set(reward["terms"]) == {"accuracy", "loss", "terminal", "rent"}
+        assert decision["rent"] == pytest.approx(-reward["terms"]["rent"])
+        net = decision["validation_score"] - 0.05 * decision["excess_params_ratio"]
+        assert decision["score_minus_rent"] == pytest.approx(net)
+    gained = math.fsum(reward["terms"]["accuracy"] for reward in told)
+    assert gained == pytest.approx(told[-1]["terms"]["terminal"]) and any(r["terms"]["loss"] for r in told)
+    regions = ground.events(tmp_path / "run", "regions")
+    assert len(regions) == 6 and {"used", "budget", "efficiency"} <= set(regions[0]["regions"]["block1"])
+    page = write_report(tmp_path / "run", tmp_path / "report.html").read_text()
+    assert "score_minus_rent" in page and "regionsSection" in page
+
+
+def test_audit_and_regions_are_other_names_of_who_audits_and_who_shares() -> None:
+    given = RunConfig(settings={"audit.everyone": True, "regions.size": 4})
+    assert given.settings_of("emrakul") == {"everyone": True} and given.settings_of("narset") == {"size": 4}
+    assert RunConfig.from_mapping(given.to_mapping()) == given
+    with pytest.raises(BadOption, match="given twice"):
+        RunConfig(settings={"audit.everyone": True, "emrakul.everyone": False})

@@ -32,12 +32,14 @@ _EPOCH_FIELDS: Final = (
     "epoch", "train_loss", "train_score", "validation_loss", "validation_score", "learning_rate", "seed_params",
     "excess_params_ratio", "total_flops",
 )  # fmt: skip
-_DECISION_FIELDS: Final = ("train_loss", "validation_loss", "validation_score")
+_DECISION_FIELDS: Final = ("train_loss", "validation_loss", "validation_score", "score_minus_rent")
 _COUNTERFACTUAL_FIELDS: Final = (
     "loss_mean", "loss_low", "loss_high", "score_mean", "score_low", "score_high", "rent",
 )  # fmt: skip
 _READING_FIELDS: Final = ("alpha", "gradient_norm")
-_AUDIT_FIELDS: Final = ("churn", "churn_low", "churn_high")
+_AUDIT_FIELDS: Final = ("churn", "churn_low", "churn_high", "rise", "harm", "rent")
+
+_REGION_FIELDS: Final = ("slots", "live", "used", "budget", "efficiency", "flops", "flops_budget")
 
 Columns = dict[str, list[float | None]]
 
@@ -126,6 +128,7 @@ class RunDigest:
         self.slots: dict[str, SlotHistory] = {}
         self.epochs: list[list[float | None]] = []
         self.decisions: list[list[float | None]] = []
+        self.regions: list[list[Any]] = []
         self.marks: list[list[Any]] = []
         self.log: list[list[Any]] = []
         self.dropped = dropped_sinks(folder)
@@ -198,6 +201,12 @@ class RunDigest:
         row = [step, *(number(event.get(name)) for name in _COUNTERFACTUAL_FIELDS)]
         self._slot(event.get("slot")).counterfactual.append(row)
 
+    def _on_regions(self, step: int, event: dict[str, Any]) -> None:
+        regions = event.get("regions")
+        if isinstance(regions, Mapping):
+            rows = {str(name): row for name, row in regions.items() if isinstance(row, Mapping)}
+            self.regions = [[name, *(number(row.get(key)) for key in _REGION_FIELDS)] for name, row in rows.items()]
+
     def _on_audited(self, step: int, event: dict[str, Any]) -> None:
         self._slot(event.get("slot")).audits.append([step, *(number(event.get(name)) for name in _AUDIT_FIELDS)])
 
@@ -225,6 +234,7 @@ class RunDigest:
             "epochs": _columns(("step", *_EPOCH_FIELDS), _thin(self.epochs, MAX_POINTS)),
             "decisions": _columns(("step", *_DECISION_FIELDS), _thin(self.decisions, MAX_POINTS)),
             "slots": [self._slot_dict(slot) for slot in sorted(self.slots.values(), key=lambda s: s.point["order"])],
+            "regions": self.regions[:MAX_SLOT_POINTS],
             "marks": self.marks[-MAX_LOG:],
             "log": _shorten_log(self.log),
             "total": self.total,

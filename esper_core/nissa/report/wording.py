@@ -14,7 +14,7 @@ Record = Mapping[str, Any]
 GROUPS: Final[Mapping[str, str]] = {
     "stage_changed": "growth", "audited": "growth", "governor_alarm": "governor", "rolled_back": "governor",
     "fault": "governor", "command_refused": "governor", "run_started": "run", "run_ended": "run",
-    "epoch_ended": "epoch", "counterfactual": "measurement",
+    "epoch_ended": "epoch", "counterfactual": "measurement", "regions": "measurement",
 }  # fmt: skip
 """Kind of event to the group under which a reader filters; what is not named here is `routine`."""
 
@@ -160,7 +160,16 @@ _PHRASES: Final[Mapping[str, Callable[[Record], str]]] = {
         f"{e.get('slot')} is worth {_signed(e.get('loss_mean'))} {_unit(e)}of validation loss "
         f"[{_signed(e.get('loss_low'))}, {_signed(e.get('loss_high'))}] at a rent of {nats(e.get('rent'))}"
     ),
-    "audited": lambda e: f"audit of {e.get('slot')}: churn {_signed(e.get('churn'))} nats, verdict {e.get('verdict')}",
+    "audited": lambda e: (
+        f"audit of {e.get('slot')}: churn {_signed(e.get('churn'))} nats"
+        + (f", rise {_signed(e['rise'])}" if number(e.get("rise")) is not None else "")
+        + f", verdict {e.get('verdict')}"
+        + (f": {e['reason']}" if e.get("reason") else "")
+    ),
+    "regions": lambda e: "; ".join(
+        f"{name}: {quantity(row.get('used'))} of {quantity(row.get('budget'))} parameters, {row.get('live')} seeds"
+        for name, row in (e.get("regions") or {}).items()
+    ),
     "reward": lambda e: f"reward {_signed(e.get('total'))} at decision {e.get('decision')}",
     "governor_alarm": lambda e: f"governor: {e.get('cause')} ({nats(e.get('value'))} against {nats(e.get('limit'))})",
     "rolled_back": _rollback,

@@ -1,0 +1,35 @@
+"""What Tamiyo tells Narset: how much all regions may cost together, and which share each region gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import attrs
+
+from esper_core.leyline.view import RunView
+
+
+@attrs.frozen
+class Investment:
+    """A decision about money, not about slots.
+
+    Attributes:
+        total: parameters of all seeds together; None for whatever the run's budget allows.
+        shares: region to its weight, at least 0; empty lets Narset weigh by what was measured.
+    """
+
+    total: int | None = None
+    shares: Mapping[str, float] = attrs.Factory(dict)
+
+
+class Investor(Protocol):
+    """A controller that sets budgets. Narset asks the controller inside it, if it is one."""
+
+    def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
+        """The budgets of the next decision.
+
+        Args:
+            efficiency: region to nats gained per host of parameters, shrunk towards the common figure; None where
+                nothing was measured anywhere.
+        """
