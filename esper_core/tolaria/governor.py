@@ -81,6 +81,7 @@ class Governor:
         chance: the loss of a model that knows nothing; None where that is unknown. Collapse to chance is then no
             alarm, and deviations are measured by the running loss instead.
         rollbacks: so far. strikes: of these, in a row.
+        levels: in that row, new levels of the loss that were accepted. heights: losses of its latest alarms.
         caution: factor on the learning rate; it returns to 1 in steps, one for each stretch of `pardon` calm steps.
         settles_until: the step up to which losses are not judged, since the network was made deeper at once.
         faults: blueprint to how many of its seeds have raised.
@@ -91,6 +92,8 @@ class Governor:
     chance: float | None
     rollbacks: int = 0
     strikes: int = 0
+    levels: int = 0
+    heights: list[float] = attrs.Factory(list)
     caution: float = 1.0
     last_rollback: int = -1
     recovering: int = 0
@@ -129,7 +132,7 @@ class Governor:
                 cause = f"training loss is {sigma:g} deviations above its moving median"
                 alarm = Alarm(cause, max(self._recent(), self._streak()), limit)
         if self.strikes and alarm is None and step - self.last_rollback >= self.config.pardon:
-            self.strikes = 0
+            self.strikes, self.levels, self.heights = 0, 0, []
         calm = step - max(self.last_rollback, self.last_relief) if alarm is None else 0
         if self.caution < 1 and calm >= self.config.pardon:
             self.caution, self.last_relief = min(1.0, self.caution / self.config.caution), step

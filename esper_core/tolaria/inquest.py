@@ -8,15 +8,12 @@ back the seed that harms; the model without it was measured to be better on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from esper_core.kasmina.counterfactual import measure_counterfactuals
-from esper_core.kasmina.growth import Growth
-from esper_core.kasmina.plane import StageChange
-from esper_core.leyline.actions import Command
 from esper_core.leyline.events import GovernorAlarm
-from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage
+from esper_core.leyline.stages import Op
 from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Interval
 
@@ -28,6 +25,8 @@ _SHARE: Final = 0.5
 """Least share of the excess loss that a seed's measured harm must account for."""
 _RETURNS: Final = 2
 """Rollbacks in a row after which the same mild alarm is taken for a new level of the loss."""
+_SAME: Final = 1.1
+"""Factor by which an alarm's loss may exceed that of each of the alarms before and still be the same alarm."""
 
 
 def withering(tolaria: Tolaria) -> list[str]:
@@ -39,12 +38,17 @@ def is_another_level(tolaria: Tolaria, alarm: Alarm) -> bool:
     """Whether rollbacks have led to the same alarm again and again, short of a catastrophe.
 
     A loss that stays below chance and comes back to the same height from every good state is the model's level now.
-    Another rollback would lead there once more.
+    Another rollback would lead there once more. Where chance is unknown nobody can tell a level from a catastrophe, so
+    none is accepted. Each level takes two rollbacks of its own, so that a loss that climbs from level to level comes to
+    the governor's `patience` all the same.
     """
     governor = tolaria.governor
-    mild = math.isfinite(alarm.value) and (governor.chance is None or alarm.value < governor.chance)
+    if governor.chance is None or not math.isfinite(alarm.value) or alarm.value >= governor.chance:
+        return False
+    due = governor.strikes >= _RETURNS * (governor.levels + 1)
+    same = [height for height in governor.heights[-_RETURNS:] if alarm.value <= _SAME * height]
     blamed = governor.suspects(tolaria.snapshot.step, tolaria.stages())
-    return mild and governor.strikes >= _RETURNS and not withering(tolaria) and blamed is None
+    return due and len(same) == _RETURNS and not withering(tolaria) and blamed is None
 
 
 def find_harmful(tolaria: Tolaria, alarm: Alarm) -> tuple[str, Interval] | None:
@@ -81,6 +85,7 @@ def answer(tolaria: Tolaria, alarm: Alarm) -> None:
     """
     found = find_harmful(tolaria, alarm)
     if found is None and not is_another_level(tolaria, alarm):
+        tolaria.governor.heights = [*tolaria.governor.heights, alarm.value][-_RETURNS:]
         tolaria.roll_back(alarm)
         return
     step, governor = tolaria.clock.step, tolaria.governor
@@ -95,6 +100,8 @@ def answer(tolaria: Tolaria, alarm: Alarm) -> None:
             auditor.removed(path)
         tolaria.remove_seed(path, why)
         tolaria.flops_each = None
+    else:
+        governor.levels += 1
     governor.settle()
     if found is not None:
         tolaria.keep()
@@ -106,20 +113,3 @@ def auditors(controller: Any) -> Iterator[Any]:
         if hasattr(controller, "collapsed"):
             yield controller
         controller = getattr(controller, "inner", None)
-
-
-def tell_restored(tolaria: Tolaria, before: Mapping[str, tuple[Stage, int, str, str, int]]) -> None:
-    """Tell of every slot that a rollback has changed, those that it brought back or took away included.
-
-    Args:
-        before: stage, births, blueprint, blend and parameters of every slot before the rollback.
-    """
-    growths, reason = tolaria.plane.growths, f"rolled back to step {tolaria.snapshot.step}"
-    for path in [*before, *(path for path in growths if path not in before)]:
-        stage, _, blueprint, blend, params = before.get(path, (EMPTY, 0, "", "", 0))
-        now = growths.get(path, Growth())
-        if now.stage is stage and (now.params, now.blueprint) == (params, blueprint):
-            continue
-        told = Command(Op.WAIT, path, source="governor", reason=reason)
-        about = (now.blueprint, now.blend) if STAGES[now.stage].occupied else (blueprint, blend)
-        tolaria.tell(StageChange(path, stage, now.stage, told, *about))

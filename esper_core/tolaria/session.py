@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,38 +12,37 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.churn import measure_churn
-from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
+from esper_core.kasmina.counterfactual import Measurement
 from esper_core.kasmina.plane import Plane, StageChange
-from esper_core.kasmina.slot import Mode
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError, RunFailed
 from esper_core.leyline.events import (
     Audited,
     CommandRefused,
-    CounterfactualMeasured,
     Decided,
     Event,
     FaultCaught,
-    GovernorAlarm,
     HostRead,
     RegionsRead,
     RewardMeasured,
-    RolledBack,
     SlotRead,
     StageChanged,
 )
 from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Objective
-from esper_core.leyline.outcome import RewardTerm, StepOutcome
+from esper_core.leyline.outcome import RewardTerm
 from esper_core.leyline.stages import STAGES, Op, Stage, find_transition
 from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Course, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host, split_readings
 from esper_core.nissa.sensors import SensorArray
-from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Finding, GuardedBatches, find_guilty
+from esper_core.tolaria.faults import PART_FAULTS, Finding, GuardedBatches
 from esper_core.tolaria.governor import Alarm, Governor
-from esper_core.tolaria.inquest import answer, auditors, tell_restored, withering
+from esper_core.tolaria.inquest import answer, auditors, withering
+from esper_core.tolaria.measuring import measure
 from esper_core.tolaria.optimizer import GrowthOptimizer
+from esper_core.tolaria.reward_books import RewardBooks
+from esper_core.tolaria.rollback import roll_back
 from esper_core.tolaria.snapshot import Snapshot
 from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.tolaria.timetable import decision_step
@@ -87,6 +85,9 @@ class Tolaria:
         rewards: term and weight by name, for the event log.
         fossils_every: decisions between counterfactuals of a fossilised seed.
 
+    Raises:
+        BadOption: a reward cannot be measured here.
+
     Attributes:
         examine: looks for evidence behind an alarm over a loss that is not finite, see `evidence`; called when the last
             good state is back. None where nobody can.
@@ -111,20 +112,17 @@ class Tolaria:
         self.plane, self.optimizer, self.controller, self.governor = plane, optimizer, controller, governor
         self.objective, self._rent = objective, plane.rent
         self.emit, self.decisions, self.epochs, self.controller_name = emit, decisions, epochs, controller_name
-        self.sensors, self.rewards = sensors, rewards
+        self.sensors = sensors
         self.fossils_every = max(1, fossils_every)
         self.clock, self.snapshot = Clock(), Snapshot()
         self.batches: Iterable[Batch] = ()
         self.convert: Callable[[Any], Batch] | None = None
         self.budget: float | None = None
         self.examine: Callable[[Alarm], Finding | None] | None = None
-        self._deaths, self._churn = 0, dict[str, float]()
-        self._gain, self._joint = (0.0, 0.0), (0.0, 0.0)  # of all seeds, in loss and score: when last told, and now
-        blank = StepOutcome(None, None, None, None, {}, 0.0, 0.0, {}, 0, True)
-        self._needs_gain = any(math.isnan(term(blank)) for term, _ in rewards.values())
+        self.books = RewardBooks(rewards, audited=next(auditors(controller), None) is not None)
         self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
         self.flops_each: float | None = None  # a training step's for one example; None once the structure changed
-        self._probe_flops: dict[object, float] = {}
+        self.probe_flops: dict[object, float] = {}
         parameter = next(iter(plane.host.module.parameters()))
         self._losses = torch.zeros(governor.config.check_every, device=parameter.device)
         self._waiting = 0
@@ -205,7 +203,7 @@ class Tolaria:
         if not math.isfinite(measured.loss):
             first, measured = measured, self._measure(GuardedBatches(batches, "validation"))
             if math.isfinite(measured.loss):
-                self._tell_fault("validation", f"the loss was {first.loss} once", "the second measurement counts")
+                self.tell_fault("validation", f"the loss was {first.loss} once", "the second measurement counts")
         self._fit_rent(measured.loss)
         alarm = alarm or self.governor.observe_validation(measured.loss, self.clock.step) or self._check_parameters()
         commands: list[Command] = []
@@ -241,7 +239,7 @@ class Tolaria:
         except RunFailed:
             raise
         except PART_FAULTS as error:
-            self._tell_fault(f"controller {self.controller_name}", error, "it decided nothing this time")
+            self.tell_fault(f"controller {self.controller_name}", error, "it decided nothing this time")
             return []
 
     def obey(self, command: Command) -> bool:
@@ -274,16 +272,17 @@ class Tolaria:
         error did not repeat.
         """
         if not paths:
-            self._tell_fault("training", error, "it did not repeat; nobody is to blame, and the run goes on")
+            self.tell_fault("training", error, "it did not repeat; nobody is to blame, and the run goes on")
         for path in paths:
             blueprint = self.plane.growths[path].blueprint
-            self._tell_fault(f"seed {path}", error, "the seed was culled")
+            self.tell_fault(f"seed {path}", error, "the seed was culled")
             self.remove_seed(path, "it raised")
             if self.governor.note_fault(blueprint):
                 action = f"blueprint {blueprint} is embargoed for {self.governor.config.embargo} decisions"
-                self._tell_fault(f"blueprint {blueprint}", error, action)
+                self.tell_fault(f"blueprint {blueprint}", error, action)
 
-    def _tell_fault(self, where: str, error: BaseException | str, action: str) -> None:
+    def tell_fault(self, where: str, error: BaseException | str, action: str) -> None:
+        """Tell what went wrong, where, and what was done about it."""
         told = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self.emit(FaultCaught(step=self.clock.step, where=where, error=told[:500], action=action))
 
@@ -402,84 +401,7 @@ class Tolaria:
             )
 
     def _measure(self, batches: Iterable[Batch]) -> Measurement:
-        """Validation figures and counterfactuals; FLOPs are counted once for each structure."""
-        growths, decision = self.plane.growths, self.clock.decision
-        fossils_due = decision % self.fossils_every == 0 or decision + 1 >= self.decisions
-        live = self.plane.contributing()
-        settled = not self.governor.settling(self.clock.step)  # no gains of a network that still jumps
-        paths = [path for path in live if settled and (fossils_due or not growths[path].stage.spec.permanent)]
-        # a seed that withers at alpha zero shows nowhere and is computed all the same
-        computed = (path for path, slot in self.plane.slots.items() if slot.mode not in (Mode.IDENTITY, Mode.ISOLATED))
-        key = (tuple((path, growths[path].births, growths[path].blend) for path in computed), tuple(paths))
-        measured = self._probe(batches, paths, count_cost=key not in self._probe_flops)
-        slots = self.plane.slots
-        if any(path not in slots or slots[path].seed is None for path in paths):  # it was culled, since it raised
-            return self._measure(batches)
-        bare = measured.masks.get(frozenset(live))
-        if bare is not None and self._needs_gain:
-            rise = measured.score - bare[1]
-            self._joint = bare[0] - measured.loss, rise if self.objective.metric.higher_is_better else -rise
-        each = self._probe_flops.setdefault(key, measured.flops / measured.examples)
-        self.clock.total_flops += each * measured.examples
-        for path, worth in measured.worth.items():
-            self.plane.record(path, loss=worth.loss, accuracy=worth.score)
-            self.emit(
-                CounterfactualMeasured(
-                    step=self.clock.step,
-                    slot=path,
-                    loss_mean=worth.loss.mean,
-                    loss_low=worth.loss.low,
-                    loss_high=worth.loss.high,
-                    score_mean=worth.score.mean,
-                    score_low=worth.score.low,
-                    score_high=worth.score.high,
-                    examples=worth.loss.count,
-                    rent=self.plane.rent_of(path),
-                )
-            )
-        return measured
-
-    def _probe(self, batches: Iterable[Batch], paths: Sequence[str], *, count_cost: bool) -> Measurement:
-        """The measurement; a seed that raises in it is culled. Data that cannot be read are read a second time.
-
-        Raises:
-            DataFailed: they cannot be read then either.
-        """
-
-        def measure() -> Measurement:
-            live = self.plane.contributing()
-            also = [frozenset(live)] if live and self._needs_gain else []
-            return measure_counterfactuals(
-                self.plane, batches, self.objective, paths=paths, count_cost=count_cost, also=also
-            )
-
-        try:
-            return measure()
-        except EsperError:
-            raise
-        except DataFailed as error:
-            self._tell_fault(f"{error.split} data", error.cause, "they are read again")
-            return measure()
-        except PART_FAULTS as error:
-            verdict = find_guilty(self.plane, partial(self._look, batches), error)
-            self.cull_faulty(verdict.guilty, error)
-            if not verdict.guilty:
-                return measure()
-            return self._probe(batches, [path for path in paths if self.plane.growths[path].stage.spec.occupied],
-                               count_cost=count_cost)  # fmt: skip
-
-    @torch.no_grad()
-    def _look(self, batches: Iterable[Batch]) -> None:
-        """Evaluate, and nothing else: a measurement silences slots itself, which would hide whose error it is."""
-        host, training = self.plane.host, self.plane.host.module.training
-        for module in (host.module, self.plane.module):
-            module.eval()
-        try:
-            for batch in batches:
-                self.objective.scores(host.forward_with_slots(batch.inputs), batch.targets)
-        finally:
-            for module in (host.module, self.plane.module):
-                module.train(training)
+        return measure(self, batches)
 
     def _check_parameters(self) -> Alarm | None:
         """Cull isolated seeds that are not finite; the host or a seed that contributes is an alarm."""
@@ -510,7 +432,7 @@ class Tolaria:
                 score_minus_rent=measured.score - rent if better else None,
             )
         )
-        if self.rewards:
+        if self.books.rewards:
             self._tell_reward()
         clock.decision += 1
         clock.loss_sum, clock.loss_count = 0.0, 0
@@ -523,63 +445,12 @@ class Tolaria:
         return {path: growth.stage for path, growth in self.plane.growths.items()}
 
     def roll_back(self, alarm: Alarm) -> None:
-        """Return to the last good state, tell of all that changed, and bar the guilty command.
+        """Return to the last good state, see `rollback`.
 
         Raises:
             RunFailed: unrecoverable.
         """
-        plane, governor, snapshot, step = self.plane, self.governor, self.snapshot, self.clock.step
-        self.emit(GovernorAlarm(step=step, cause=alarm.cause, value=alarm.value, limit=alarm.limit))
-        if snapshot.step < 0:
-            raise RunFailed(
-                f"{alarm.cause}, and the model was in no good state before",
-                "weights and data that are finite",
-                "a lower --learning-rate",
-            )
-        before = {path: (g.stage, g.births, g.blueprint, g.blend, g.params) for path, g in plane.growths.items()}
-        missed = withering(self) if math.isfinite(alarm.value) else []
-        guilty = (governor.blame if missed else governor.suspects)(snapshot.step, self.stages())
-        if guilty is not None and guilty["op"] == Op.CULL and guilty["source"] == "emrakul":
-            missed.append(guilty["slot"])
-        rise = alarm.value - governor.typical
-        snapshot.restore(plane, self.optimizer)
-        self.flops_each = None
-        found = self.examine(alarm) if self.examine is not None and not math.isfinite(alarm.value) else None
-        if found is not None:
-            snapshot.restore(plane, self.optimizer)  # gathering evidence moves running statistics and random state
-        excused = found is not None and bool(found.batches)
-        if found is not None and found.seeds:  # evidence, in place of what the times of commands suggest
-            guilty = {**(guilty or {}), "op": Op.ADVANCE.value, "slot": found.seeds[0]}
-        elif found is not None and excused:
-            guilty = None
-            where = f"{alarm.cause} for {', '.join(found.batches)}"
-            self._tell_fault("data", where, "no seed and no command is to blame")
-        governor.roll_back(step, snapshot.step, guilty, strike=not missed and not excused)
-        if self.sensors is not None:
-            self.sensors.clear()
-        after = snapshot.plain["structure"]
-        born = {entry["path"]: entry["births"] for entry in after if STAGES[Stage(entry["stage"])].occupied}
-        lost = [p for p, (stage, births, *_) in before.items() if STAGES[stage].occupied and born.get(p) != births]
-        audited = bool(missed) and guilty is not None and guilty["source"] == "emrakul"
-        self._deaths += not audited  # the auditor's experiment is nobody's fault
-        penalty = 0.0 if audited else governor.config.penalty
-        self.emit(RolledBack(step=step, to_step=snapshot.step, lost=lost, guilty=guilty, penalty=penalty))
-        tell_restored(self, before)
-        if governor.unrecoverable:
-            raise RunFailed(
-                f"the run is unrecoverable after {governor.strikes} rollbacks in a row ({alarm.cause})",
-                "a loss that stays finite",
-                "a lower --learning-rate",
-            )
-        for path in missed:
-            for auditor in auditors(self.controller) if path in plane.growths else ():
-                auditor.collapsed(path, self.clock.decision, plane.rent_of(path), rise)
-        if guilty is not None and guilty["slot"] in plane.growths and guilty["op"] not in (Op.WITHER, Op.CULL):
-            slot = guilty["slot"]
-            plane.embargo(slot, governor.config.embargo)
-            entering = plane.growths[slot].stage.spec.entering
-            if (entering and (found is None or slot in found.seeds)) or governor.offences[slot] > 1:
-                self.remove_seed(slot, f"guilty of: {alarm.cause}")
+        roll_back(self, alarm)
 
     def is_finite(self) -> bool:
         """Whether every parameter of the host, and of seeds that are let in, is finite."""
@@ -613,7 +484,7 @@ class Tolaria:
         """Validation loss without the withered seed at `path` minus with it at full alpha."""
         measured = measure_churn(self.plane, self.batches, self.objective, path)
         self.clock.total_flops += measured.flops
-        self._churn[path] = measured.worth[path].loss.mean
+        self.books.churn[path] = measured.worth[path].loss.mean
         return measured.worth[path].loss
 
     def tell(self, change: StageChange) -> None:
@@ -670,32 +541,17 @@ class Tolaria:
             self.plane.bar(verdict.slot, self.plane.candidates[growth.blueprint].family, verdict.barren)
 
     def _tell_reward(self) -> None:
-        """Every term. In a run of its own the twin is the same network, on the same examples, without its seeds."""
-        ledger = self.plane.ledger
+        ledger, clock = self.plane.ledger, self.clock
         gains = {path: growth.loss.mean for path, growth in self.plane.growths.items() if growth.loss is not None}
-        last = self.clock.decision + 1 >= self.decisions
-        loss, score = self._joint
-        outcome = StepOutcome(
-            loss, loss - self._gain[0], score, score - self._gain[1], gains,
-            ledger.excess_params_ratio, ledger.excess_flops_ratio, self._churn, self._deaths, last,
-        )  # fmt: skip
-        terms = {}
-        for name, (term, _) in self.rewards.items():
-            try:
-                value = float(term(outcome))
-            except PART_FAULTS as error:
-                self._tell_fault(f"reward {name}", error, "it was left out of this decision's reward")
-                continue
-            if not math.isnan(value):
-                terms[name] = value
-        weights = {name: self.rewards[name][1] for name in terms}
-        total = math.fsum(weights[name] * value for name, value in terms.items())
+        last = clock.decision + 1 >= self.decisions
+        told = self.books.tell(gains, ledger.excess_params_ratio, ledger.excess_flops_ratio, last=last)
+        for name, why in told.unmeasured.items():
+            self.tell_fault(f"reward {name}", why, "it was left out of this decision's reward")
         self.emit(
             RewardMeasured(
-                step=self.clock.step, decision=self.clock.decision, terms=terms, weights=weights, total=total
+                step=clock.step, decision=clock.decision, terms=told.terms, weights=told.weights, total=told.total
             )
         )
-        self._deaths, self._churn, self._gain = 0, {}, self._joint
 
     # --- State ---
 
@@ -707,9 +563,7 @@ class Tolaria:
             "controller": self.controller.state_dict(),
             "sensors": self.sensors.state_dict() if self.sensors is not None else {},
             "waiting": self._losses[: self._waiting].tolist(),
-            "deaths": self._deaths,
-            "churn": self._churn,
-            "gain": [*self._gain, *self._joint],
+            **self.books.state_dict(),
             "host": self.host_readings,
             "snapshot": {"plain": self.snapshot.plain, "step": self.snapshot.step},
         }
@@ -726,8 +580,6 @@ class Tolaria:
         waiting = [float(value) for value in state["waiting"]]
         self._waiting = len(waiting)
         self._losses[: len(waiting)] = torch.tensor(waiting)
-        self.flops_each, self._probe_flops = None, {}
-        self._deaths, self._churn = int(state["deaths"]), dict(state["churn"])
-        gain = [float(value) for value in state.get("gain", (0.0,) * 4)]
-        self._gain, self._joint = (gain[0], gain[1]), (gain[2], gain[3])
+        self.flops_each, self.probe_flops = None, {}
+        self.books.load_state_dict(state)
         self.host_readings = dict(state.get("host", {}))  # not in checkpoints of 0.1.0

@@ -15,7 +15,7 @@ from torch import nn
 from esper_core.emrakul.audit import Auditor
 from esper_core.kasmina.ledger import count_parameters
 from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand
+from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, RunFailed
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import STAGES, Op, Stage
 from esper_core.nissa.report import write_report
@@ -24,9 +24,12 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.governor import Alarm, Governor, GovernorConfig
 from esper_core.tolaria.inquest import answer
 from esper_core.tolaria.optimizer import GrowthOptimizer
+from esper_core.tolaria.reward_books import RewardBooks
 from esper_core.tolaria.run import start_run
 from esper_core.tolaria.session import Tolaria
 from esper_plugins.objectives.classes import Classification
+from esper_plugins.rewards.costs import Churn
+from esper_plugins.rewards.gain import LossGain
 from tests.kasmina.small import batch, small_plane
 from tests.tolaria import ground
 
@@ -199,14 +202,75 @@ def test_what_was_useless_somewhere_is_remembered_for_a_while_through_rollback_a
         life.plane.decide()
 
 
-def test_a_mild_alarm_to_which_rollbacks_return_is_a_new_level_and_not_the_end() -> None:
-    life = Life()
-    life.tolaria.governor = Governor(GovernorConfig(patience=3), CHANCE)
+def alarms(values: list[float], chance: float | None = CHANCE) -> tuple[list[str], Life]:
+    """What came of each alarm, until the run failed."""
+    life, found = Life(), list[str]()
+    life.tolaria.governor = Governor(GovernorConfig(patience=5), chance)
     life.tolaria.keep()
-    for _ in range(8):
+    for value in values:
         life.tolaria.governor.observe([0.1] * 60, 1)
-        answer(life.tolaria, Alarm("for the test", 0.4, 0.3))
-    assert life.tolaria.governor.rollbacks == 2 and len(life.told("governor_alarm")) == 8
+        before = life.tolaria.governor.rollbacks
+        try:
+            answer(life.tolaria, Alarm("for the test", value, 0.3))
+        except RunFailed:
+            return [*found, "failed"], life
+        found.append("back" if life.tolaria.governor.rollbacks > before else "level")
+    return found, life
+
+
+def test_a_mild_alarm_to_which_rollbacks_return_is_a_new_level_but_not_without_end() -> None:
+    found, life = alarms([0.4] * 9)
+    assert found == ["back", "back", "level", "back", "back", "level", "back", "failed"]
+    state = life.tolaria.governor.state_dict()
+    again = Governor(GovernorConfig(patience=5), CHANCE)
+    again.load_state_dict(state)
+    assert (again.levels, again.heights) == (2, [0.4, 0.4])
+    calm, _ = alarms([0.4] * 3)
+    assert calm[-1] == "level"
+
+
+@pytest.mark.parametrize(
+    ("values", "chance"), [([0.4 * 1.3**n for n in range(5)] + [2.0] * 4, CHANCE), ([0.4] * 9, None)]
+)
+def test_a_loss_that_climbs_from_alarm_to_alarm_or_has_no_known_chance_is_no_level(
+    values: list[float], chance: float | None
+) -> None:
+    found, _ = alarms(values, chance)
+    assert found == ["back"] * 5 + ["failed"]
+
+
+def test_calm_steps_end_a_row_of_levels() -> None:
+    _, life = alarms([0.4] * 3)
+    governor = life.tolaria.governor
+    assert governor.levels == 1
+    governor.observe([0.4] * 60, governor.last_rollback + governor.config.pardon)
+    assert (governor.strikes, governor.levels, governor.heights) == (0, 0, [])
+
+
+def rewards_of(term: Any, audited: bool = False) -> RewardBooks:
+    return RewardBooks({"mine": (term, 1.0)}, audited=audited)
+
+
+def test_a_reward_that_cannot_be_measured_is_refused_before_the_first_step() -> None:
+    with pytest.raises(BadOption, match="'mine' cannot be measured: it is NaN"):
+        rewards_of(lambda outcome: math.nan)
+    with pytest.raises(BadOption, match="ZeroDivisionError"):
+        rewards_of(lambda outcome: 1 / 0)
+    with pytest.raises(BadOption, match="--overseers emrakul"):
+        rewards_of(Churn())
+    assert not rewards_of(Churn(), audited=True).needs_gain and rewards_of(LossGain()).needs_gain
+    with pytest.raises(BadOption, match="churn"):
+        start_run(RunConfig(host="mlp", task="digits", rewards=("churn=1",), epochs=1, device="cpu"), keep=False)
+
+
+def test_a_decision_without_a_finite_loss_is_told_as_unmeasured_and_gains_add_up_all_the_same() -> None:
+    books, paid = rewards_of(LossGain()), []
+    for gain in (0.1, None, 0.4):
+        books.gain = None if gain is None else (gain, 0.0)
+        told = books.tell({}, 0.0, 0.0, last=False)
+        paid.append(told.total)
+        assert set(told.unmeasured) == (set() if gain is not None else {"mine"})
+    assert math.fsum(paid) == pytest.approx(0.4)
 
 
 def test_a_run_measures_every_reward_that_it_names_and_tells_score_minus_rent_at_every_decision(tmp_path) -> None:
