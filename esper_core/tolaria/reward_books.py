@@ -21,9 +21,9 @@ _WHOLE: Final = StepOutcome(0.5, 0.25, 0.1, 0.05, {}, 0.1, 0.1, {}, 0, final=Tru
 class Told:
     """Value and weight of every term that was measured; `unmeasured` has the others, each with the reason."""
 
-    terms: Mapping[str, float]
-    weights: Mapping[str, float]
-    unmeasured: Mapping[str, str]
+    terms: dict[str, float]
+    weights: dict[str, float]
+    unmeasured: dict[str, str]
 
     @property
     def total(self) -> float:
