@@ -21,9 +21,16 @@ from esper_core.testing.base import Conformance
 from esper_core.testing.cases import installed
 
 _SHAPES: Final[Mapping[str, Callable[[TaskProtocol], tuple[int, ...]]]] = MappingProxyType(
-    {"classification": lambda task: (), "language-modelling": lambda task: task.input_shape}
+    {
+        "classification": lambda task: (),
+        "language-modelling": lambda task: task.input_shape,
+        "multilabel": lambda task: (task.outputs,),
+    }
 )
 """Shape of one example's target, for the kinds of task where it is known."""
+
+_CLASSES: Final = frozenset({"classification", "language-modelling", "segmentation"})
+"""Kinds of task whose targets are class or token numbers."""
 
 _FEW = 6
 """Batches that are compared of splits that may be long."""
@@ -94,10 +101,15 @@ class TaskConformance(Conformance):
                 assert all(x.isfinite().all() for x in (targets, *inputs))
                 assert all(x.is_floating_point() or x.dtype in (torch.int64, torch.bool) for x in inputs)
                 if task.kind in _SHAPES:
+                    assert targets.shape == (batch.size, *_SHAPES[task.kind](task)), "a target for each output"
+                if task.kind in _CLASSES:
                     assert targets.dtype == torch.int64
-                    assert targets.shape == (batch.size, *_SHAPES[task.kind](task)), "one target an example, or a token"
-                if targets.dtype == torch.int64:
-                    counted = targets[targets != IGNORED]
+                if task.kind == "regression":
+                    assert targets.is_floating_point(), "numbers as floats"
+                counted = targets[targets != IGNORED]
+                if task.kind == "multilabel":
+                    assert ((counted == 0) | (counted == 1)).all(), "each label 0 or 1"
+                elif targets.dtype == torch.int64:
                     assert counted.numel() == 0 or 0 <= counted.min() <= counted.max() < task.outputs
                 else:
                     assert targets.is_floating_point(), "classes as int64, numbers as floats"

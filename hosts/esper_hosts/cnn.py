@@ -40,8 +40,12 @@ def conv_net(
     pools: list[str],
     norm: str,
     dropout: float,
+    head: str = "classes",
 ) -> nn.Sequential:
     """Blocks of convolutions, global average pooling, one linear layer: (N, *input_shape) to (N, outputs).
+
+    With `head="map"` there is no pooling over positions: a convolution of size 1 gives (N, outputs, *positions), and
+    its map is enlarged to the input's positions where blocks have halved it.
 
     Args:
         input_shape: (C, H, W), (C, L) or (L,).
@@ -51,7 +55,8 @@ def conv_net(
         pools: how each block halves its feature, unless one position is left: `max` or `average` at its end, `stride`
             in its first convolution, or `none`.
         norm: behind each convolution: `batch`, `group` or `none`.
-        dropout: share of the pooled feature that is dropped in training.
+        dropout: share of the last feature that is dropped in training.
+        head: `classes` or `map`.
     """
     axes = max(1, len(input_shape) - 1)
     channels = input_shape[0] if len(input_shape) > 1 else 1
@@ -63,10 +68,16 @@ def conv_net(
         shrink = pool if size >= 2 else "none"
         layers[f"block{number}"] = _block(axes, channels, width, convs, shrink, norm)
         channels, size = width, size if shrink == "none" else (size + 1) // 2 if shrink == "stride" else size // 2
-    layers["mean"] = PositionMean()
+    if head == "classes":
+        layers["mean"] = PositionMean()
     if dropout:
         layers["dropout"] = nn.Dropout(dropout)
-    layers["head"] = nn.Linear(channels, outputs)
+    if head == "classes":
+        layers["head"] = nn.Linear(channels, outputs)
+        return nn.Sequential(layers)
+    layers["head"] = (nn.Conv1d, nn.Conv2d)[axes - 1](channels, outputs, 1)
+    if any(pool != "none" for pool in pools):
+        layers["enlarge"] = nn.Upsample(input_shape[1:] or input_shape, mode=("linear", "bilinear")[axes - 1])
     return nn.Sequential(layers)
 
 
@@ -101,6 +112,7 @@ def cnn(
     pool: str = "max",
     norm: str = "batch",
     dropout: float = 0.0,
+    head: str = "classes",
 ) -> ModuleHost:
     """The network as a host, with a point behind each block.
 
@@ -110,7 +122,7 @@ def cnn(
         input_shape: (C, H, W), (C, L) or (L,); (3, 32, 32) if unknown.
         seed: of the initial weights.
         pool: one of `POOLS` for all blocks, or one for each with commas.
-        widths, convs, norm, dropout: see `conv_net`.
+        widths, convs, norm, dropout, head: see `conv_net`.
 
     Raises:
         EsperError: the input is no map and no signal.
@@ -124,6 +136,6 @@ def cnn(
         torch.default_generator.manual_seed(seed)
         channels = widths_of("cnn.widths", widths)
         pools = each_of("cnn.pool", pool, POOLS, len(channels))
-        model = conv_net(shape, outputs or OUTPUTS, channels, convs, pools, norm, dropout)
+        model = conv_net(shape, outputs or OUTPUTS, channels, convs, pools, norm, dropout, head)
     points = [name for name, _ in model.named_children() if name.startswith("block")]
     return host_from_module(model, points, example=torch.zeros(1, *shape))

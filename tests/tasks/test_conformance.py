@@ -26,6 +26,18 @@ class TestDigits(TaskConformance):
     options: ClassVar = {"augment": "shift"}
 
 
+class TestDigitsProperties(TaskConformance):
+    spec = "digits-properties"
+
+
+class TestDigitsSegments(TaskConformance):
+    spec = "digits-segments"
+
+
+class TestDiabetes(TaskConformance):
+    spec = "diabetes"
+
+
 class TestMnist1d(TaskConformance):
     spec = "mnist1d"
 

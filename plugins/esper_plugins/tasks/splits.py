@@ -18,7 +18,10 @@ from esper_plugins.tasks.prefetch import prefetch
 from esper_plugins.tasks.randomness import order
 
 Inputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
-_OBJECTIVES = {"classification": "classification", "language-modelling": "language", "regression": "regression"}
+_OBJECTIVES = {
+    "classification": "classification", "language-modelling": "language", "regression": "regression",
+    "multilabel": "multilabel", "segmentation": "dense",
+}  # fmt: skip
 
 
 @attrs.frozen
@@ -86,7 +89,7 @@ class ExampleSplit(ABC):
     position). Otherwise examples come in order and as they are.
 
     Args:
-        targets: int64 (N,).
+        targets: (N, …), such as int64 (N,) of classes or float32 (N, 1) of numbers.
         scale: applied to inputs that are one tensor; None leaves them.
         augment: applied when shuffling; None for none.
         whole_batches: leave out a last batch that would be short, for training: every batch has one size, and
