@@ -40,7 +40,9 @@ def arms_table(compare: Mapping[str, Any], *, wide: bool = True) -> Table:
     reach = min(widest, 4 * largest)  # one huge interval must not flatten the others
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("arm", no_wrap=True)
-    table.add_column("bits/byte" if judge.name == "bits per byte" else judge.name, justify="right")
+    table.add_column(
+        judge.name.replace(" per ", "/") if judge.name.startswith("bits per ") else judge.name, justify="right"
+    )
     table.add_column("grown − arm", no_wrap=True)
     if wide:
         table.add_column("−" + "0".center(FOREST - 2) + "+", no_wrap=True, header_style="dim")

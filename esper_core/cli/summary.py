@@ -123,4 +123,5 @@ def host_alone(compare: Mapping[str, Any] | None) -> str | None:
         return text
     scale, unit = (100.0, " points") if judge.share else (1.0, "")
     gain = f"{scale * middle:+.2f} [{scale * low:+.2f}, {scale * high:+.2f}]{unit}"
-    return f"{text}; growing adds {gain} over {len(scores)} seeds"
+    verb = "adds" if judge.higher_is_better else "changes it by"
+    return f"{text}; growing {verb} {gain} over {len(scores)} seeds"

@@ -15,7 +15,8 @@ class StepOutcome:
     Attributes:
         loss_gain: validation loss of the WAIT twin minus this environment's (nats): what growing has gained by now.
         loss_gain_change: its change since the decision before.
-        score_gain, score_gain_change: the same for the objective's metric; positive where this environment is better.
+        score_gain, score_gain_change: the same for the objective's metric; positive where this environment is better,
+            in points of 1 where the metric is a share, else as a share of the twin's score.
         slot_gains: slot path to its own counterfactual (loss without minus with) for slots that contribute.
         excess_params_ratio, excess_flops_ratio: of all seeds that are in the model now, however old.
         churn: slot path to validation loss after removal minus before, for slots removed in this step.

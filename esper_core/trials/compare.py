@@ -28,6 +28,7 @@ import torch
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
 from esper_core.leyline.events import renamed
+from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
 from esper_core.registry import Registry, load_registry, split_reference
@@ -165,8 +166,8 @@ def summarise(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, 
         entry |= {key: [row[key] for row in rows] for key in ("score", "loss", "validation_score")}
         entry |= {key: fmean(row[key] for row in rows) for key in ("params", "flops", "wall_s")}
         if any(row["kind"] == "language-modelling" for row in rows):
-            key, judge = "bits_per_byte", Metric("bits per byte", higher_is_better=False, share=False)
-            entry["bits_per_byte"] = [row["loss"] / math.log(2) for row in rows]
+            key, judge = _bits(rows)
+            entry[key] = [row["loss"] / math.log(2) for row in rows]
         else:
             judge = Metric(**rows[0].get("metric", {}))
             key = "accuracy" if judge.name == "accuracy" else "score"
@@ -181,6 +182,20 @@ def summarise(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, 
     }
     verdict = verdict_of(summary)
     return summary if verdict is None else {**summary, "verdict": verdict}
+
+
+def _bits(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Metric]:
+    """Name and metric of the loss in bits: a byte where every token is one, else a token.
+
+    Rows written before they said what a token is are of bytes, as they were called.
+    """
+    unit = "byte" if all(row.get("token", "byte") == "byte" for row in rows) else "token"
+    return f"bits_per_{unit}", Metric(f"bits per {unit}", higher_is_better=False, share=False)
+
+
+def _token(task: TaskProtocol) -> str:
+    """`byte` where every token of a task is one, else `token`."""
+    return "byte" if getattr(task, "tokens", "") == "byte" else "token"
 
 
 def _pairs(arms: Sequence[Mapping[str, Any]], metric: str) -> Iterator[dict[str, Any]]:
@@ -258,6 +273,7 @@ def _run_unit(unit: Unit) -> None:
             "arm": unit.arm,
             "seed": unit.seed,
             "kind": found[0].task.kind,
+            "token": _token(found[0].task),
             "loss": found[1].test_loss,
             "metric": attrs.asdict(found[0].objective.metric),
             "score": found[1].test_score,
@@ -288,12 +304,15 @@ def _grow(unit: Unit, registry: Registry) -> dict[str, Any]:
 
 
 def _describe_grown(arm: str, seed: int, path: Path, result: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    config = RunFolder.open(path)[1]
-    _, header = load_plane(path, load_registry())
+    config, registry = RunFolder.open(path)[1], load_registry()
+    _, header = load_plane(path, registry)
+    language = header["task"]["kind"] == "language-modelling"
+    unit = _token(assembly.build_task(without_fetching(config), registry)[0]) if language else "token"
     return {
         "arm": arm,
         "seed": seed,
         "kind": header["task"]["kind"],
+        "token": unit,
         "loss": result["test_loss"],
         "metric": result.get("metric", attrs.asdict(Metric())),
         "score": result["test_score"],

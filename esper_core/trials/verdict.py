@@ -26,7 +26,7 @@ def verdict_of(summary: Mapping[str, Any], control: str = CONTROL) -> dict[str, 
     pair = next((p for p in summary["paired"] if p["minus"] == control), None)
     if arm is None or pair is None:
         return None
-    bits = summary["metric"] == "bits_per_byte"
+    bits = summary["metric"].startswith("bits_per_")
     judge = Metric(**summary["judge"]) if "judge" in summary else Metric(share=not bits, higher_is_better=not bits)
     sign = 1.0 if judge.higher_is_better else -1.0
     unit = sign if judge.share else sign / max(abs(fmean(arm[summary["metric"]])), 1e-30)

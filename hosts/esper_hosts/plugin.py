@@ -33,7 +33,11 @@ def esper_hosts() -> list[HostSpec]:
                 Option("norm", "str", "batch", "behind each convolution", choices=("batch", "group", "none")),
                 _DROPOUT,
                 Option(
-                    "head", "str", "classes", "outputs for the whole input, or for each position", choices=("classes", "map")
+                    "head",
+                    "str",
+                    "classes",
+                    "outputs for the whole input, or for each position",
+                    choices=("classes", "map"),
                 ),
             ),
             source="the constitution's network; Simonyan & Zisserman 2014, arXiv:1409.1556",

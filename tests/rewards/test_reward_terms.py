@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_core.leyline.errors import BadOption
+from esper_core.leyline.objective import Metric
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import stages_where
 from esper_core.simic.gym.reward import (
@@ -21,6 +22,7 @@ from esper_core.simic.gym.reward import (
 )
 from esper_core.testing.reward import IDLE, RewardConformance
 from esper_core.tolaria.assembly import parse_rewards
+from esper_plugins.rewards.gain import AccuracyGain
 from esper_plugins.rewards.plugin import esper_rewards
 
 SPECS = {spec.name: spec for spec in esper_rewards()}
@@ -93,6 +95,39 @@ def play(
         meter.measure(Standing(*own, ratio, ratio), Standing(*other), final=i == len(rows) - 1)
         for i, (own, other, ratio) in enumerate(rows)
     ]
+
+
+ERROR = Metric("mean absolute error", higher_is_better=False, share=False)
+
+
+@pytest.mark.parametrize(
+    ("metric", "own", "gain"),
+    [
+        (Metric(), 0.6, 0.1),
+        (Metric(), 0.4, -0.1),
+        (ERROR, 0.4, 0.2),
+        (ERROR, 0.6, -0.2),
+        (ERROR, 9.0, -1.0),
+        (ERROR, math.nan, -1.0),
+        (ERROR, math.inf, -1.0),
+    ],
+)
+def test_the_reward_for_a_score_is_positive_where_it_is_better(metric: Metric, own: float, gain: float) -> None:
+    term = AccuracyGain()
+    meter = OutcomeMeter(metric=metric)
+    assert term(meter.measure(Standing(1.0, own), Standing(1.0, 0.5))) == pytest.approx(gain)
+    assert term(meter.measure(Standing(1.0, 0.5), Standing(1.0, 0.5))) == pytest.approx(-gain)
+    again = OutcomeMeter(metric=metric)
+    again.load_state_dict(meter.state_dict())
+    assert again == meter
+
+
+def test_the_gain_of_an_error_does_not_depend_on_its_unit() -> None:
+    gains = [
+        OutcomeMeter(metric=ERROR).measure(Standing(1.0, 0.4 * unit), Standing(1.0, 0.5 * unit)).score_gain
+        for unit in (1.0, 77.0)
+    ]
+    assert gains[0] == pytest.approx(gains[1])
 
 
 @given(curve=curves)

@@ -140,7 +140,8 @@ class EpisodeGroup:
         self.cohort = Cohort(ground.member(), [ground.member() for _ in range(size)], share=share)
         self.steps = 0
         self._batches, self._validation = ground.batches(), ground.validation()
-        self._accounts = [_Account() for _ in range(size)]
+        metric = ground.setup.objective.metric
+        self._accounts = [_Account(OutcomeMeter(metric=metric)) for _ in range(size)]
         self._decision = 0
 
     def advance(self) -> tuple[list[RunView], list[Paid]]:

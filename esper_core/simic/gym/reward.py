@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import attrs
 
+from esper_core.leyline.objective import Metric
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 
 LOSS_CAP: Final = 5.0
@@ -35,12 +36,12 @@ class Standing:
     """Where one environment stands on the validation split, and what its seeds weigh.
 
     Attributes:
-        loss, accuracy: validation loss (nats) and accuracy (share of 1); None when unmeasured.
+        loss, score: validation loss (nats) and score by the objective's metric; None when unmeasured.
         excess_params_ratio, excess_flops_ratio: of all seeds in the model.
     """
 
     loss: float | None
-    accuracy: float | None
+    score: float | None
     excess_params_ratio: float = 0.0
     excess_flops_ratio: float = 0.0
 
@@ -51,10 +52,15 @@ class OutcomeMeter:
 
     The gain starts at zero, where both are equal, so the changes of an episode sum to its last gain. A change is
     taken since the last *measured* gain: nothing is lost or counted twice over a step that was not measured.
+
+    Attributes:
+        metric: by which scores are compared. The gain of a share, such as accuracy, is in points of 1; of any other
+            metric it is a share of the twin's score. Both are positive where the environment is better.
     """
 
     loss_gain: float = 0.0
     score_gain: float = 0.0
+    metric: Metric = attrs.Factory(Metric)
 
     def measure(
         self,
@@ -68,7 +74,7 @@ class OutcomeMeter:
     ) -> StepOutcome:
         """The outcome of the step that ends now."""
         loss_gain = _gain(_negative(environment.loss), _negative(twin.loss), LOSS_CAP)
-        score_gain = _gain(environment.accuracy, twin.accuracy, 1.0)
+        score_gain = _score_gain(self.metric, environment.score, twin.score)
         loss_change = None if loss_gain is None else loss_gain - self.loss_gain
         score_change = None if score_gain is None else score_gain - self.score_gain
         self.loss_gain = self.loss_gain if loss_gain is None else loss_gain
@@ -88,7 +94,7 @@ class OutcomeMeter:
 
     def state_dict(self) -> dict[str, float]:
         """The last measured gains."""
-        return attrs.asdict(self)
+        return {"loss_gain": self.loss_gain, "score_gain": self.score_gain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
@@ -106,6 +112,13 @@ def slot_credits(before: Mapping[str, float], after: Mapping[str, float]) -> dic
 
 def _negative(value: float | None) -> float | None:
     return None if value is None else -value
+
+
+def _score_gain(metric: Metric, own: float | None, twin: float | None) -> float | None:
+    unit = 1.0 if metric.higher_is_better else -1.0
+    if not metric.share and twin is not None and math.isfinite(twin):
+        unit /= max(abs(twin), 1e-12)
+    return _gain(*(None if score is None else unit * score for score in (own, twin)), 1.0)
 
 
 def _gain(own: float | None, twin: float | None, cap: float) -> float | None:

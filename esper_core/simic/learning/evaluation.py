@@ -95,7 +95,7 @@ def summarise(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "contests": len(many),
             "return": fmean(totals[name]),
             "loss_gain": fmean(one.twin_loss - one.loss for one in many),
-            "accuracy_gain": fmean(one.accuracy - one.twin_accuracy for one in many),
+            "accuracy_gain": fmean(one.score_gain for one in many),
             "params_ratio": fmean(one.params_ratio for one in many),
             "deaths": sum(one.deaths for one in many),
             "grown": dict(sum((Counter(one.grown) for one in many), Counter[str]())),

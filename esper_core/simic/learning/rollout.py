@@ -41,9 +41,11 @@ class Played:
 
     Attributes:
         total: its return. terms: the sum of each reward term before weights.
-        loss, accuracy: on the validation split at the end. twin_loss, twin_accuracy: of the WAIT twin.
+        loss, accuracy: on the validation split at the end; `accuracy` is the score by the objective's metric.
+        twin_loss, twin_accuracy: of the WAIT twin.
         params_ratio: of the seeds at the end. grown: blueprints in the model then, by count.
         commands: operations carried out, by count. deaths: rollbacks.
+        higher_is_better: whether it is so for `accuracy`.
     """
 
     total: float
@@ -56,6 +58,13 @@ class Played:
     grown: Mapping[str, int]
     commands: Mapping[str, int]
     deaths: int
+    higher_is_better: bool = True
+
+    @property
+    def score_gain(self) -> float:
+        """By how much the score is better than the twin's, in the unit of the metric."""
+        gain = self.accuracy - self.twin_accuracy
+        return gain if self.higher_is_better else -gain
 
 
 @attrs.frozen
@@ -112,7 +121,7 @@ class _Ledger:
         return Played(
             sum(self.rewards), dict(self.terms), member.measured.loss, member.measured.score, twin.measured.loss,
             twin.measured.score, member.plane.ledger.excess_params_ratio, dict(grown), dict(self.commands),
-            self.deaths,
+            self.deaths, group.ground.setup.objective.metric.higher_is_better,
         )  # fmt: skip
 
 

@@ -338,7 +338,7 @@ def _summary(results: Sequence[tuple[str, Played]]) -> Record:
         "return": fmean(one.total for one in everyone),
         "worlds": {world: fmean(totals) for world, totals in sorted(by_world.items())},
         "loss_gain": fmean(one.twin_loss - one.loss for one in everyone),
-        "accuracy_gain": fmean(one.accuracy - one.twin_accuracy for one in everyone),
+        "accuracy_gain": fmean(one.score_gain for one in everyone),
         "params_ratio": fmean(one.params_ratio for one in everyone),
         "deaths": sum(one.deaths for one in everyone),
         "commands": {op: count / len(everyone) for op, count in sorted(commands.items())},

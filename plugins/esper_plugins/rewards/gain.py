@@ -23,7 +23,11 @@ def _potential_difference(gain: float | None, change: float | None, gamma: float
 
 @attrs.frozen
 class AccuracyGain:
-    """Change of the accuracy gain over the WAIT twin, in points of 1. `gamma`: the learner's discount."""
+    """Change of the score's gain over the WAIT twin, by the objective's metric (accuracy, F1, mean absolute error).
+
+    In points of 1 where the metric is a share, else as a share of the twin's score; positive is always better.
+    `gamma`: the learner's discount.
+    """
 
     gamma: float = 1.0
 

@@ -17,7 +17,7 @@ def esper_rewards() -> list[RewardSpec]:
     return [
         RewardSpec(
             name="accuracy",
-            summary="change of validation accuracy gained over the twin that waits",
+            summary="change of validation accuracy, or of another metric, gained over the twin that waits",
             factory="esper_plugins.rewards.gain:AccuracyGain",
             options=(_GAMMA,),
             source=_POTENTIAL,

@@ -1,4 +1,4 @@
-"""scikit-learn's diabetes data: 442 patients, ten measurements each, and how far the disease had progressed a year later.
+"""scikit-learn's diabetes data: 442 patients, ten measurements each, and the progression of the disease a year later.
 
 A regression. Measurements and targets have mean 0 and deviation 1 over the training examples, so a mean absolute error
 of 1 is one standard deviation of the targets (a note of the task says how many units that is). The splits are fixed:

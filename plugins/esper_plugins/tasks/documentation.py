@@ -37,4 +37,4 @@ def documentation(
         ) from None
     text = "\n\n".join(f"{name}\n\n{topics[name].strip()}" for name in sorted(topics))
     row, outputs = language_tokens(text, tokens, vocabulary)
-    return language_task("pydoc", row, outputs, length, validation=HELD_OUT, test=HELD_OUT)
+    return language_task("pydoc", row, outputs, length, validation=HELD_OUT, test=HELD_OUT, unit=tokens)

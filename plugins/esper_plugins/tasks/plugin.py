@@ -65,7 +65,7 @@ def esper_tasks() -> list[TaskSpec]:
         ),
         TaskSpec(
             name="diabetes",
-            summary="regression: progression of diabetes from ten measurements of 442 patients, embedded in scikit-learn",
+            summary="regression: progression of diabetes from ten measurements of 442 patients, in scikit-learn",
             factory="esper_plugins.tasks.diabetes:diabetes",
             options=(_validation(0.2),),
             capabilities=frozenset({"regression"}),

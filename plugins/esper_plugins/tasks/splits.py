@@ -29,6 +29,9 @@ class Task:
     """A finished task (see `leyline.host.TaskProtocol`). `notes` are said aloud when a run begins.
 
     Its objective is the one that its kind is learnt by.
+
+    Attributes:
+        tokens: what a token of a language task is: `byte`, or how text is cut otherwise; empty if that is unknown.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Task:
     validation: Split
     test: Split
     notes: tuple[str, ...] = ()
+    tokens: str = ""
 
     @property
     def objective(self) -> str:

@@ -52,7 +52,8 @@ def standard_library(argument: str = "", *, seed: int = 0, length: int = 128, ro
             "--set stdlib.root=FOLDER, or --task pydoc",
         )
     row = torch.from_numpy(np.concatenate(texts))
-    return task_of_parts("stdlib", (row[:validation], row[validation:test], row[test:]), 256, length, crops=True)
+    parts = row[:validation], row[validation:test], row[test:]
+    return task_of_parts("stdlib", parts, 256, length, crops=True, unit="byte")
 
 
 def library_files(folder: Path) -> list[Path]:

@@ -86,7 +86,7 @@ def streamed_text(
     endless = epoch_examples is not None or found == limit
     train = StreamSplit(sources["train"], cutter, shuffle_buffer, limit if endless else found, endless)
     held = [_resident(f"{name}, {part}", cutter, sources[part](), held_out) for part in ("validation", "test")]
-    return Task(name, objective, outputs, (length,), train, *held)
+    return Task(name, objective, outputs, (length,), train, *held, tokens=tokens)
 
 
 def _open(name: str, argument: str, config: str) -> dict[str, Callable[[], Iterator[Row]]]:

@@ -73,7 +73,7 @@ def text_file(
     if len(rows) == 1:
         last, held = int(len(rows[0]) * (1 - HELD_OUT)), int(len(rows[0]) * (1 - 2 * HELD_OUT))
         rows = [rows[0][:held], rows[0][held:last], rows[0][last:]]
-    return task_of_parts(name, rows, outputs, length, crops=sampling == "crops")
+    return task_of_parts(name, rows, outputs, length, crops=sampling == "crops", unit=tokens)
 
 
 def _stored(path: Path, tokens: str, large: bool) -> Tensor | np.ndarray:

@@ -129,24 +129,41 @@ def cut_windows(row: Tensor | np.ndarray, places: Tensor, device: str) -> Batch:
 
 
 def language_task(
-    name: str, tokens: Tensor | np.ndarray, vocabulary: int, length: int, *, validation: float, test: float
+    name: str,
+    tokens: Tensor | np.ndarray,
+    vocabulary: int,
+    length: int,
+    *,
+    validation: float,
+    test: float,
+    unit: str = "",
 ) -> Task:
     """A task from one row of tokens: contiguous splits, training text first, then validation, then test.
+
+    Args:
+        unit: what a token is, such as `byte`.
 
     Raises:
         EsperError: a split has no whole window.
     """
     last, held = int(len(tokens) * (1 - test)), int(len(tokens) * (1 - test - validation))
-    return task_of_parts(name, (tokens[:held], tokens[held:last], tokens[last:]), vocabulary, length)
+    return task_of_parts(name, (tokens[:held], tokens[held:last], tokens[last:]), vocabulary, length, unit=unit)
 
 
 def task_of_parts(
-    name: str, rows: Sequence[Tensor | np.ndarray], vocabulary: int, length: int, *, crops: bool = False
+    name: str,
+    rows: Sequence[Tensor | np.ndarray],
+    vocabulary: int,
+    length: int,
+    *,
+    crops: bool = False,
+    unit: str = "",
 ) -> Task:
     """A task from three rows of tokens: of training, validation and test.
 
     Args:
         crops: training windows are at random places.
+        unit: what a token is, such as `byte`.
 
     Raises:
         EsperError: a split has no whole window.
@@ -165,4 +182,4 @@ def task_of_parts(
         else WindowSplit(row, length, training=part == "training")
         for part, row in parts.items()
     )
-    return Task(name, "language-modelling", vocabulary, (length,), train, held_out, tested)
+    return Task(name, "language-modelling", vocabulary, (length,), train, held_out, tested, tokens=unit)
