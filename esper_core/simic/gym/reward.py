@@ -118,7 +118,8 @@ def _score_gain(metric: Metric, own: float | None, twin: float | None) -> float 
     unit = 1.0 if metric.higher_is_better else -1.0
     if not metric.share and twin is not None and math.isfinite(twin):
         unit /= max(abs(twin), 1e-12)
-    return _gain(*(None if score is None else unit * score for score in (own, twin)), 1.0)
+    scaled = [None if score is None else unit * score for score in (own, twin)]
+    return _gain(scaled[0], scaled[1], 1.0)
 
 
 def _gain(own: float | None, twin: float | None, cap: float) -> float | None:
