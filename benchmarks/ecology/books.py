@@ -11,6 +11,7 @@ class Books:
     Attributes:
         living: slot to (stage, parameters) of every seed in the model.
         verdicts, alarms, story: audits, governor's alarms and changes of stage, in order.
+        worths: counterfactuals (step, slot, mean, low, high), nats; positive where the seed helps.
         curve: one row an epoch. regions: the latest budgets of regions.
         peak: the greatest number of seeds alive at once.
     """
@@ -22,6 +23,7 @@ class Books:
         self.ended: list[str] = []
         self.verdicts: list[dict[str, Any]] = []
         self.alarms: list[str] = []
+        self.worths: list[tuple[int, str, float, float, float]] = []
         self.story: list[str] = []
         self.curve: list[dict[str, Any]] = []
         self.regions: dict[str, Any] = {}
@@ -66,6 +68,9 @@ class Books:
 
     def _on_audited(self, event: Any) -> None:
         self.verdicts.append({k: v for k, v in event.to_dict().items() if k != "kind"})
+
+    def _on_counterfactual(self, event: Any) -> None:
+        self.worths.append((event.step, event.slot, event.loss_mean, event.loss_low, event.loss_high))
 
     def _on_governor_alarm(self, event: Any) -> None:
         self.alarms.append(f"{event.step} {event.cause}: {event.value:.4g} against {event.limit:.4g}")

@@ -52,7 +52,8 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
             settings={"emrakul.everyone": kind == "essential", "plane.ramp": 0.02}, host="planted",
         )  # fmt: skip
         if kind == "fading":
-            config = attrs.evolve(config, host="cnn", slots=("block1",), settings={**config.settings, **_CNN})
+            times = {"planted-fading.earns": 5 * epochs, "planted-fading.fades": epochs * 5 // 2}
+            config = attrs.evolve(config, host="cnn", slots=("block1",), settings={**config.settings, **_CNN, **times})
         books = Books()
         try:
             result = start_run(config, {"books": books}, registry=registry(), keep=False)
@@ -61,8 +62,15 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
             status, accuracy = f"failed: {error}", None
     return {
         "status": status, "test_accuracy": accuracy, "fates": books.fates(), "verdicts": books.verdicts,
-        "alarms": books.alarms, "story": books.story, "grown": books.grown, "validation_loss": books.last_loss,
+        "alarms": books.alarms, "story": books.story, "worths": books.worths,
+        "grown": books.grown, "validation_loss": books.last_loss,
     }  # fmt: skip
+
+
+def has_faded(worths: Sequence[Sequence[Any]]) -> bool:
+    """Whether the seed was shown to help (its interval above zero), and at a later step to harm (below zero)."""
+    helped = [step for step, _, _, low, _ in worths if low > 0]
+    return any(high < 0 and step > helped[0] for step, _, _, _, high in worths if helped)
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -78,12 +86,18 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[kind] = {
             "runs": len(mine), "grown": len(grown), "failed": len(failed), "culled": len(gone), "audits": audits,
             "right": right, "share": right / max(1, len(grown)), "interval": share_interval(right, len(grown)),
+            "faded": sum(has_faded(row["worths"]) for row in mine),
             "collapses": sum("collapsed" in v["reason"] for row in mine for v in row["verdicts"]),
         }  # fmt: skip
     bars = [
         ("essential: runs failed", found["essential"]["failed"], found["essential"]["failed"] == 0),
         ("essential: share kept", found["essential"]["share"], found["essential"]["share"] >= 0.98),
         ("useless: share culled by Emrakul alone", found["useless"]["share"], found["useless"]["share"] >= 0.95),
+        (
+            "fading: runs in which it helped, and then harmed",
+            found["fading"]["faded"],
+            found["fading"]["faded"] == found["fading"]["runs"],
+        ),
         ("fading: runs failed", found["fading"]["failed"], found["fading"]["failed"] == 0),
     ]
     return {"found": found, "bars": [{"bar": b, "value": v, "met": m} for b, v, m in bars]}

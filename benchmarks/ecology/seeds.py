@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from benchmarks.growth.planted import Wide
+from benchmarks.growth.planted import Wide, estimate_wide
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.injection import InjectionSpec
@@ -15,31 +15,40 @@ from esper_core.leyline.options import Option
 from esper_core.leyline.specs import BlueprintSpec, HostSpec
 from esper_core.registry import Registry, load_registry
 
-EARNS, FADES = 600, 300
-"""Training steps for which the fading seed is as good as the essential one, and over which its harm then rises."""
-
 
 class Fading(Wide):
-    """The essential seed for its first 600 training steps; then a pattern that nobody can learn drowns it.
+    """The essential seed for its first `earns` training steps; then it drowns in noise whatever it was not trained on.
 
-    The age is a buffer, so a rollback returns it too. The pattern is high in frequency and no parameter: neither seed
-    nor host can train it away, and the only cure is to take the seed out.
+    Age is a buffer, so a rollback returns it too. In training the seed stays what it was, as one does that has learnt
+    its examples by heart. Noise in training would do no harm for long: the host adapts within an epoch, and from then
+    on misses the seed more than before.
+
+    Args:
+        earns: training steps for which it is as good as the essential one. fades: steps over which its harm then rises.
     """
 
     age: Tensor
 
-    def __init__(self, point: InjectionSpec) -> None:
+    def __init__(self, point: InjectionSpec, *, earns: int, fades: int) -> None:
         super().__init__(point)
+        self.earns, self.fades = earns, fades
         self.register_buffer("age", torch.zeros(()))
 
     def forward(self, h: Tensor) -> Tensor:
         """(N, C, H, W) to a delta of that shape."""
         if self.training and torch.is_grad_enabled():
             self.age += 1
-        harm = ((self.age - EARNS) / FADES).clamp(0.0, 1.0)
-        pitch_C = 1000.0 * torch.arange(1, h.shape[1] + 1, device=h.device, dtype=h.dtype)
-        noise = torch.sin(pitch_C[:, None, None] * h.detach())  # N, C, H, W
-        return super().forward(h) + 3.0 * harm * noise
+        harm = ((self.age - self.earns) / self.fades).clamp(0.0, 1.0)
+        if self.training:
+            return super().forward(h)
+        generator = torch.Generator().manual_seed(int(self.age))  # the same in every evaluation of one state
+        noise = torch.randn(h.shape, generator=generator, dtype=h.dtype).to(h.device)  # N, C, H, W
+        return super().forward(h) + 10.0 * harm * noise
+
+
+def estimate_fading(point: InjectionSpec, *, earns: int, fades: int) -> tuple[int, int]:
+    """Parameters and FLOPs, those of the essential seed."""
+    return estimate_wide(point)
 
 
 class Bloat(nn.Module):
@@ -90,6 +99,8 @@ def registry() -> Registry:
     return found
 
 
+_EARNS = Option("earns", "int", 600, "training steps for which it earns", minimum=0)
+_FADES = Option("fades", "int", 300, "training steps over which its harm rises", minimum=1)
 _WIDTH = Option("width", "int", 64, "of the inside", minimum=1)
 
 
@@ -121,5 +132,5 @@ class _Plugin:
             _spec("planted-useless", f"{old}:Whisper", f"{old}:estimate_whisper"),
             _spec("planted-essential", f"{old}:Wide", f"{old}:estimate_wide"),
             _spec("planted-bloat", f"{__name__}:Bloat", f"{__name__}:estimate_bloat", _WIDTH),
-            _spec("planted-fading", f"{__name__}:Fading", f"{old}:estimate_wide"),
+            _spec("planted-fading", f"{__name__}:Fading", f"{__name__}:estimate_fading", _EARNS, _FADES),
         ]

@@ -56,7 +56,7 @@ def find_harmful(tolaria: Tolaria, alarm: Alarm) -> tuple[str, Interval] | None:
 
     A withering seed is judged at the alpha that it has left, to which the host is used: putting it back in full would
     show how far the host has moved on. Where no seed withers, one is looked for only if no command is to blame, and it
-    must account for half of the excess loss.
+    must account for half of the excess loss; after two rollbacks in vain, any harm that is shown is enough.
     """
     fading = withering(tolaria)
     if not math.isfinite(alarm.value) or not tolaria.batches:
@@ -74,7 +74,8 @@ def find_harmful(tolaria: Tolaria, alarm: Alarm) -> tuple[str, Interval] | None:
         return None
     worst = min(harms, key=lambda path: harms[path].mean)
     excess = alarm.value - tolaria.governor.typical
-    return (worst, harms[worst]) if fading or -harms[worst].mean >= _SHARE * excess else None
+    in_vain = tolaria.governor.strikes >= _RETURNS
+    return (worst, harms[worst]) if fading or in_vain or -harms[worst].mean >= _SHARE * excess else None
 
 
 def answer(tolaria: Tolaria, alarm: Alarm) -> None:
