@@ -158,8 +158,10 @@ def test_a_seed_that_is_missed_while_it_withers_comes_back_from_before_and_no_st
     assert life.plane.growths["block1"].stage is Stage.FOSSILIZED, "what was shown to be essential is left in peace"
 
 
-@pytest.mark.parametrize("withers", [True, False])
-def test_a_seed_that_is_measured_to_do_harm_goes_at_once_and_its_family_is_remembered(withers: bool) -> None:
+@pytest.mark.parametrize(("withers", "value", "strikes"), [(True, 1.5, 0), (False, 1.5, 0), (False, 1e9, 2)])
+def test_a_seed_that_is_measured_to_do_harm_goes_at_once_and_its_family_is_remembered(
+    withers: bool, value: float, strikes: int
+) -> None:
     life, _, _ = audit(0.0) if withers else (Life(), None, None)
     if not withers:
         life.fossil("block1")
@@ -177,7 +179,8 @@ def test_a_seed_that_is_measured_to_do_harm_goes_at_once_and_its_family_is_remem
             life.batches[number] = Batch(one.inputs, (unspoken - spoken).argmax(-1))
     host.module.train()
     life.tolaria.governor.observe([0.1] * 60, 1)
-    answer(life.tolaria, Alarm("for the test", 1.5, 1.0))
+    life.tolaria.governor.strikes = strikes  # after rollbacks in vain, harm need not explain the whole alarm
+    answer(life.tolaria, Alarm("for the test", value, 1.0))
     life.check()
     assert life.plane.growths["block1"].stage is Stage.CULLED and not life.told("rolled_back")
     assert [(e.verdict, e.slot) for e in life.told("audited")] == [("cull", "block1")]
