@@ -6,7 +6,8 @@ only, at which an ordinary softmax is constant. Projections have no bias: a bias
 
 - Maps: keys and values are averaged down to at most `grid`×`grid` positions, so that cost grows with the number of
   positions and not with its square. Positions carry no code of their own; the host's features do.
-- Sequences: causal where the point is. Padding cannot be masked, since a seed sees features only.
+- Sequences: causal where the point is. The host's masks hold for the seed too, and where the host generates with a
+  cache, the seed keeps its keys and values there.
 
 Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762; averaged keys and values: Wang et al.,
 "PVT v2", 2021, arXiv:2106.13797; the key of zeros: `add_zero_attn` of torch's MultiheadAttention, analysed as
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper_blueprints import cost
-from esper_blueprints.layout import MapNorm, MapSeed, SequenceSeed, TokenNorm, quiet
+from esper_blueprints.layout import MapNorm, MapSeed, MixingSeed, TokenNorm, quiet
+from esper_core.kasmina.calls import Call
+from esper_core.kasmina.sight import Sight
 from esper_core.leyline.injection import InjectionSpec
 
 WIDEST_HEAD = 64
@@ -30,7 +33,7 @@ def head_width(channels: int, heads: int) -> int:
     return min(WIDEST_HEAD, -(-channels // heads))
 
 
-class SequenceAttentionSeed(SequenceSeed):
+class SequenceAttentionSeed(MixingSeed):
     """Extra heads on a sequence.
 
     Args:
@@ -47,13 +50,22 @@ class SequenceAttentionSeed(SequenceSeed):
         self.qkv = nn.Linear(point.channels, 3 * width, bias=False)
         self.out = quiet(nn.Linear(width, point.channels), init)
 
-    def delta(self, x_NLD: Tensor) -> Tensor:
+    def delta(self, x_NLD: Tensor, sight: Sight | None) -> Tensor:
+        qkv = self.qkv(self.norm(x_NLD)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind()  # each N, heads, L, width / heads
+        mask = None
+        if sight is not None:
+            k, v = sight.remember(self, k, v)
+            mask = sight.pairs(q.shape[2], k.shape[2], self.causal)
         # One token of zeros before the first: its key and value are zeros, and the causal mask stays a plain one.
-        qkv = F.pad(self.qkv(self.norm(x_NLD)), (0, 0, 1, 0))  # N, 1 + L, 3·width
-        qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3, N, heads, 1 + L, width / heads
-        q, k, v = qkv.unbind()
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(mixed[:, :, 1:].transpose(1, 2).flatten(2))
+        k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
+        if mask is None and q.shape[2] + 1 == k.shape[2]:
+            q = F.pad(q, (0, 0, 1, 0))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[:, :, 1:]
+        else:
+            seen = None if mask is None else F.pad(mask, (1, 0), value=True)[:, None].to(q.device)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class MapAttentionSeed(MapSeed):
@@ -74,6 +86,10 @@ class MapAttentionSeed(MapSeed):
         self.q = nn.Linear(point.channels, width, bias=False)
         self.kv = nn.Linear(point.channels, 2 * width, bias=False)
         self.out = quiet(nn.Linear(width, point.channels), init)
+
+    def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
+        """Feature in, delta of the same shape and dtype out; a map has no masks."""
+        return super().forward(h)
 
     def delta(self, x_NCHW: Tensor) -> Tensor:
         x = self.norm(x_NCHW)

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper_core.kasmina.calls import Call
+from esper_core.kasmina.sight import Sight, sight_of
 from esper_core.leyline.injection import InjectionSpec
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv1d | nn.Conv2d)
@@ -73,6 +75,36 @@ class SequenceSeed(nn.Module, ABC):
     def forward(self, h: Tensor) -> Tensor:
         """Feature in, delta of the same shape and dtype out."""
         return self.delta(h).to(h.dtype)
+
+
+class MixingSeed(nn.Module, ABC):
+    """A seed on sequences in which positions see one another, as far as the host's do.
+
+    Args:
+        point: where the seed grows; layout NLD.
+
+    Attributes:
+        causal: position t must not see positions after t.
+    """
+
+    def __init__(self, point: InjectionSpec) -> None:
+        super().__init__()
+        self.causal = "causal" in point.tags
+
+    @abstractmethod
+    def delta(self, x_NLD: Tensor, sight: Sight | None) -> Tensor:
+        """What to add to the feature, (N, L, D); `sight` is what the host's masks and cache let positions see."""
+
+    def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
+        """Feature in, delta of the same shape and dtype out.
+
+        Args:
+            call: with which the host called what gave `h`, its masks and cache among its arguments.
+
+        Raises:
+            EsperError: a mask or a cache that cannot be respected.
+        """
+        return self.delta(h, sight_of(call, h)).to(h.dtype)
 
 
 class MapNorm(nn.Module):

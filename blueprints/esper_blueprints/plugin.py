@@ -97,6 +97,7 @@ BLUEPRINTS: Final = (
         "Vaswani et al. 2017, arXiv:1706.03762; maps: Wang et al. 2021, arXiv:2106.13797",
         Option("heads", "int", 4, "number of heads", minimum=1, maximum=64),
         Option("grid", "int", 8, "on maps, keys are averaged to this many a side", minimum=1, maximum=64), INIT,
+        wants=("call",),
     ),
     _blueprint(
         "ffn", "feed-forward", SEQUENCES, "feed-forward block at each position",
@@ -119,7 +120,8 @@ BLUEPRINTS: Final = (
     _blueprint(
         "token_mixer", "mixing", SEQUENCES, "short depthwise convolution over tokens; causal where the point is",
         "Wu et al. 2019, arXiv:1901.10430",
-        Option("kernel_size", "int", 3, "tokens in the window", choices=(3, 5, 7, 9, 11)), INIT, **_SEQUENCE,
+        Option("kernel_size", "int", 3, "tokens in the window", choices=(3, 5, 7, 9, 11)), INIT,
+        wants=("call",), **_SEQUENCE,
     ),
     _blueprint(
         "moe_router", "routing", SEQUENCES, "small experts, weighed for each token by a router",

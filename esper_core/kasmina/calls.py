@@ -19,16 +19,29 @@ Place = int | str
 """Where an argument stands: the number of a positional one, or the name of a keyword."""
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Call:
     """The arguments of one call.
 
     Attributes:
         args, kwargs: as the module got them, its feature among them.
+        names: of the positional ones, as far as they are known.
+        around: the call of the nearest module around that takes masks or a cache, if this one takes none.
+        number: of the module that takes the cache, in it. count: entries that are the host's own in one.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    names: tuple[str, ...] = ()
+    around: Call | None = None
+    number: int | None = None
+    count: int = 0
+
+    def get(self, name: str) -> Any:
+        """The argument of that name, or None."""
+        if name in self.names and self.names.index(name) < len(self.args):
+            return self.args[self.names.index(name)]
+        return self.kwargs.get(name)
 
     def items(self) -> Iterator[tuple[Place, Any]]:
         """Every argument with its place."""
@@ -38,12 +51,14 @@ class Call:
     def replaced(self, changes: Mapping[Place, Any]) -> Call:
         """The call with other arguments at some places."""
         args = tuple(changes.get(place, value) for place, value in enumerate(self.args))
-        return Call(args, {name: changes.get(name, value) for name, value in self.kwargs.items()})
+        kwargs = {name: changes.get(name, value) for name, value in self.kwargs.items()}
+        return Call(args, kwargs, self.names, self.around, self.number, self.count)
 
     def detached(self) -> Call:
         """The call without its gradients."""
         args, kwargs = tree_map_only(Tensor, torch.Tensor.detach, (self.args, dict(self.kwargs)))
-        return Call(args, kwargs)
+        around = self.around.detached() if self.around is not None else None
+        return Call(args, kwargs, self.names, around, self.number, self.count)
 
     def named(self, module: nn.Module) -> dict[str, Any]:
         """The arguments by the names that the module's `forward` gives them, as far as it names them."""
@@ -53,3 +68,17 @@ class Call:
             return dict(self.kwargs)
         names = {k: v for k, v in bound.arguments.items() if k not in ("args", "kwargs")}
         return {**names, **bound.arguments.get("kwargs", {})}
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of `module`'s `forward`, positional ones first and in order.
+
+    A class that wraps another's `forward` and names nothing is passed by.
+    """
+    for kind in type(module).__mro__:
+        if "forward" in kind.__dict__:
+            parameters = list(inspect.signature(kind.__dict__["forward"]).parameters.values())[1:]
+            names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+            if names:
+                return names
+    return ()

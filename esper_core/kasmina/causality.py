@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,8 @@ def find_causal(model: nn.Module, example: Inputs, views: Mapping[str, FeatureVi
     """The paths of `views` whose features are causal in an input of token numbers.
 
     A point is causal when, for some such input, changing the last token changes the feature at the last position
-    and at no earlier one. Where the model refuses that, the token before it is changed.
+    and at no earlier one. Where the model refuses that, the token before it is changed. Since the last tokens may be
+    masked, and then move nothing but themselves, others must not move an earlier one either.
 
     Args:
         model: run in eval mode, once and once more for each input of integers with as many positions as the feature.
@@ -35,22 +36,46 @@ def find_causal(model: nn.Module, example: Inputs, views: Mapping[str, FeatureVi
     causal: set[str] = set()
     for place, value in tokens.items():
         for at in (-1, -2):
-            changed = value.clone()
-            changed[:, at] = torch.where(changed[:, at] == 0, 1, changed[:, at] - 1)
             try:
-                others = iter([*inputs[:place], changed, *inputs[place + 1 :]])
-                after = _features(model, map_tensors(lambda _: next(others), example), views)  # noqa: B023 - used at once
+                after = _features(model, _with(example, inputs, place, _changed(value, at)), views)
                 break
             except Exception:
                 if at < -1:  # a model may want its end token, and says so in any way it likes
                     raise
+        found = set()
         for path, old in base.items():
             new = after.get(path)
             if new is not None and old.shape == new.shape and old.shape[1] == value.shape[1]:
-                moved = (old - new).abs().amax((0, 2)) > 1e-5 * old.abs().max()
+                moved = _moved(old, new)
                 if bool(moved[at]) and not bool(moved[:at].any()):
-                    causal.add(path)
+                    found.add(path)
+        length = value.shape[1]
+        for at in sorted({length - 2, 3 * length // 4, length // 2, length // 4, 1} & set(range(1, length - 1))):
+            if not found:
+                break
+            try:
+                after = _features(model, _with(example, inputs, place, _changed(value, at)), views)
+            except Exception:  # noqa: BLE001 - a model that refuses this token says nothing about order
+                continue
+            found -= {path for path in found if path in after and bool(_moved(base[path], after[path])[:at].any())}
+        causal |= found
     return frozenset(causal)
+
+
+def _changed(tokens: Tensor, at: int) -> Tensor:
+    changed = tokens.clone()
+    changed[:, at] = torch.where(changed[:, at] == 0, 1, changed[:, at] - 1)
+    return changed
+
+
+def _with(example: Inputs, inputs: Sequence[Tensor], place: int, value: Tensor) -> Inputs:
+    others = iter([*inputs[:place], value, *inputs[place + 1 :]])
+    return map_tensors(lambda _: next(others), example)
+
+
+def _moved(old: Tensor, new: Tensor) -> Tensor:
+    """Which positions differ; (L,)."""
+    return (old - new).abs().amax((0, 2)) > 1e-5 * old.abs().max()
 
 
 @torch.no_grad()

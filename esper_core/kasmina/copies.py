@@ -23,6 +23,7 @@ from esper_core.kasmina.calls import Call, Place
 from esper_core.kasmina.feature_trace import feature_of
 from esper_core.kasmina.feature_view import FeatureView
 from esper_core.kasmina.flops import count_flops
+from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
 from esper_core.leyline.errors import BadOption, IllegalCommand
 
 _TOLERANCE: Final = 1e-3
@@ -237,17 +238,14 @@ def clone_module(block: nn.Module, model: nn.Module, path: str) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in block.modules():
         memo |= {id(v): v for v in vars(module).values() if id(v) in known and not (isinstance(v, _OWN) or callable(v))}
-        memo |= {id(hook): None for hook in module._forward_hooks.values() if getattr(hook, "belongs_to_plane", False)}
+    memo |= {id(hook): None for hook in plane_hooks(block)}
     try:
         twin = copy.deepcopy(block, memo)
     except Exception as error:
         raise IllegalCommand(
             f"{path} cannot be copied: {type(error).__name__}: {error}", "a module that copy.deepcopy takes"
         ) from error
-    for module in twin.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if hook is None]:
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
+    drop_hooks(twin)
     parameters = [p for p in twin.parameters() if p.is_floating_point()]
     if not any(p.requires_grad for p in parameters):
         for parameter in parameters:

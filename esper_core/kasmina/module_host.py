@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from esper_core.kasmina.block_compile import compile_blocks
 from esper_core.kasmina.block_run import BlockInfo, Pass, find_blocks, observe
-from esper_core.kasmina.calls import Call
+from esper_core.kasmina.caches import block_count, number_of
+from esper_core.kasmina.calls import Call, argument_names
 from esper_core.kasmina.causality import find_causal
 from esper_core.kasmina.feature_trace import (
     Trace,
@@ -26,7 +27,9 @@ from esper_core.kasmina.feature_trace import (
     unfused,
 )
 from esper_core.kasmina.feature_view import FeatureView
+from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
 from esper_core.kasmina.point_discovery import Found, discover, view_of
+from esper_core.kasmina.sight import find_around
 from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import list_tensors
 from esper_core.leyline.injection import InjectionSpec
@@ -46,9 +49,29 @@ class SlotHook:
 
     belongs_to_plane = True
 
-    def __init__(self, slot: SlotModule, view: FeatureView) -> None:
+    def __init__(self, slot: SlotModule, view: FeatureView, model: nn.Module | None = None, path: str = "") -> None:
         self.slot, self.view = slot, view
         self.plain = view.plain
+        self.names: tuple[str, ...] = ()
+        self.around_names: tuple[str, ...] = ()
+        self.number: int | None = None
+        self.count = 0
+        self.around: Call | None = None
+        if model is not None:
+            place, around = model.get_submodule(path), find_around(model, path)
+            self.names = argument_names(place)
+            self.around_names = argument_names(around) if around is not None else ()
+            self.number, self.count = number_of(around if around is not None else place), block_count(model)
+
+    @property
+    def wants_call(self) -> bool:
+        """Whether the slot wants the call of the module before it."""
+        return getattr(self.slot, "wants_call", False)
+
+    def keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the module around is called: its masks are those of the slot's feature too."""
+        if self.wants_call:
+            self.around = Call(args, kwargs, self.around_names, None, self.number, self.count)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         feature = output if isinstance(output, Tensor) else feature_of(output)
@@ -56,10 +79,28 @@ class SlotHook:
             raise TypeError(f"{type(module).__name__} answered without a tensor, and a slot stands behind it")
         seen = feature if self.plain else self.view.see(feature)
         slot: Any = self.slot
-        grown = slot(seen, Call(args, kwargs)) if getattr(slot, "wants_call", False) else slot(seen)
+        if self.wants_call:
+            grown = slot(seen, Call(args, kwargs, self.names, self.around, self.number, self.count))
+        else:
+            grown = slot(seen)
         if grown is seen:
             return None
         return replace_feature(output, grown if self.plain else self.view.restore(grown, feature))
+
+
+class CallKeeper:
+    """A forward pre-hook on the module around a slot's, for its masks, and the forward hook that lets go of them."""
+
+    belongs_to_plane = True
+
+    def __init__(self, hook: SlotHook) -> None:
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        if output is None:
+            self.hook.keep(module, args, kwargs)
+        else:
+            self.hook.around = None
 
 
 def replace_feature(output: Any, feature: Tensor) -> Any:
@@ -118,7 +159,7 @@ class ModuleHost:
         self._paths = {name: path for name, (path, _) in points.items()}
         self._specs = {name: spec for name, (_, spec) in points.items()}
         self._views = {name: views.get(name, _PLAIN) for name in points}
-        self._hooks: dict[str, tuple[SlotHook, torch.utils.hooks.RemovableHandle]] = {}
+        self._hooks: dict[str, tuple[SlotHook, list[torch.utils.hooks.RemovableHandle]]] = {}
         for path in self._paths.values():
             _submodule(module, path)
 
@@ -136,9 +177,14 @@ class ModuleHost:
         self._check(name)
         if name in self._hooks:
             raise IllegalCommand(f"point {name!r} has a slot already", "one slot a point", "unregister_slot first")
-        hook = SlotHook(slot, self._views[name])
-        place = _submodule(self.module, self._paths[name])
-        self._hooks[name] = hook, place.register_forward_hook(hook, with_kwargs=True)
+        path = self._paths[name]
+        hook, around = SlotHook(slot, self._views[name], self.module, path), find_around(self.module, path)
+        handles = [_submodule(self.module, path).register_forward_hook(hook, with_kwargs=True)]
+        if around is not None:
+            keeper = CallKeeper(hook)
+            handles.append(around.register_forward_pre_hook(keeper, with_kwargs=True))
+            handles.append(around.register_forward_hook(keeper, with_kwargs=True))
+        self._hooks[name] = hook, handles
 
     def unregister_slot(self, name: str) -> None:
         """Take the slot at `name` out again; nothing happens if there is none.
@@ -148,7 +194,8 @@ class ModuleHost:
         """
         self._check(name)
         if name in self._hooks:
-            self._hooks.pop(name)[1].remove()
+            for handle in self._hooks.pop(name)[1]:
+                handle.remove()
 
     def forward_with_slots(self, inputs: Inputs) -> Tensor:
         """Outputs of a batch; a mapping of inputs gives keyword arguments, a tuple positional ones."""
@@ -197,12 +244,9 @@ class ModuleHost:
         Args:
             grown: point name to module (feature to feature of the same shape).
         """
-        memo: dict[int, Any] = {id(hook): None for hook, _ in self._hooks.values()}  # slots are not to be copied
+        memo: dict[int, Any] = {id(hook): None for hook in plane_hooks(self.module)}  # slots are not to be copied
         model = copy.deepcopy(self.module, memo)
-        for module in model.modules():
-            for key in [key for key, hook in module._forward_hooks.items() if hook is None]:
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
+        drop_hooks(model)
         return ComposedModel(
             model,
             {self._paths[name]: (module, self._views[name]) for name, module in grown.items()},
@@ -236,7 +280,7 @@ class ComposedModel(nn.Module):
         self._to_logits, self._prepare = to_logits, prepare
         keep_unfused(model)
         for path, (module, view) in grown.items():
-            grow_behind(model.get_submodule(path), module, view)
+            grow_behind(model, path, module, view)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits of a batch."""
@@ -255,15 +299,39 @@ def keep_unfused(model: nn.Module) -> None:
             module.enable_nested_tensor = module.use_nested_tensor = False
 
 
-def grow_behind(place: nn.Module, grown: nn.Module, view: FeatureView) -> None:
-    """Have `place` pass its feature through `grown`, which some other module holds as a child."""
+def grow_behind(model: nn.Module, path: str, grown: nn.Module, view: FeatureView) -> None:
+    """Have the module at `path` pass its feature through `grown`, which some other module holds as a child."""
+    place = model.get_submodule(path)
+    hook, around = _GrowthHook(grown, view, model, path), find_around(model, path)
     base = type(place)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_grown_hook"](self, args, kwargs, base.forward(self, *args, **kwargs))
 
     place.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-    place.__dict__["_grown_hook"] = _GrowthHook(grown, view)
+    place.__dict__["_grown_hook"] = hook
+    if around is not None and hook.wants_call:
+        _keep_call(around, hook)
+
+
+def _keep_call(around: nn.Module, hook: SlotHook) -> None:
+    """Have `around` show `hook` what it is called with."""
+    if "_call_hooks" in around.__dict__:
+        around.__dict__["_call_hooks"].append(hook)
+        return
+    base = type(around)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for hook in self.__dict__["_call_hooks"]:
+            hook.keep(self, args, kwargs)
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            for hook in self.__dict__["_call_hooks"]:
+                hook.around = None
+
+    around.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    around.__dict__["_call_hooks"] = [hook]
 
 
 class _GrowthHook(SlotHook):

@@ -1,0 +1,25 @@
+"""The hooks by which slots hang on a model, and how a copy of the model is freed of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def plane_hooks(model: nn.Module) -> list[Any]:
+    """The hooks of slots on `model` and its parts."""
+    every = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return [hook for hook in every if getattr(hook, "belongs_to_plane", False)]
+
+
+def drop_hooks(model: nn.Module) -> None:
+    """Take out the hooks that a copy left as None."""
+    for module in model.modules():
+        for hooks, with_kwargs in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is None]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
