@@ -51,21 +51,24 @@ class SequenceAttentionSeed(MixingSeed):
         self.out = quiet(nn.Linear(width, point.channels), init)
 
     def delta(self, x_NLD: Tensor, sight: Sight | None) -> Tensor:
-        qkv = self.qkv(self.norm(x_NLD)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind()  # each N, heads, L, width / heads
-        mask = None
-        if sight is not None:
-            k, v = sight.remember(self, k, v)
-            mask = sight.pairs(q.shape[2], k.shape[2], self.causal)
-        # One token of zeros before the first: its key and value are zeros, and the causal mask stays a plain one.
-        k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
-        if mask is None and q.shape[2] + 1 == k.shape[2]:
-            q = F.pad(q, (0, 0, 1, 0))
+        qkv = self.qkv(self.norm(x_NLD))
+        if sight is None:
+            # One token of zeros before the first: its key and value are zeros, and the causal mask stays a plain one.
+            q, k, v = self._by_head(F.pad(qkv, (0, 0, 1, 0)))  # each N, heads, 1 + L, width / heads
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[:, :, 1:]
         else:
-            seen = None if mask is None else F.pad(mask, (1, 0), value=True)[:, None].to(q.device)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            q, k, v = self._by_head(qkv)
+            k, v = sight.remember(self, k, v)
+            seen = sight.pairs(q.shape[2], k.shape[2], self.causal)
+            if seen is not None:
+                seen = F.pad(seen, (1, 0), value=True)[:, None].to(q.device)
+            zero = (0, 0, 1, 0)
+            mixed = F.scaled_dot_product_attention(q, F.pad(k, zero), F.pad(v, zero), attn_mask=seen)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _by_head(self, x_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = x_NLD.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return q, k, v
 
 
 class MapAttentionSeed(MapSeed):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from esper_blueprints import cost
 from esper_blueprints.layout import norm_for, quiet
+from esper_core.kasmina.calls import Call
 from esper_core.leyline.errors import IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.injection import InjectionSpec
 
@@ -110,14 +111,15 @@ class OrganSeed(nn.Module):
         """The same as calling the organ."""
         return self(inputs)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Feature in, delta of the same shape and dtype out; runs the slots inside."""
+    def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
+        """Feature in, delta of the same shape and dtype out; runs the slots inside, which see the host's masks too."""
         x = self.entry(self.norm(h.permute(0, 3, 1, 2) if self._channels_at_end else h))
         for name, block in zip(self._specs, self.blocks, strict=True):
             x = block(x)
             slot = self._slots.get(name)
             if slot is not None:
-                x = slot(x)
+                grown: Any = slot
+                x = grown(x, call) if getattr(slot, "wants_call", False) else slot(x)
         x = self.exit(x)
         return (x.permute(0, 2, 3, 1) if self._channels_at_end else x).to(h.dtype)
 

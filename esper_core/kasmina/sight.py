@@ -76,14 +76,14 @@ class Sight:
         return keys, values
 
     def pairs(self, queries: int, keys: int, causal: bool) -> Tensor | None:
-        """`seen` with causality, (N or 1, Q or 1, K); None where nothing but causality without a cache hides anything.
+        """`seen` with causality, (N or 1, Q or 1, K); None where nothing is hidden.
 
         Raises:
             EsperError: the mask is of other sizes.
         """
         if self.seen is not None and (self.seen.shape[2] != keys or self.seen.shape[1] not in (1, queries)):
             raise _unread(f"one of {tuple(self.seen.shape)} for {queries} positions that see {keys}")
-        if not causal or (self.seen is None and queries == keys):
+        if not causal or queries == 1:  # the last position comes after all others
             return self.seen
         device = self.seen.device if self.seen is not None else None
         before = torch.ones(1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -53,15 +53,19 @@ def grown(model: nn.Module, blueprint: str, registry: Registry, points: list[str
     """A plane on which a strong seed of `blueprint` contributes at every point."""
     host: ModuleHost = host_from_module(model, points, example={"input_ids": tokens(8)})
     plane = Plane(host, registry)
-    noise = torch.Generator().manual_seed(1)
     for path in list(plane.slots):
-        plane.germinate(path, blueprint, tempo=Tempo.INSTANT)
-        while plane.slots[path].mode.value != "attached":
-            plane.advance(path, gated=False)
-        for parameter in plane.slots[path].seed.parameters():  # type: ignore[union-attr]
-            parameter.data += 0.5 * torch.randn(parameter.shape, generator=noise)
+        raise_seed(plane, path, blueprint)
     plane.host.module.eval()
     return plane
+
+
+def raise_seed(plane: Plane, path: str, blueprint: str) -> None:
+    noise = torch.Generator().manual_seed(1)
+    plane.germinate(path, blueprint, tempo=Tempo.INSTANT)
+    while plane.slots[path].mode.value != "attached":
+        plane.advance(path, gated=False)
+    for parameter in plane.slots[path].seed.parameters():  # type: ignore[union-attr]
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=noise)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -94,6 +98,19 @@ def test_packed_sequences_do_not_see_one_another(registry: Registry, blueprint: 
         packed = net(input_ids=ids, position_ids=positions, use_cache=False).logits
         apart = [net(input_ids=part, use_cache=False).logits for part in (ids[:, :5], ids[:, 5:])]
         torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-5, atol=2e-6)
+
+
+def test_an_organ_hands_the_masks_on(registry: Registry) -> None:
+    model, ids = model_of("bert"), tokens(6)
+    padded, mask = torch.full((2, 16), 7), torch.zeros(2, 16, dtype=torch.long)
+    padded[:, :6], mask[:, :6] = ids, 1
+    plane = grown(model, "organ", registry, ["bert.encoder.layer.0"])
+    before = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    inner = next(path for path in plane.slots if "/" in path)
+    raise_seed(plane, inner, "attention")
+    short = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert (model(input_ids=padded, attention_mask=mask).logits[:, :6] - short).abs().max() < 2e-6
+    assert (short - before).abs().max() > 1e-3
 
 
 def test_masks_of_every_form_are_read_alike() -> None:
