@@ -70,7 +70,8 @@ def _changed(tokens: Tensor, at: int) -> Tensor:
 
 def _with(example: Inputs, inputs: Sequence[Tensor], place: int, value: Tensor) -> Inputs:
     others = iter([*inputs[:place], value, *inputs[place + 1 :]])
-    return map_tensors(lambda _: next(others), example)
+    changed: Inputs = map_tensors(lambda _: next(others), example)
+    return changed
 
 
 def _moved(old: Tensor, new: Tensor) -> Tensor:

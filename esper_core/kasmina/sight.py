@@ -151,7 +151,7 @@ def _read(mask: Tensor, batch: int, *, padding: bool, inverted: bool) -> Tensor:
     elif mask.dim() == 3 and mask.shape[0] not in (1, batch):
         if mask.shape[0] % batch:
             raise _unread(f"one of {tuple(mask.shape)} for a batch of {batch}")
-        allowed = allowed.unflatten(0, (batch, -1)).any(1)
+        allowed = allowed.reshape(batch, -1, *mask.shape[1:]).any(1)
     elif mask.dim() == 4:
         allowed = allowed.any(1)
     if allowed.dim() != 3 or allowed.shape[0] not in (1, batch):
