@@ -167,7 +167,7 @@ def _write_onnx(program: torch.export.ExportedProgram, target: Path, names: tupl
 
 def _write_torch(program: torch.export.ExportedProgram, target: Path, names: tuple[str, ...]) -> Callable[..., Tensor]:
     target.mkdir(parents=True, exist_ok=True)
-    source, tensors = write_source(program)
+    source, tensors = write_source(program, names)
     (target / "model.py").write_text(source, encoding="utf-8")
     save_file(tensors, target / "model.safetensors")
     spec = importlib.util.spec_from_file_location("_esper_exported_model", target / "model.py")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import keyword
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -54,8 +56,11 @@ def load(path=Path(__file__).with_name("model.safetensors")):
 {code}'''
 
 
-def write_source(program: torch.export.ExportedProgram) -> tuple[str, dict[str, Tensor]]:
+def write_source(program: torch.export.ExportedProgram, names: Sequence[str]) -> tuple[str, dict[str, Tensor]]:
     """The source of `model.py`, and the tensors that it loads.
+
+    Args:
+        names: of the inputs, in order; the model's `forward` takes them by these names where Python allows all of them.
 
     Raises:
         EsperError: the program calls other programs, which plain source cannot show.
@@ -70,12 +75,17 @@ def write_source(program: torch.export.ExportedProgram) -> tuple[str, dict[str, 
         raise EsperError("this model changes its buffers while it predicts", "a model in eval mode")
     parameters: dict[str, str] = {}
     buffers: dict[str, str] = {}
-    inputs, arguments, tensors = [], [], {}
+    inputs: list[str] = []
+    arguments: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    allowed = all(
+        one.isidentifier() and not keyword.iskeyword(one) and one not in ("self", "_compute") for one in names
+    )
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind is InputKind.USER_INPUT:
-            inputs.append(name)
-            arguments.append(name)
+            inputs.append(names[len(inputs)] if allowed else name)
+            arguments.append(inputs[-1])
             continue
         key = str(spec.target)
         stored = program.state_dict.get(key, program.constants.get(key))
