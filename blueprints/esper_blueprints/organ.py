@@ -10,6 +10,7 @@ Source: Esper's constitution, phase 6 (recursion); blocks within a grown block a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,14 @@ class OrganSeed(nn.Module):
     def forward_with_slots(self, inputs: Tensor) -> Tensor:
         """The same as calling the organ."""
         return self(inputs)
+
+    def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
+        """An independent copy without slots, in which each block's feature goes on through `grown[point]`."""
+        twin = copy.deepcopy(self, {id(self._slots): {}})
+        for order, name in enumerate(self._specs):
+            if name in grown:
+                twin.blocks[order] = nn.Sequential(twin.blocks[order], grown[name])
+        return twin
 
     def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
         """Feature in, delta of the same shape and dtype out; runs the slots inside, which see the host's masks too."""

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from esper_core.kasmina.calls import Call
+from esper_core.kasmina.module_copy import copy_module
 from esper_core.kasmina.paths import base_of
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.slot import Interpolation, SeedSlot
@@ -101,7 +102,7 @@ def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
     if isinstance(seed, HostProtocol):
         module = _composable(seed).compose_with(_chains(plane, slot.path + "/"))
     else:
-        module = copy.deepcopy(slot.seed)
+        module = copy_module(slot.seed)
     replaces = isinstance(slot.combination, Interpolation) and float(slot.alpha) == 1.0
     return Grown(module, copy.deepcopy(slot.combination), slot.alpha, slot.wants_call, replaces, slot.writes)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ from esper_core.kasmina.feature_trace import (
     unfused,
 )
 from esper_core.kasmina.feature_view import FeatureView
+from esper_core.kasmina.module_copy import copy_module
 from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
 from esper_core.kasmina.point_discovery import Found, discover, view_of
 from esper_core.kasmina.sight import find_around
@@ -243,9 +244,12 @@ class ModuleHost:
 
         Args:
             grown: point name to module (feature to feature of the same shape).
+
+        Raises:
+            EsperError: Python cannot copy the model.
         """
         memo: dict[int, Any] = {id(hook): None for hook in plane_hooks(self.module)}  # slots are not to be copied
-        model = copy.deepcopy(self.module, memo)
+        model = copy_module(self.module, memo)
         drop_hooks(model)
         return ComposedModel(
             model,
@@ -303,12 +307,7 @@ def grow_behind(model: nn.Module, path: str, grown: nn.Module, view: FeatureView
     """Have the module at `path` pass its feature through `grown`, which some other module holds as a child."""
     place = model.get_submodule(path)
     hook, around = _GrowthHook(grown, view, model, path), find_around(model, path)
-    base = type(place)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_grown_hook"](self, args, kwargs, base.forward(self, *args, **kwargs))
-
-    place.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    _derive(place, "grown")
     place.__dict__["_grown_hook"] = hook
     if around is not None and hook.wants_call:
         _keep_call(around, hook)
@@ -319,9 +318,26 @@ def _keep_call(around: nn.Module, hook: SlotHook) -> None:
     if "_call_hooks" in around.__dict__:
         around.__dict__["_call_hooks"].append(hook)
         return
-    base = type(around)
+    _derive(around, "calling")
+    around.__dict__["_call_hooks"] = [hook]
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+
+def _derive(module: nn.Module, kind: str) -> None:
+    base: Any = type(module)
+    module.__class__ = _subclass(base, kind)
+
+
+@cache
+def _subclass(base: type[nn.Module], kind: str) -> type[nn.Module]:
+    """The subclass of `base` whose `forward` goes on through what grew, or shows its call to what asks for it.
+
+    Its objects are pickled by way of the class that someone wrote.
+    """
+
+    def through(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_grown_hook"](self, args, kwargs, base.forward(self, *args, **kwargs))
+
+    def showing(self: Any, *args: Any, **kwargs: Any) -> Any:
         for hook in self.__dict__["_call_hooks"]:
             hook.keep(self, args, kwargs)
         try:
@@ -330,8 +346,24 @@ def _keep_call(around: nn.Module, hook: SlotHook) -> None:
             for hook in self.__dict__["_call_hooks"]:
                 hook.around = None
 
-    around.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-    around.__dict__["_call_hooks"] = [hook]
+    origin: Any = getattr(base, "_origin", base)
+    derived = (*getattr(base, "_derived", ()), kind)
+
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+        return _object_of, (origin, derived), getattr(self, "__getstate__", lambda: self.__dict__)()
+
+    names = {"forward": through if kind == "grown" else showing, "__module__": base.__module__,
+             "__reduce_ex__": reduce, "_origin": origin, "_derived": derived}  # fmt: skip
+    return type(base.__name__, (base,), names)
+
+
+def _object_of(origin: type[nn.Module], derived: tuple[str, ...]) -> nn.Module:
+    """An object of the class that `_subclass` makes of `origin`, without its state, for pickles and copies."""
+    kind: Any = origin
+    for name in derived:
+        kind = _subclass(kind, name)
+    made: nn.Module = kind.__new__(kind)
+    return made
 
 
 class _GrowthHook(SlotHook):

@@ -91,7 +91,7 @@ class SensorArray:
         for path, before in self._before.items():
             now = _flat(groups.get(path, []))
             if path in self._rows and now.shape == before.shape:
-                moved.append((path, [torch.linalg.vector_norm(now - before), torch.linalg.vector_norm(before)]))
+                moved.append((path, [_length(now - before), _length(before)]))
                 self._counts[path].updates += 1
         if moved:
             step, size = torch.stack([norm for _, norms in moved for norm in norms]).view(-1, 2).unbind(1)
@@ -179,7 +179,7 @@ class SensorArray:
         if not out.requires_grad or slot.path not in self._rows:
             return
         axes = tuple(range(1, h.dim()))
-        sizes = torch.linalg.vector_norm(h, dim=axes, dtype=torch.float32)  # ‖h_i‖, (N,)
+        sizes = _length(h, axes)  # ‖h_i‖, (N,)
         seen = [torch.linalg.vector_norm(sizes), self._zero, self._zero]
         if s is not None:
             s = s.detach().float()
@@ -188,7 +188,7 @@ class SensorArray:
         path, elements = slot.path, 0 if s is None else s.numel()
 
         def backward(g: Tensor) -> None:
-            pulls = torch.linalg.vector_norm(g, dim=axes, dtype=torch.float32)  # ‖g_i‖, (N,)
+            pulls = _length(g, axes)  # ‖g_i‖, (N,)
             met = self._zero if s is None else (g.float() * s).sum()
             felt = [*seen, torch.linalg.vector_norm(pulls), met, torch.dot(pulls, sizes)]
             self._calls.append((path, elements, felt))
@@ -288,10 +288,16 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all tensors as one vector, 0-dim, without waiting."""
-    norms: list[Tensor] = list(torch._foreach_norm(list(tensors)))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
+    """The norm of all tensors as one vector, 0-dim and float32, without waiting."""
+    norms = [norm.float() for norm in torch._foreach_norm(list(tensors))]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def _length(value: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
+    """The norm over `axes`, all of them if None, in float32 whatever the model computes in."""
+    exact = torch.promote_types(value.dtype, torch.float32)  # torch narrows none: a float64 is summed as it is
+    return torch.linalg.vector_norm(value, dim=axes, dtype=exact).float()  # type: ignore[no-any-return]
 
 
 def _flat(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import nn
 
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
-from esper_core.leyline.errors import BadOption
+from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event, Sink
 from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Objective
 from esper_core.nissa.hub import Hub
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
+from esper_core.tolaria.caller_groups import adopted, kind_for
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
 from esper_core.tolaria.labels import ToBatch, settle, to_batch
@@ -92,17 +94,29 @@ class Grown:
     """What `grow` answers with.
 
     Attributes:
-        model: an independent plain module with the seeds built in, in eval mode; the model that was given has been
-            trained in place, and grows on through `plane`.
         plane: where everything stands. result: how the run ended. events: everything that happened.
         objective: what it was trained and judged by.
+        composed: the model with its seeds built in, or why there is none.
     """
 
-    model: nn.Module
     plane: Plane
     result: RunResult
     events: Sequence[Event]
     objective: Objective
+    composed: nn.Module | EsperError
+
+    @property
+    def model(self) -> nn.Module:
+        """An independent plain module with the seeds built in, in eval mode.
+
+        The model that was given has been trained in place, and grows on through `plane`.
+
+        Raises:
+            EsperError: it cannot be copied, of which there was a warning before training.
+        """
+        if isinstance(self.composed, EsperError):
+            raise self.composed
+        return self.composed
 
 
 class _Record:
@@ -193,17 +207,34 @@ def _grow(
     )  # fmt: skip
     setup = set_up_module(config, registry, own, task)
     hub = Hub({"record": record, **sinks}, registry)
+    refusal = _refusal(setup.plane)
+    if refusal is not None:
+        warnings.warn(f"no plain model will come of this: {refusal}; the plane is there all the same", stacklevel=3)
     trainer = Trainer(setup, setup.build_tolaria(hub.emit), hub, None, about={}, test=test_loader is not None)
     try:
         result = trainer.run()
     finally:
         hub.close()
-    return Grown(compose(setup.plane).eval(), setup.plane, result, tuple(record.events), setup.objective)
+    return Grown(setup.plane, result, tuple(record.events), setup.objective, _composed(setup.plane))
+
+
+def _refusal(plane: Plane) -> EsperError | None:
+    """Why the model cannot be copied, if so; the copy is dropped at once."""
+    composed = _composed(plane)
+    return composed if isinstance(composed, EsperError) else None
+
+
+def _composed(plane: Plane) -> nn.Module | EsperError:
+    """The plain model, or why there is none."""
+    try:
+        return compose(plane).eval()
+    except EsperError as error:
+        return error
 
 
 def accompany(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     sample: Any,
     *,
     steps: int,
@@ -230,10 +261,14 @@ def accompany(
             if tolaria.due(steps):
                 tolaria.decide(map(tolaria.convert, val_loader))
 
-    Seeds have an optimizer of their own, which follows the learning rate of the first of `optimizer`'s groups.
+    Seeds have an optimizer of the kind of `optimizer`. A seed takes rate, weight decay and momentum or betas
+    of the param group that most of the block before it belongs to, and the rate goes on following that group. Where
+    Muon trains matrices and AdamW the rest, seeds go by AdamW's groups. Gradients of the seeds are not among those of
+    `model.parameters()`: `clip=` is the norm to which each seed's are clipped.
 
     Args:
         model: any module whose answer is logits, or holds them; where it will be trained.
+        optimizer: the caller's, or several of them.
         sample: one item of the loader, by which the model's points are measured.
         loss, metric, higher_is_better: what the validation batches are judged by; see `grow`.
         steps: optimizer steps of the whole run; decisions: how often the controller will be asked.
@@ -243,9 +278,11 @@ def accompany(
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
+    others = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     config = RunConfig.from_mapping(
-        {**options, "device": _device_of(model), "host": OWN_MODEL, "blueprints": tuple(blueprints)}
-    )
+        {"optimizer": kind_for(others), **options, "device": _device_of(model), "host": OWN_MODEL,
+         "blueprints": tuple(blueprints)}
+    )  # fmt: skip
     alone(model)
     convert = settle(convert, model, sample)
     registry, split = registry or load_registry(), LoaderSplit((sample,), convert)
@@ -255,7 +292,8 @@ def accompany(
         higher_is_better=higher_is_better,
     )  # fmt: skip
     setup = set_up_module(config, registry, own, task, Timetable.of_steps(config, steps, decisions))
-    seeds = GrowthOptimizer((), config, assembly.part_config(config, "optimizer", OptimizerConfig), others=[optimizer])
+    own_options = assembly.part_config(config, "optimizer", OptimizerConfig)
+    seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
     tolaria = setup.build_tolaria(emit, optimizer=seeds)
     tolaria.convert = convert
     return tolaria

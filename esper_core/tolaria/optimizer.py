@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.plane import Plane, StageChange
 from esper_core.leyline.errors import UntrackedParameter
+from esper_core.tolaria.caller_groups import family_of, source_of
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.muon import MuonAdamW, hidden_matrices
 
@@ -34,11 +35,13 @@ class SeedGroup:
     """A seed's place in the optimizer. `age` counts its optimizer steps; `group` is torch's own param group.
 
     `deepens`: the seed is made of the host's blocks, and its gradient is clipped together with the host's.
+    `source`: the caller's param group whose rate it follows; None: the run's own rate.
     """
 
     group: dict[str, Any]
     age: int = 0
     deepens: bool = False
+    source: dict[str, Any] | None = None
 
 
 class GrowthOptimizer:
@@ -52,7 +55,9 @@ class GrowthOptimizer:
         config: learning rate, weight decay, kind and seed factor.
         options: see `OptimizerConfig`.
         others: optimizers of the caller's own, which hold the host's parameters; they are never stepped here, but
-            their state is saved and restored with the rest.
+            their state is saved and restored with the rest. A seed follows the rate of the param group that most of
+            the block before it belongs to, see `caller_groups.source_of`.
+        adopt: names of settings that seeds take from that group, such as `weight_decay`.
     """
 
     def __init__(
@@ -61,8 +66,10 @@ class GrowthOptimizer:
         config: RunConfig,
         options: OptimizerConfig = OptimizerConfig(),
         others: Sequence[torch.optim.Optimizer] = (),
+        adopt: Sequence[str] = (),
     ) -> None:
-        self.config, self.options, self.others = config, options, tuple(others)
+        self.config, self.options, self.others, self.adopt = config, options, tuple(others), tuple(adopt)
+        self._plane: Plane | None = None
         self.seeds: dict[str, SeedGroup] = {}
         self.host_group: dict[str, Any] | None = None
         self.torch: torch.optim.Optimizer | None = None
@@ -75,6 +82,7 @@ class GrowthOptimizer:
         """Track what lives on `plane`, now and from now on."""
         matrices = {id(p) for p in plane.host.module.parameters() if p.dim() == 2}
         self._not_hidden = frozenset(matrices - hidden_matrices(plane.host.module))
+        self._plane = plane
         plane.on_change(self.on_stage_change)
         self.sync(plane)
 
@@ -92,7 +100,7 @@ class GrowthOptimizer:
         if fresh and change.slot in self.seeds:
             self.seeds[change.slot].group["params"] += fresh
         elif fresh:
-            self.seeds[change.slot] = SeedGroup(self._add(fresh), deepens=change.deepens)
+            self.seeds[change.slot] = self._seed_group(change.slot, fresh, change.deepens)
         if fresh and change.inherits and self._inherit(change.inherits):
             self.seeds[change.slot].age = self.options.seed_warmup  # its moments know the way
 
@@ -118,7 +126,7 @@ class GrowthOptimizer:
         for path, parameters in plane.seed_groups().items():
             trainable = [p for p in parameters if p.requires_grad]
             if trainable:
-                self.seeds[path] = SeedGroup(self._add(trainable), deepens=plane.slots[path].whole)
+                self.seeds[path] = self._seed_group(path, trainable, plane.slots[path].whole)
 
     def check(self, plane: Plane) -> None:
         """Make sure that every live parameter is updated by someone.
@@ -162,7 +170,8 @@ class GrowthOptimizer:
         for seed in self.seeds.values():
             seed.age += 1
             warmth = min(1.0, seed.age / max(1, self.options.seed_warmup))
-            seed.group["lr"] = learning_rate * self.config.seed_learning_rate_factor * warmth
+            rate = learning_rate if seed.source is None else float(seed.source["lr"])
+            seed.group["lr"] = rate * self.config.seed_learning_rate_factor * warmth
         if self.config.clip > 0:
             for parameters in self._clipped_together():
                 nn.utils.clip_grad_norm_(parameters, self.config.clip)
@@ -219,6 +228,15 @@ class GrowthOptimizer:
             for m, group in enumerate(owner.param_groups):
                 yield f"other.{n}.{m}", group, owner
 
+    def _seed_group(self, path: str, parameters: Sequence[nn.Parameter], deepens: bool) -> SeedGroup:
+        """A seed's group, with what it takes from the caller's group of the block before it."""
+        group, source = self._add(parameters), None
+        if self.others and self._plane is not None:
+            source = source_of(self._plane.host, path, self.others, family_of(self.torch))
+            if source is not None:
+                group.update({key: source[key] for key in self.adopt if key in source and key in group})
+        return SeedGroup(group, deepens=deepens, source=source)
+
     def _add(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
         if self.torch is None:
             self.torch = self._build(parameters)
@@ -233,6 +251,8 @@ class GrowthOptimizer:
         if config.optimizer == "sgd":  # torch's fused one fails on a group in which only some have momentum yet
             return torch.optim.SGD(list(parameters), momentum=options.momentum, **shared)
         betas = (options.momentum, options.beta2)
+        if any(p.dtype is torch.float16 for p in parameters):
+            shared["eps"] = 1e-4  # float16 rounds 1e-8, and squares below 6e-8, to zero: steps would have no bound
         if config.optimizer == "muon":
             return MuonAdamW(list(parameters), is_matrix=self._is_hidden, betas=betas, fused=fused or None, **shared)
         return torch.optim.AdamW(list(parameters), betas=betas, fused=fused or None, **shared)

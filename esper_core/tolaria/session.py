@@ -461,9 +461,7 @@ class Tolaria:
         """Paths of seeds with a parameter that is not finite; the empty path stands for the host."""
         groups = {"": [p for p in self.plane.host.module.parameters() if p.is_floating_point()]}
         groups |= {path: parameters for path, parameters in self.plane.seed_groups().items() if parameters}
-        norms = [
-            torch.stack(torch._foreach_norm(tuple(g), ord=1.0)).sum(dtype=torch.float64) for g in groups.values() if g
-        ]
+        norms = [torch.stack(_absolute_sums(g)).sum(dtype=torch.float64) for g in groups.values() if g]
         finite = torch.stack(norms).isfinite().tolist()
         return [path for path, fine in zip([p for p, g in groups.items() if g], finite, strict=True) if not fine]
 
@@ -583,3 +581,9 @@ class Tolaria:
         self.flops_each, self.probe_flops = None, {}
         self.books.load_state_dict(state)
         self.host_readings = dict(state.get("host", {}))  # not in checkpoints of 0.1.0
+
+
+def _absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each tensor's absolute values; in float32 where a float16 could not hold it."""
+    small = any(tensor.dtype is torch.float16 for tensor in tensors)
+    return list(torch._foreach_norm(tuple(tensors), ord=1.0, dtype=torch.float32 if small else None))

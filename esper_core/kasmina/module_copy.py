@@ -1,0 +1,38 @@
+"""An independent copy of a module, also of one that keeps what it computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from esper_core.leyline.errors import EsperError
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copy_module(module: _Module, memo: Mapping[int, Any] | None = None) -> _Module:
+    """A deep copy. Tensors that the module computed and kept, as `weight_norm` does, are copied by value.
+
+    Args:
+        memo: what stands for some objects in the copy, by `id`; as for `copy.deepcopy`.
+
+    Raises:
+        EsperError: Python cannot copy it.
+    """
+    known = dict(memo or {})
+    for part in module.modules():
+        for value in tree_leaves(dict(vars(part))):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                known.setdefault(id(value), value.detach().clone())
+    try:
+        return copy.deepcopy(module, known)
+    except Exception as error:  # foreign code: whatever it raises is told in one line
+        raise EsperError(
+            f"{type(module).__name__} cannot be copied: {type(error).__name__}: {error}",
+            "a module that copy.deepcopy takes",
+            "keep locks, files and loggers out of the module",
+        ) from error

@@ -1,0 +1,87 @@
+"""The param groups of someone else's optimizers: which of them a seed takes its rate from, and what else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from esper_core.kasmina.paths import base_of
+from esper_core.leyline.host import HostProtocol
+
+#: What a seed takes from a group besides the rate, and the option that says otherwise.
+ADOPTED: Final = {
+    "weight_decay": "weight_decay",
+    "decoupled_weight_decay": "weight_decay",
+    "momentum": "optimizer.momentum",
+    "dampening": "optimizer.momentum",
+    "nesterov": "optimizer.momentum",
+    "betas": "optimizer.beta2",
+}
+
+
+def family_of(optimizer: torch.optim.Optimizer | None) -> str:
+    """The kind of an optimizer by how its rate is meant: `sgd`, `muon`, or `adamw` for all others."""
+    name = type(optimizer).__name__.lower()
+    if name == "muon":
+        return "muon"
+    return "sgd" if isinstance(optimizer, torch.optim.SGD) or name.startswith("sgd") else "adamw"
+
+
+def kind_for(optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    """The optimizer for seeds beside the caller's: of the kind of the caller's, for rates mean nothing to another kind.
+
+    `adamw` wins where there are several kinds: its rate fits any seed.
+    """
+    families = {family_of(optimizer) for optimizer in optimizers}
+    return "adamw" if not families or "adamw" in families else min(families)
+
+
+def adopted(options: Mapping[str, Any]) -> list[str]:
+    """What seeds take from the caller's group, given what the user has set by hand."""
+    return [key for key, option in ADOPTED.items() if option not in options]
+
+
+def source_of(
+    host: HostProtocol, path: str, optimizers: Sequence[torch.optim.Optimizer], family: str
+) -> dict[str, Any] | None:
+    """The param group that holds most of the block before the slot at `path`; None if there are no groups.
+
+    Groups of optimizers of the seed's own kind come first: the rate of Muon would be far too high for AdamW. A block
+    without parameters in them is judged by the module that holds it, and so on outwards.
+    """
+    same = [optimizer for optimizer in optimizers if family_of(optimizer) == family]
+    for some in (same, optimizers):
+        groups = [group for optimizer in some for group in optimizer.param_groups]
+        if not groups:
+            continue
+        owner = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+        place: nn.Module | None = _place_of(host, path)
+        while place is not None:
+            sizes = [0] * len(groups)
+            for parameter in place.parameters():
+                if id(parameter) in owner:
+                    sizes[owner[id(parameter)]] += parameter.numel()
+            if any(sizes):
+                return groups[sizes.index(max(sizes))]
+            place = _around(host.module, place)
+        return groups[0]
+    return None
+
+
+def _place_of(host: HostProtocol, path: str) -> nn.Module:
+    """The host's submodule behind which the slot stands; the whole host if that is not known."""
+    point = base_of(path.partition("/")[0])
+    try:
+        return host.module.get_submodule(point)
+    except AttributeError:
+        return host.module
+
+
+def _around(root: nn.Module, module: nn.Module) -> nn.Module | None:
+    """The module that holds `module`; None for the root."""
+    if module is root:
+        return None
+    return next((parent for parent in root.modules() if any(child is module for child in parent.children())), root)
