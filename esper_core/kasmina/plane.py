@@ -272,7 +272,7 @@ class Plane:
         """Why a plugin refuses `command`; empty if none does. A veto that fails refuses too: it is there to guard."""
         try:
             return self.registry.hook.esper_veto(command=command, plane=self) or ""
-        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
             return f"a plugin's veto failed with {type(error).__name__}: {error}"
 
     def apply(self, command: Command, *, gated: bool = True) -> StageChange | None:

@@ -17,6 +17,10 @@ Function = Callable[[Tensor, Any], Tensor]
 """Maps outputs (N, …) and targets to one value for each example, (N,) or (N, …), or to their mean, 0-dim."""
 
 
+class BadScores(BadOption):
+    """An objective's scores are not one loss and one metric for each example."""
+
+
 def refuse_misfit(objective: Objective, outputs: Tensor, targets: Any) -> None:
     """Make sure that `objective` can judge such outputs by such targets; nothing is trained.
 
@@ -40,9 +44,20 @@ def refuse_misfit(objective: Objective, outputs: Tensor, targets: Any) -> None:
         )
     with torch.no_grad():
         scores = _call(f"{name} {given}: the scores", lambda: objective.scores(outputs.detach(), targets))
+    refuse_scores(scores, count, f"{name} {given}")
+
+
+def refuse_scores(scores: Any, count: int, where: str) -> None:
+    """Make sure that `scores` are loss and metric of each of `count` examples. Looks at shapes alone.
+
+    Raises:
+        BadScores: they are not; one number would be taken for everybody's.
+    """
+    if not isinstance(scores, tuple | list) or len(scores) != 2:
+        raise BadScores(f"{where}: the scores are {_words(scores)}", "loss and metric of each example")
     for what, each in zip(("loss", "metric"), scores, strict=True):
         if not isinstance(each, Tensor) or each.shape != (count,):
-            raise BadOption(f"{name} {given}: the {what} of each example is {_words(each)}", f"shape ({count},)")
+            raise BadScores(f"{where}: the {what} of each example is {_words(each)}", f"shape ({count},)")
 
 
 def describe(objective: Objective) -> str:

@@ -36,9 +36,10 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
     repeated = enumerate(setup.validation()) if validating else _latest(setup, epoch, batch, count)
     training = plane.host.module.training
     set_training(plane, not validating)
-    names, seeds = list[str](), dict[str, None]()
+    names, seeds, looked = list[str](), dict[str, None](), 0
     try:
         for number, one in repeated:
+            looked += 1
             with without_seeds(plane):
                 alone = _is_finite(setup, plane, one, not validating)
             if alone:
@@ -50,7 +51,7 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
                 names.append(f"batch {number} of epoch {epoch}")
     finally:
         set_training(plane, training)
-    return Finding(tuple(names), tuple(seeds))
+    return Finding(tuple(names), tuple(seeds), looked)
 
 
 def set_training(plane: Plane, training: bool) -> None:

@@ -124,10 +124,12 @@ class Finding:
     Attributes:
         batches: names of those whose loss is not finite without any seed: the data are at fault.
         seeds: paths of those with which alone a loss is not finite that is so without any.
+        repeated: batches that were looked at.
     """
 
     batches: tuple[str, ...] = ()
     seeds: tuple[str, ...] = ()
+    repeated: int = 0
 
 
 def without_seeds(plane: Plane, but: str = "") -> AbstractContextManager[None]:

@@ -86,6 +86,7 @@ class Governor:
         settles_until: the step up to which losses are not judged, since the network was made deeper at once.
         faults: blueprint to how many of its seeds have raised.
         skipped: batches that were left out because they are not finite, and how many of them just now in a row.
+        hopeless: batches in a row whose loss was not finite in the last good state and without any seed.
     """
 
     config: GovernorConfig
@@ -108,6 +109,7 @@ class Governor:
     last_relief: int = -1
     skipped: int = 0
     skipped_in_a_row: int = 0
+    hopeless: int = 0
     losses: deque[tuple[int, float]] = attrs.Factory(deque)
 
     # --- What it sees ---
@@ -115,6 +117,8 @@ class Governor:
     def observe(self, losses: Iterable[float], step: int) -> Alarm | None:
         """Take in batch losses, the last of which belongs to optimizer step `step`; the first catastrophe, if any."""
         values = list(losses)
+        if all(map(math.isfinite, values)):
+            self.hopeless = 0
         alarm = None
         limit, sigma = self._limit()
         for number, value in enumerate(values, start=step - len(values) + 1):
@@ -288,6 +292,10 @@ class Governor:
         self.skipped_in_a_row = 0 if fine else self.skipped_in_a_row + 1
         self.skipped += not fine
         return self.skipped_in_a_row <= self.config.streak
+
+    def note_hopeless(self, batches: int) -> None:
+        """Remember that every one of so many batches in a row fails without any seed; 0: some did not."""
+        self.hopeless = self.hopeless + batches if batches else 0
 
     def decided(self) -> None:
         """A decision step is over: embargoes and recovery move on."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
+from esper_core.kasmina.scoring import BadScores, describe, refuse_scores
 from esper_core.kasmina.slot import Mode
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import CounterfactualMeasured
@@ -87,12 +88,12 @@ def _probe(tolaria: Tolaria, batches: Iterable[Batch], paths: Sequence[str], *, 
 
     try:
         return evaluate()
-    except EsperError:
-        raise
     except DataFailed as error:
         tolaria.tell_fault(f"{error.split} data", error.cause, "they are read again")
         return evaluate()
     except PART_FAULTS as error:
+        if isinstance(error, EsperError) and not isinstance(error, BadScores):
+            raise
         verdict = find_guilty(plane, partial(_look, tolaria, batches), error)
         tolaria.cull_faulty(verdict.guilty, error)
         if not verdict.guilty:
@@ -110,7 +111,9 @@ def _look(tolaria: Tolaria, batches: Iterable[Batch]) -> None:
         module.eval()
     try:
         for batch in batches:
-            tolaria.objective.scores(host.forward_with_slots(batch.inputs), batch.targets)
+            outputs = host.forward_with_slots(batch.inputs)
+            scores = tolaria.objective.scores(outputs, batch.targets)
+            refuse_scores(scores, len(outputs), describe(tolaria.objective))
     finally:
         for module in (host.module, plane.module):
             module.train(training)

@@ -51,6 +51,7 @@ def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
         guilty = None
         where = f"{alarm.cause} for {', '.join(found.batches)}"
         tolaria.tell_fault("data", where, "no seed and no command is to blame")
+        governor.note_hopeless(len(found.batches) if len(found.batches) == found.repeated else 0)
     governor.roll_back(step, snapshot.step, guilty, strike=not missed and not excused)
     if tolaria.sensors is not None:
         tolaria.sensors.clear()
@@ -62,6 +63,12 @@ def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
     penalty = 0.0 if audited else governor.config.penalty
     tolaria.emit(RolledBack(step=step, to_step=snapshot.step, lost=lost, guilty=guilty, penalty=penalty))
     tell_restored(tolaria, before)
+    if governor.hopeless > governor.config.streak:
+        raise RunFailed(
+            f"the run is unrecoverable: {alarm.cause} for {governor.hopeless} batches in a row, without any seed",
+            "a host and an objective whose loss is finite",
+            "esper resume, once they are mended",
+        )
     if governor.unrecoverable:
         raise RunFailed(
             f"the run is unrecoverable after {governor.strikes} rollbacks in a row ({alarm.cause})",

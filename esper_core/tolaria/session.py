@@ -558,13 +558,25 @@ class Tolaria:
         return {
             "clock": attrs.asdict(self.clock),
             "governor": self.governor.state_dict(),
-            "controller": self.controller.state_dict(),
+            "controller": self._controller_state(),
             "sensors": self.sensors.state_dict() if self.sensors is not None else {},
             "waiting": self._losses[: self._waiting].tolist(),
             **self.books.state_dict(),
             "host": self.host_readings,
             "snapshot": {"plain": self.snapshot.plain, "step": self.snapshot.step},
         }
+
+    def _controller_state(self) -> Mapping[str, Any]:
+        """The controller's state, with that of the one inside it where it is an overseer."""
+        state = self.controller.state_dict()
+        said: Any = state
+        controller: Any = self.controller
+        while controller is not None:
+            if not isinstance(said, Mapping):  # it could be written, and not be taken up again
+                name = type(controller).__name__
+                raise TypeError(f"the state of controller {name} is a {type(said).__name__}, expected a mapping")
+            controller, said = getattr(controller, "inner", None), said.get("inner", {})
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`, after the plane was rebuilt; the snapshot's tensors are loaded apart."""

@@ -121,10 +121,7 @@ def test_errors_interrupts_and_bugs_exit_as_they_should(monkeypatch: pytest.Monk
     assert raises(RunFailed("x")) == 1
     assert raises(KeyboardInterrupt()) == 130
     assert raises(click.ClickException("x")) == 1
-    with pytest.raises(ZeroDivisionError):  # a bug shows its traceback
-        monkeypatch.undo()
-        monkeypatch.setattr(cli, "get_command", lambda ctx, name: click.Command("x", callback=lambda: 1 // 0))
-        CliRunner().invoke(cli, ["plugins"], prog_name="esper", catch_exceptions=False)
+    assert raises(ZeroDivisionError("x")) == 70  # a bug: tests/cli/test_one_line.py says where its traceback is
 
 
 def test_the_console_script_is_installed() -> None:

@@ -132,7 +132,7 @@ def test_withering_culls_or_revives_and_the_embargo_holds() -> None:
         (Command(Op.GERMINATE, "block1", "poly", "gatet"), UnknownName, "gated"),
         (Command(Op.GERMINATE, "block1", "poly", "gated:residual"), BadOption, "two"),
         (Command(Op.GERMINATE, "block1", "tokens-only"), IllegalCommand, "NLD"),
-        (Command(Op.GERMINATE, "block1", "wrong-shape"), IncompatibleSeed, "1, 1, 8, 8"),
+        (Command(Op.GERMINATE, "block1", "wrong-shape"), IncompatibleSeed, "2, 1, 8, 8"),
         (Command(Op.GERMINATE, "block0", "poly"), IllegalCommand, "germinated"),
         (Command(Op.CULL, "block1"), IllegalCommand, "dormant"),
         (Command(Op.REVIVE, "block0"), IllegalCommand, "germinated"),

@@ -28,7 +28,8 @@ def streamed(inputs=INPUTS, targets=TARGETS):
 
 def flipped(make):
     targets = TARGETS.clone()
-    targets[7] = 2 - targets[7]
+    targets[6] = 2 - targets[6]
+    assert not targets.equal(TARGETS)
     return make(targets=targets)
 
 
@@ -45,6 +46,15 @@ CHANGES = {
 def test_a_change_of_the_data_changes_the_fingerprint(make, change):
     assert origin.fingerprint_of(make()) == origin.fingerprint_of(make())
     assert origin.fingerprint_of(CHANGES[change](make)) != origin.fingerprint_of(make())
+
+
+def test_all_that_is_resident_is_hashed():
+    inputs = torch.zeros(300_000, 2, dtype=torch.bfloat16)
+    targets = torch.zeros(300_000, dtype=torch.int64)
+    changed = inputs.clone()
+    changed[262_145, 1] = 1  # neither the first piece nor an even example
+    several = [ResidentSplit((one, one), targets).fingerprint() for one in (inputs, changed)]
+    assert len({origin.fingerprint_of(resident(one, targets)) for one in (inputs, changed)}) == len(set(several)) == 2
 
 
 def test_what_has_changed_is_named():

@@ -18,6 +18,8 @@ from esper_plugins.tasks.prefetch import prefetch
 from esper_plugins.tasks.randomness import order
 
 Inputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
+_HASHED = 1 << 17
+"""Examples that a fingerprint copies at a time."""
 _OBJECTIVES = {
     "classification": "classification", "language-modelling": "language", "regression": "regression",
     "multilabel": "multilabel", "segmentation": "dense",
@@ -86,6 +88,10 @@ class Scale:
         return factor.view(shape), shift.view(shape)
 
 
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
 class ExampleSplit(ABC):
     """Examples with targets.
 
@@ -100,8 +106,8 @@ class ExampleSplit(ABC):
             batch statistics never see a lone example. A split smaller than one batch still gives one.
     """
 
-    sampled: int = 1 << 17
-    """Examples whose inputs a fingerprint looks at."""
+    sampled: int | None = None
+    """Examples whose inputs a fingerprint looks at; None for all."""
 
     def __init__(
         self,
@@ -137,13 +143,16 @@ class ExampleSplit(ABC):
         """See `leyline.host.Split`."""
 
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits over every target, and over the inputs of examples evenly spread among all."""
-        digest = hashlib.sha256(self.targets.contiguous().numpy().tobytes())
-        step = max(1, self.examples // self.sampled)
-        chosen = self.stored(torch.arange(0, self.examples, step)) if self.examples else torch.empty(0)
-        for tensor in [chosen] if isinstance(chosen, Tensor) else [chosen[name] for name in sorted(chosen)]:
-            digest.update(f"{self.examples} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+        """Twelve hexadecimal digits over every target, and over the inputs of all or of some evenly spread examples."""
+        digest = hashlib.sha256(_bytes_of(self.targets))
+        step = max(1, self.examples // self.sampled) if self.sampled else 1
+        for indices in torch.arange(0, self.examples, step).split(_HASHED):
+            chosen = self.stored(indices)
+            if isinstance(chosen, Mapping):
+                chosen = [chosen[name] for name in sorted(chosen)]
+            for tensor in [chosen] if isinstance(chosen, Tensor) else chosen:
+                digest.update(f"{self.examples} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(_bytes_of(tensor))
         return digest.hexdigest()[:12]
 
     @abstractmethod
