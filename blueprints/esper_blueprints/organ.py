@@ -79,6 +79,7 @@ class OrganSeed(nn.Module):
         self.blocks = nn.ModuleList(MapBlock(width) if is_map else TokenBlock(width) for _ in range(blocks))
         self.exit: nn.Module = quiet(nn.Conv2d(width, channels, 1) if is_map else nn.Linear(width, channels), init)
         self._slots: dict[str, SlotModule] = {}
+        self._grown = nn.ModuleDict()  # what is built in behind blocks, in a composed organ
         self._specs = {f"block{order}": _inner(point, order, width) for order in range(blocks)}
 
     @property
@@ -115,9 +116,7 @@ class OrganSeed(nn.Module):
     def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
         """An independent copy without slots, in which each block's feature goes on through `grown[point]`."""
         twin = copy.deepcopy(self, {id(self._slots): {}})
-        for order, name in enumerate(self._specs):
-            if name in grown:
-                twin.blocks[order] = nn.Sequential(twin.blocks[order], grown[name])
+        twin._grown = nn.ModuleDict(grown)
         return twin
 
     def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
@@ -125,7 +124,7 @@ class OrganSeed(nn.Module):
         x = self.entry(self.norm(h.permute(0, 3, 1, 2) if self._channels_at_end else h))
         for name, block in zip(self._specs, self.blocks, strict=True):
             x = block(x)
-            slot = self._slots.get(name)
+            slot = self._grown[name] if name in self._grown else self._slots.get(name)
             if slot is not None:
                 grown: Any = slot
                 x = grown(x, call) if getattr(slot, "wants_call", False) else slot(x)

@@ -207,3 +207,20 @@ def test_a_composed_model_is_saved_pickled_and_spawned_by_its_user(blueprint) ->
     spawned = torch.multiprocessing.get_context("spawn").Pool(1)
     with spawned:
         torch.testing.assert_close(spawned.apply(ask, (model, inputs)), expected)
+
+
+def test_what_grew_inside_an_organ_sees_the_hosts_mask_when_composed_too() -> None:
+    pytest.importorskip("transformers")
+    from tests.tolaria.test_inside import item, tiny
+
+    model, one = tiny("tokens").eval(), item("tokens")
+    ids = one["input_ids"]
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < 5).long().expand(ids.shape)}
+    point = "bert.encoder.layer.1"
+    plane = Plane(host_from_module(model, [point], example=inputs), load_registry(), ramp_steps=1)
+    plane.germinate(point, "organ")
+    plane.germinate(f"{point}/block0", "attention")
+    for path in (point, f"{point}/block0"):
+        let_in(plane, path)
+    with torch.no_grad():
+        torch.testing.assert_close(compose(plane).eval()(inputs), plane.host.forward_with_slots(inputs))
