@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper_core.integrations.transformers import GrowthCallback as GrowthCallback
+    from esper_core.kasmina.calls import Call as Call
     from esper_core.kasmina.compose import compose as compose
     from esper_core.kasmina.copies import BlockRun as BlockRun
     from esper_core.kasmina.copies import CopiedRun as CopiedRun
     from esper_core.kasmina.module_host import ModuleHost as ModuleHost
     from esper_core.kasmina.module_host import host_from_module as host_from_module
     from esper_core.kasmina.plane import Plane as Plane
+    from esper_core.kasmina.sight import Sight as Sight
+    from esper_core.kasmina.sight import sight_of as sight_of
     from esper_core.leyline.errors import EsperError as EsperError
     from esper_core.registry import Registry as Registry
     from esper_core.registry import load_registry as load_registry
@@ -39,6 +42,7 @@ __version__ = "0.1.0"
 PUBLIC: dict[str, str] = {
     "Adapter": "esper_core.tamiyo.adapter:Adapter",
     "BlockRun": "esper_core.kasmina.copies:BlockRun",
+    "Call": "esper_core.kasmina.calls:Call",
     "CopiedRun": "esper_core.kasmina.copies:CopiedRun",
     "EsperError": "esper_core.leyline.errors:EsperError",
     "GrowthCallback": "esper_core.integrations.transformers:GrowthCallback",
@@ -47,6 +51,7 @@ PUBLIC: dict[str, str] = {
     "Registry": "esper_core.registry:Registry",
     "RunConfig": "esper_core.tolaria.config:RunConfig",
     "TamiyoCore": "esper_core.tamiyo.core:TamiyoCore",
+    "Sight": "esper_core.kasmina.sight:Sight",
     "Tolaria": "esper_core.tolaria.session:Tolaria",
     "accompany": "esper_core.tolaria.grow:accompany",
     "compose": "esper_core.kasmina.compose:compose",
@@ -59,6 +64,7 @@ PUBLIC: dict[str, str] = {
     "resume_run": "esper_core.tolaria.run:resume_run",
     "save_growth": "esper_core.tolaria.model_file:save_growth",
     "save_progress": "esper_core.tolaria.progress_file:save_progress",
+    "sight_of": "esper_core.kasmina.sight:sight_of",
     "split_reference": "esper_core.registry:split_reference",
     "start_run": "esper_core.tolaria.run:start_run",
     "to_batch": "esper_core.tolaria.labels:to_batch",
