@@ -156,8 +156,10 @@ def plant(
             writes = _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype)
             if "causal" in point.tags and not known:
                 check_causal(seed, point, f"a seed of {command.blueprint}")
-        elif not known:
-            _check_copies(seed, run, point, command.blueprint)
+        else:
+            writes = any(getattr(module, "inplace", False) for module in seed.modules())
+            if not known:
+                writes = _check_copies(seed, run, point, command.blueprint) or writes
     if run is None:
         if point.layout == "NCHW" and _channels_last(host):
             seed = seed.to(memory_format=torch.channels_last)
@@ -227,15 +229,17 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
     return writes
 
 
-def _check_copies(seed: nn.Module, run: BlockRun, point: InjectionSpec, blueprint: str) -> None:
-    """Try a seed that wants the host's blocks on what the host computes on its example."""
+def _check_copies(seed: nn.Module, run: BlockRun, point: InjectionSpec, blueprint: str) -> bool:
+    """Try a seed that wants the host's blocks on what the host computes on its example; whether it writes to it."""
     feature, call = run.example()
+    before = feature._version
     with quiet_pass(seed):
         out = seed(feature, call)
     if out.shape != feature.shape or out.dtype != feature.dtype:
         raise IncompatibleSeed(
             f"a seed of {blueprint} at {point.name} answered with {tuple(out.shape)}", f"{tuple(feature.shape)}"
         )
+    return bool(feature._version != before)
 
 
 def _channels_last(module: nn.Module) -> bool:

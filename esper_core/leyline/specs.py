@@ -327,7 +327,8 @@ class TaskSpec(PluginSpec):
             "signal": "cnn",
         }
         host = next((host for tag, host in hosts.items() if tag in self.capabilities), "mlp")
-        return f"esper run --host {host} --task {self.name}{':' + self.argument if self.argument else ''}"
+        head = " --set cnn.head=map" if host == "cnn" and "segmentation" in self.capabilities else ""
+        return f"esper run --host {host} --task {self.name}{':' + self.argument if self.argument else ''}{head}"
 
 
 class ObjectiveSpec(PluginSpec):
