@@ -210,6 +210,7 @@ def test_chromium_draws_it_without_a_word_on_the_console(run: Path, tmp_path: Pa
     dump, messages = browse(write_report(folder, tmp_path / "report.html"))
     assert messages == []
     assert 'data-ready="yes"' in dump
+    assert not re.search(r"</(header|section)>\s*(false|true|null|undefined|NaN)\b", dump)
     if which in ("grown", "deep"):
         assert dump.count("<svg") >= 4 and "fossilized" in dump
         ledger = dump[dump.index('id="ledger"') : dump.index('id="log"')]
