@@ -123,5 +123,9 @@ class Stop:
 def test_growing_in_ones_own_program_is_interrupted_as_anything_else():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
     loader = [(torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8,))) for _ in range(4)]
-    with pytest.raises(KeyboardInterrupt):
-        grow(model, loader, loader, epochs=2, controller="wait", sinks={"stop": Stop()})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            grow(model, loader, loader, epochs=2, controller="wait", sinks={"stop": Stop()})
+    finally:
+        signal.signal(signal.SIGINT, before)
