@@ -42,7 +42,9 @@ def p9(quick: bool = False) -> list[Frontier]:
                 grown=(heuristic,), controls=(zero,), rates=(0.008, 0.016), most_rates=2, decays=(0.4,), seeds=2,
             )
         ]  # fmt: skip
-    sizes = ((2, 64), (3, 64), (4, 64), (2, 48), (3, 48), (4, 48), (1, 96), (2, 96), (1, 128), (3, 32))
+    sizes = (
+        (2, 64), (3, 64), (4, 64), (1, 48), (2, 48), (3, 48), (4, 48), (1, 96), (2, 96), (1, 128), (3, 32),
+    )  # fmt: skip
     return [
         Frontier(
             name="p9", base=_STDLIB, config=WARM, budget=5e12, host=(1, 64), sizes=sizes,
@@ -90,7 +92,7 @@ def p8(data: str = "text/english") -> list[Frontier]:
     thin_interleaved = _grown("heuristic 3x160", 3, 160, heuristic=True, order="interleave")
     shallow = _grown("by hand 3-6x192", 3, 192, (0.2, 2), order="interleave")
     zero = _grown("zero output 3-6-12x128", 3, 128, (0.07, 2), (0.28, 2), birth="zero")
-    bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004,), "most_rates": 2, "margin": 0.02,
+    bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004, 0.008), "most_rates": 3, "margin": 0.012,
            "decays": (0.4, 0.2), "finalists": 1, "seeds": 3}  # fmt: skip
     low = {"budget": 1e15, "host": (3, 128), "rates": (0.006, 0.003), "most_rates": 3, "decays": (0.4,), "seeds": 3,
            "sizes": P8_SMALL}  # fmt: skip
