@@ -58,7 +58,7 @@ def estimate(point: InjectionSpec) -> tuple[int, int]:
     return weights, 2 * weights * point.positions
 
 
-class Planted:
+class PlantedPlugin:
     """The useless ones as a plugin."""
 
     @hookimpl
@@ -81,7 +81,7 @@ def registry_with_strangers() -> Registry:
         from esper_large_kernel import plugin
 
         registry.register(plugin, name="large-kernel")
-    registry.register(Planted(), name="planted")
+    registry.register(PlantedPlugin(), name="planted")
     return registry
 
 

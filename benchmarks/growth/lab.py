@@ -60,7 +60,7 @@ class Job:
         return self.folder / f"{self.regime.replace(', ', '-')}-{self.forced or 'choice'}-{self.seed}.json"
 
 
-class _Watch:
+class _ChoiceRecorder:
     """A sink that remembers what grew, why, and what it was last measured to bring."""
 
     inline = True
@@ -98,7 +98,7 @@ def run_one(job: Job) -> dict[str, Any]:
         return dict(read_json_file(job.file))
     torch.set_num_threads(1)
     began, (epochs, rent, _) = time.monotonic(), REGIMES[job.regime]
-    config, watch = attrs.evolve(CONFIG, epochs=epochs, rent=rent, seed=job.seed), _Watch()
+    config, watch = attrs.evolve(CONFIG, epochs=epochs, rent=rent, seed=job.seed), _ChoiceRecorder()
     if job.forced:
         plan = job.file.with_suffix(".plan.json")
         step = {"op": "germinate", "slot": "*", "decision": job.decision, "blueprint": job.forced, "tempo": "fast"}

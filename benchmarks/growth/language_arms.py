@@ -25,7 +25,7 @@ from esper_core.registry import load_registry
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.setup import set_up
 from esper_core.tolaria.timetable import Timetable
-from esper_core.trials.static import Organ, batches_of, implant, read_split, step_flops, train_static, train_steps
+from esper_core.trials.static import StaticSeed, batches_of, implant, read_split, step_flops, train_static, train_steps
 
 LANGUAGE_ARMS: Final = ("one-shot stacking", "deeper GPT", "static@FLOPs, own rate", "host@FLOPs")
 OWN_RATE: Final = 0.002
@@ -50,7 +50,7 @@ def outcome_of(arm: str, config: RunConfig, grown: Mapping[str, Any]) -> dict[st
     """
     torch.set_num_threads(1)
     if arm == "static@FLOPs, own rate":
-        organs = [Organ(**organ) for organ in grown["organs"]]
+        organs = [StaticSeed(**organ) for organ in grown["organs"]]
         return train_fixed(attrs.evolve(config, learning_rate=OWN_RATE), organs, grown["flops"])
     if arm == "host@FLOPs":
         return train_fixed(config, (), grown["flops"])
@@ -88,7 +88,7 @@ def train_stacked(config: RunConfig, flops: float, share: float) -> dict[str, An
     }
 
 
-def train_fixed(config: RunConfig, organs: Sequence[Organ], flops: float) -> dict[str, Any]:
+def train_fixed(config: RunConfig, organs: Sequence[StaticSeed], flops: float) -> dict[str, Any]:
     """The host with `organs` in it from the first step, trained from scratch until `flops` are spent."""
     setup = set_up(config, load_registry())
     implant(setup.plane, organs)

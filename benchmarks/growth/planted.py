@@ -100,7 +100,7 @@ def run_one(job: tuple[Path, str, int]) -> dict[str, Any]:
         epochs=16, learning_rate=0.02, seed=seed, decisions_per_epoch=3, decision_examples=0,
         settings={"cnn.widths": "2,6", "cnn.pool": "stride", "emrakul.everyone": True, "emrakul.cooldown": 10},
     )  # fmt: skip
-    watch = _Watch()
+    watch = _FateRecorder()
     result = start_run(config, {"watch": watch}, registry=registry, keep=False)
     found = {
         "blueprint": name, "seed": seed, "fates": watch.fates(), "verdicts": watch.verdicts, "reasons": watch.reasons,
@@ -110,7 +110,7 @@ def run_one(job: tuple[Path, str, int]) -> dict[str, Any]:
     return found
 
 
-class _Watch:
+class _FateRecorder:
     """A sink that follows every seed to its end."""
 
     inline = True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from esper_core.cli.arguments import find_run, run_argument
-from esper_core.cli.context import Settings
+from esper_core.cli.context import CliSettings
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
@@ -45,7 +45,7 @@ def compare(
     if frontier:
         print_frontier(str(find_run(run)), seeds, workers, as_json=as_json)
         return
-    settings = context.find_object(Settings) or Settings()
+    settings = context.find_object(CliSettings) or CliSettings()
     print_arms(str(find_run(run)), seeds, tuple(a.strip() for a in arms.split(",") if a.strip()), candidates, workers,
                settings.disabled, as_json=as_json)  # fmt: skip
 
@@ -54,12 +54,12 @@ def print_frontier(run: str, seeds: int, workers: int, *, as_json: bool) -> None
     """Sweep static sizes beside a run, and print what was found."""
     from esper_core.cli.context import current_registry
     from esper_core.trials.frontier.of_run import compare_frontier
-    from esper_core.trials.frontier.table import show
+    from esper_core.trials.frontier.table import show_frontier
 
     summary = compare_frontier(
         run, current_registry(), seeds=seeds, workers=workers, notify=lambda text: click.echo(text, err=True)
     )
-    click.echo(json.dumps(summary, indent=1) if as_json else show(summary))
+    click.echo(json.dumps(summary, indent=1) if as_json else show_frontier(summary))
 
 
 def print_arms(
@@ -87,7 +87,7 @@ def compare_after_run(folder: Path, seeds: int, display: Display, arms: tuple[st
     from esper_core.cli.arms import show_arms
     from esper_core.trials.compare import ARMS, CompareConfig, compare_run
 
-    settings = click.get_current_context().find_object(Settings) or Settings()
+    settings = click.get_current_context().find_object(CliSettings) or CliSettings()
     config = CompareConfig(seeds=seeds, arms=arms or ARMS, disabled=settings.disabled)
     summary = compare_run(folder, config, notify=display.notify)
     if display.mode == "auto":

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from esper_core.registry import Registry
 
 
-class Settings:
+class CliSettings:
     """Options of `esper` itself.
 
     Attributes:
@@ -39,5 +39,5 @@ def current_registry() -> Registry:
     While a shell completes a line no command runs: then it is that of every plugin.
     """
     context = click.get_current_context(silent=True)
-    settings = context.find_object(Settings) if context is not None else None
-    return (settings or Settings()).registry
+    settings = context.find_object(CliSettings) if context is not None else None
+    return (settings or CliSettings()).registry

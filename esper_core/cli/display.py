@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from esper_core.cli.live import LiveView
-from esper_core.cli.plain import JsonLines, PlainLines
-from esper_core.cli.watch import Watch
+from esper_core.cli.live_state import LiveState
+from esper_core.cli.plain import JsonLinesView, PlainLines
 from esper_core.leyline.events import Sink
 
 MODES = ("auto", "quiet", "json-lines")
@@ -35,9 +35,9 @@ class Display:
         self.console = Console(highlight=False, emoji=False, markup=False)
         self._view: LiveView | None = None
         self.sinks: dict[str, Sink] = {}
-        watch = Watch(epochs, log)
+        watch = LiveState(epochs, log)
         if mode == "json-lines":
-            self.sinks["json-lines"] = JsonLines(sys.stdout)
+            self.sinks["json-lines"] = JsonLinesView(sys.stdout)
         elif mode == "auto" and self.console.is_terminal and not self.console.is_dumb_terminal:
             self._view = LiveView(watch, self.console)
             self.sinks["live-view"] = self._view

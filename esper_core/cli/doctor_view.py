@@ -8,13 +8,13 @@ from itertools import groupby
 from rich.padding import Padding
 from rich.text import Text
 
-from esper_core.cli.health import Finding
+from esper_core.cli.health import HealthItem
 from esper_core.cli.output import make_console, make_table
 
 _MARKS = {"ok": ("✓", "green"), "absent": ("–", "dim"), "bad": ("✗", "red")}
 
 
-def show_findings(findings: Sequence[Finding]) -> None:
+def show_findings(findings: Sequence[HealthItem]) -> None:
     """Print findings by section, and how to mend what can be mended under each."""
     console = make_console()
     width = max(len(finding.name) for finding in findings)

@@ -27,11 +27,11 @@ def export(run: str, form: str, out: str | None, as_json: bool) -> None:
     What was written is read back and compared with the model.
     """
     folder = find_run(run)
-    from esper_core.tolaria.export import describe, export_run
+    from esper_core.tolaria.export import describe_export, export_run
 
     found = export_run(folder, form, out, registry=current_registry())
     if as_json:
-        print_json(describe(found))
+        print_json(describe_export(found))
         return
     click.echo(found.path)
     batch = "any batch size" if found.fixed_batch is None else f"batches of {found.fixed_batch} only"

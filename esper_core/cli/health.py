@@ -27,7 +27,7 @@ _MOST_FILES = 20_000
 
 
 @attrs.frozen
-class Finding:
+class HealthItem:
     """One line of the doctor's answer.
 
     Attributes:
@@ -45,7 +45,7 @@ class Finding:
     mend: str = ""
 
 
-def examine(registry: Registry, *, fast: bool) -> Iterator[Finding]:
+def examine(registry: Registry, *, fast: bool) -> Iterator[HealthItem]:
     """Everything worth saying; `fast` looks at nothing that needs torch."""
     yield from _system()
     yield from _packages()
@@ -54,21 +54,21 @@ def examine(registry: Registry, *, fast: bool) -> Iterator[Finding]:
     yield from _data()
 
 
-def _system() -> Iterator[Finding]:
+def _system() -> Iterator[HealthItem]:
     from esper_core import __version__
     from esper_core.leyline.specs import API_VERSION
 
-    yield Finding("system", "esper", "ok", f"{__version__}, plugin API {API_VERSION}")
-    yield Finding("system", "python", "ok", f"{platform.python_version()} at {sys.executable}")
-    yield Finding("system", "platform", "ok", platform.platform(terse=True))
+    yield HealthItem("system", "esper", "ok", f"{__version__}, plugin API {API_VERSION}")
+    yield HealthItem("system", "python", "ok", f"{platform.python_version()} at {sys.executable}")
+    yield HealthItem("system", "platform", "ok", platform.platform(terse=True))
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[HealthItem]:
     """Every package that the core requires, then those that its extras add."""
     try:
         requirements = requires(CORE_DISTRIBUTION) or []
     except PackageNotFoundError:
-        yield Finding("packages", CORE_DISTRIBUTION, "bad", "runs from a folder, not installed", "pip install -e .")
+        yield HealthItem("packages", CORE_DISTRIBUTION, "bad", "runs from a folder, not installed", "pip install -e .")
         return
     for requirement in sorted(requirements, key=lambda text: ("extra" in text, text)):
         wanted, _, marker = requirement.partition(";")
@@ -81,12 +81,12 @@ def _packages() -> Iterator[Finding]:
             found = version(name)
         except PackageNotFoundError:
             text = f"not installed (extra {extra[1]})" if extra else "not installed"
-            yield Finding("packages", name, "absent" if extra else "bad", text, mend)
+            yield HealthItem("packages", name, "absent" if extra else "bad", text, mend)
             continue
         if fits(found, bounds):
-            yield Finding("packages", name, "ok", found)
+            yield HealthItem("packages", name, "ok", found)
         else:
-            yield Finding("packages", name, "bad", f"{found} is installed, {bounds.strip()} is needed", mend)
+            yield HealthItem("packages", name, "bad", f"{found} is installed, {bounds.strip()} is needed", mend)
 
 
 def fits(found: str, bounds: str) -> bool:
@@ -110,57 +110,61 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release[0].split(".")) if release else ()
 
 
-def _devices(fast: bool) -> Iterator[Finding]:
+def _devices(fast: bool) -> Iterator[HealthItem]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if fast:
-        yield Finding("devices", "cpu", "ok", f"{_cores(cores)}; others were not looked for (--fast)")
+        yield HealthItem("devices", "cpu", "ok", f"{_cores(cores)}; others were not looked for (--fast)")
         return
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch links to is missing
         text = f"torch cannot be imported: {' '.join(str(error).split())}"
-        yield Finding("devices", "torch", "bad", text, "pip install --force-reinstall torch")
+        yield HealthItem("devices", "torch", "bad", text, "pip install --force-reinstall torch")
         return
 
     threads = torch.get_num_threads()
-    yield Finding("devices", "cpu", "ok", f"{_cores(cores)}, torch uses {threads} thread{'s' if threads > 1 else ''}")
+    yield HealthItem(
+        "devices", "cpu", "ok", f"{_cores(cores)}, torch uses {threads} thread{'s' if threads > 1 else ''}"
+    )
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}"
-        yield Finding("devices", f"cuda:{index}", "ok", text)
+        yield HealthItem("devices", f"cuda:{index}", "ok", text)
     if torch.backends.mps.is_available():
-        yield Finding("devices", "mps", "ok", "Apple GPU")
+        yield HealthItem("devices", "mps", "ok", "Apple GPU")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         text = "a driver is installed, but this build of torch cannot use it"
-        yield Finding("devices", "cuda", "bad", text, "install a CUDA build of torch: https://pytorch.org/get-started")
+        yield HealthItem(
+            "devices", "cuda", "bad", text, "install a CUDA build of torch: https://pytorch.org/get-started"
+        )
 
 
 def _cores(count: int) -> str:
     return f"{count} core" + ("s" if count > 1 else "")
 
 
-def _plugins(registry: Registry) -> Iterator[Finding]:
+def _plugins(registry: Registry) -> Iterator[HealthItem]:
     for distribution, its_version in registry.distributions.items():
         parts = [part for part in registry.specs() if part.distribution == distribution]
         if parts or not any(broken.distribution == distribution for broken in registry.broken):
             text = f"{its_version}, {len(parts)} part{'' if len(parts) == 1 else 's'}"
-            yield Finding("plugins", distribution, "ok", text)
+            yield HealthItem("plugins", distribution, "ok", text)
         for part in parts:
             if rivals := registry.rivals(part):
                 others = ", ".join(rival.distribution for rival in rivals)
                 text = f"{part.kind} {part.name!r} is offered by {others} too"
-                yield Finding("plugins", part.qualified, "bad", text, f"say {part.qualified}, or --no-plugin")
+                yield HealthItem("plugins", part.qualified, "bad", text, f"say {part.qualified}, or --no-plugin")
     for plugin in registry.plugins:
         for note in plugin.notes:
-            yield Finding("plugins", plugin.qualified, "absent", note, f"esper plugins check {plugin.qualified}")
+            yield HealthItem("plugins", plugin.qualified, "absent", note, f"esper plugins check {plugin.qualified}")
     for broken in registry.broken:
         hint = broken.error.hint or f"update it, or leave it out: esper --no-plugin {broken.owner}"
-        yield Finding("plugins", broken.owner, "bad", broken.error.given, hint)
+        yield HealthItem("plugins", broken.owner, "bad", broken.error.given, hint)
     for name in registry.disabled:
-        yield Finding("plugins", name, "absent", "disabled")
+        yield HealthItem("plugins", name, "absent", "disabled")
 
 
-def _data() -> Iterator[Finding]:
+def _data() -> Iterator[HealthItem]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folders = {
         "esper": Path(os.environ.get("ESPER_CACHE") or cache / "esper"),
@@ -170,13 +174,13 @@ def _data() -> Iterator[Finding]:
     }
     for name, folder in folders.items():
         if folder.is_dir():
-            yield Finding("data", name, "ok", f"{_size(folder)} in {folder}")
+            yield HealthItem("data", name, "ok", f"{_size(folder)} in {folder}")
         else:
-            yield Finding("data", name, "absent", f"nothing yet in {folder}")
+            yield HealthItem("data", name, "absent", f"nothing yet in {folder}")
     free = shutil.disk_usage(Path.cwd()).free
     low = free < 2**30
     mend = "free some space before a run: checkpoints and datasets go to disk" if low else ""
-    yield Finding("data", "disk", "bad" if low else "ok", f"{_bytes(free)} free in {Path.cwd()}", mend)
+    yield HealthItem("data", "disk", "bad" if low else "ok", f"{_bytes(free)} free in {Path.cwd()}", mend)
 
 
 def _size(folder: Path) -> str:

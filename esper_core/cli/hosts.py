@@ -44,14 +44,14 @@ def show(
     esper hosts show transformers:gpt2 --set transformers.layers=2
     """
     shape = _parse_shape(input_shape)
-    data = describe(_build(reference, shape, outputs, seed, parse_settings(settings)), reference, shape)
+    data = describe_host(_build(reference, shape, outputs, seed, parse_settings(settings)), reference, shape)
     if as_json:
         print_json(data)
     else:
         _print(data)
 
 
-def describe(host: HostProtocol, reference: str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+def describe_host(host: HostProtocol, reference: str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
     """What `hosts show` says, as JSON-compatible data.
 
     Args:

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from esper_core.cli.watch import SlotLine, Watch
+from esper_core.cli.live_state import LiveState, SlotLine
 from esper_core.leyline.events import Event
 from esper_core.leyline.stages import STAGES, Stage, stages_where
 from esper_core.nissa.report.wording import nats, percent, show_score
@@ -43,7 +43,7 @@ class LiveView:
 
     inline = True
 
-    def __init__(self, watch: Watch, console: Console, starting: str = "building task, host and plane") -> None:
+    def __init__(self, watch: LiveState, console: Console, starting: str = "building task, host and plane") -> None:
         self.watch, self.console = watch, console
         self._queue: deque[Event] = deque()
         self._stop = threading.Event()
@@ -101,7 +101,7 @@ def record_line(event: Event, phrase: str, width: int) -> Text:
     return Text.assemble((f"{event.step:>7} ", "dim"), (sign, style), ("\n" + " " * 10).join(words))
 
 
-def render(watch: Watch, width: int, height: int, *, ascii_only: bool = False) -> Group:
+def render(watch: LiveState, width: int, height: int, *, ascii_only: bool = False) -> Group:
     """One frame, no wider than `width` and some lines shorter than `height`."""
     width = max(20, width)
     lines = [Text(""), _title(watch, width), _progress(watch, width, ascii_only), *_metrics(watch, width, ascii_only)]
@@ -151,7 +151,7 @@ def clock(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def _title(watch: Watch, width: int) -> Text:
+def _title(watch: LiveState, width: int) -> Text:
     left = Text.assemble((watch.host or "starting", "bold"), (f" on {watch.task}" if watch.task else " …", ""))
     governor = "" if watch.governor == "calm" else f"governor {watch.governor}, "
     rolled = f"{watch.rollbacks} rollback{'s' * (watch.rollbacks != 1)}, " if watch.rollbacks else ""
@@ -161,7 +161,7 @@ def _title(watch: Watch, width: int) -> Text:
     return Text.assemble(left, " " * gap, right) if gap > 1 else left
 
 
-def _progress(watch: Watch, width: int, ascii_only: bool) -> Text:
+def _progress(watch: LiveState, width: int, ascii_only: bool) -> Text:
     share, elapsed, left = watch.progress()
     epoch = Text(f"epoch {min(watch.epoch + (not watch.ended), watch.epochs)}/{watch.epochs} ")
     tail = f" {percent(share, 0):>4}  {clock(elapsed)}" + (
@@ -172,7 +172,7 @@ def _progress(watch: Watch, width: int, ascii_only: bool) -> Text:
     return Text.assemble(epoch, bar(share or 0.0, room, "#2f9e62", ascii_only=ascii_only), tail)
 
 
-def _metrics(watch: Watch, width: int, ascii_only: bool) -> list[Text]:
+def _metrics(watch: LiveState, width: int, ascii_only: bool) -> list[Text]:
     figures = [
         (watch.metric.name, watch.validation_score, show_score(_last(watch.validation_score), watch.metric)),
         ("loss", watch.validation_loss, nats(_last(watch.validation_loss))),

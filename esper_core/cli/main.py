@@ -161,9 +161,9 @@ def _usage(error: click.UsageError) -> str:
 @click.pass_context
 def cli(ctx: click.Context, disabled: tuple[str, ...]) -> None:
     """Grow neural networks while they train."""
-    from esper_core.cli.context import Settings
+    from esper_core.cli.context import CliSettings
 
-    ctx.obj = Settings(disabled)
+    ctx.obj = CliSettings(disabled)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import TextIO
 
 from esper_core.cli.live import clock
-from esper_core.cli.watch import Watch
+from esper_core.cli.live_state import LiveState
 from esper_core.leyline.events import Event
-from esper_core.nissa.report.wording import describe
+from esper_core.nissa.report.wording import describe_event
 
 
 class PlainLines:
     """A sink that prints one concise line an epoch, and one for each growth or governor event."""
 
-    def __init__(self, watch: Watch, stream: TextIO) -> None:
+    def __init__(self, watch: LiveState, stream: TextIO) -> None:
         self.watch, self.stream = watch, stream
 
     def write(self, event: Event) -> None:
         """Print `event`, if it deserves a line."""
         phrase = self.watch.take(event)
         if event.kind in ("run_started", "epoch_ended", "command_refused"):
-            phrase = describe(event.to_dict(), self.watch.told)
+            phrase = describe_event(event.to_dict(), self.watch.told)
         if event.kind == "epoch_ended":
             left = self.watch.progress()[2]
             phrase = f"{phrase}" + (f", {clock(left)} left" if left else "")
@@ -37,7 +37,7 @@ class PlainLines:
         self.stream.flush()
 
 
-class JsonLines:
+class JsonLinesView:
     """A sink that prints every event as a line of JSON."""
 
     def __init__(self, stream: TextIO) -> None:

@@ -115,7 +115,7 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
     from esper_core.registry.check import check_parts
 
     registry = current_registry()
-    parts, broken, owners = select(registry, names)
+    parts, broken, owners = select_plugins(registry, names)
     with waiting(f"importing {len(parts)} parts"):
         findings, notes = check_parts(registry, parts)
     faults = [f for f in findings if f.error and not f.optional]
@@ -173,7 +173,7 @@ def new(name: str, kind: str, into: str, as_json: bool) -> None:
     click.echo(f"\nnext: pip install -e '{folder}[dev]' && pytest {folder} && esper plugins check {scaffold.part}")
 
 
-def select(registry: Registry, names: Sequence[str]) -> tuple[list[Registered], list[Broken], set[str]]:
+def select_plugins(registry: Registry, names: Sequence[str]) -> tuple[list[Registered], list[Broken], set[str]]:
     """Parts, broken records and plugins (`distribution/plugin`) that `names` mean; everything if there are none.
 
     Raises:

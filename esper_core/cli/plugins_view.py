@@ -15,7 +15,7 @@ from esper_core.cli.locate import locate
 from esper_core.cli.output import make_console, make_table
 from esper_core.leyline.options import Option
 from esper_core.registry import Broken, Registered, Registry
-from esper_core.registry.check import Finding
+from esper_core.registry.check import PluginFault
 from esper_core.registry.discovery import CORE_DISTRIBUTION
 
 _BAD, _ODD, _GOOD = Text("✗ ", "red"), Text("! ", "yellow"), Text("✓ ", "green")
@@ -50,7 +50,7 @@ def show_parts(registry: Registry, parts: Sequence[Registered]) -> None:
         _show_part(console, registry, part)
 
 
-def show_check(findings: Sequence[Finding], broken: Sequence[Broken], notes: Mapping[str, Sequence[str]]) -> None:
+def show_check(findings: Sequence[PluginFault], broken: Sequence[Broken], notes: Mapping[str, Sequence[str]]) -> None:
     """Print what is broken, what is missing, and how many parts are fine."""
     console = make_console()
     faults = [f for f in findings if f.error and not f.optional]

@@ -30,7 +30,7 @@ def runs() -> None:
 @_json
 def list_all(folder: str, as_json: bool) -> None:
     """List the runs in FOLDER (runs/ by default), newest first."""
-    summaries = [summarise(path) for path in list_runs(Path(folder))]
+    summaries = [summarise_run(path) for path in list_runs(Path(folder))]
     if as_json:
         print_json([with_accuracy(summary) for summary in summaries])
         return
@@ -53,7 +53,7 @@ def list_all(folder: str, as_json: bool) -> None:
 @_json
 def compare(a: str, b: str, as_json: bool) -> None:
     """Put the runs A and B side by side: what they were told, and what came of it."""
-    one, two = summarise(find_run(a)), summarise(find_run(b))
+    one, two = summarise_run(find_run(a)), summarise_run(find_run(b))
     told = {k: [one["config"].get(k), two["config"].get(k)] for k in sorted({*one["config"], *two["config"]})}
     differing = {k: pair for k, pair in told.items() if pair[0] != pair[1]}
     if as_json:
@@ -97,7 +97,7 @@ def _scored(summary: Mapping[str, Any]) -> str:
     return f"{show_score(summary['score'], metric, 2)} {metric.name}"
 
 
-def summarise(folder: Path) -> dict[str, Any]:
+def summarise_run(folder: Path) -> dict[str, Any]:
     """What a run came to, from its `run.json` and events; None where it is unknown."""
     from esper_core.nissa.report.reading import RunDigest, read_json
     from esper_core.nissa.report.wording import metric_of, number, printable

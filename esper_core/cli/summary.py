@@ -14,7 +14,7 @@ from rich.text import Text
 
 from esper_core.cli.arms import arm_scores, judge_of
 from esper_core.cli.live import clock
-from esper_core.cli.runs import summarise
+from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import stages_where
 from esper_core.nissa.report.reading import dropped_sinks, read_lines
@@ -40,7 +40,7 @@ def conclude(folder: Path, display: Display, seconds: float, compare: Mapping[st
     except EsperError as error:  # the run itself is safe; a full disk must not make it look lost
         report = None
         click.echo(f"no report: {error}", err=True)
-    run = summarise(folder)
+    run = summarise_run(folder)
     for name in dropped_sinks(folder):
         log = ", the event log, which is not whole" if name == "jsonl" else ""
         click.echo(f"warning: sink {name}{log} failed and was dropped before the end", err=True)

@@ -67,16 +67,16 @@ def quiet_pass(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def observe(model: nn.Module, run: Callable[[], object], paths: Iterable[str]) -> dict[str, Pass]:
+def trace_blocks(model: nn.Module, run: Callable[[], object], paths: Iterable[str]) -> dict[str, Pass]:
     """What the modules at `paths` do while `run` has the model compute; a path that does not run is left out."""
     seen: dict[str, Pass] = {}
     with quiet_pass(model), ExitStack() as stack:
         for path in paths:
             module = model.get_submodule(path)
             for handle in (
-                module.register_forward_pre_hook(_Before(seen, path), with_kwargs=True, prepend=True),
-                module.register_forward_hook(_After(seen, path, "answer"), prepend=True),
-                module.register_forward_hook(_After(seen, path, "handed_on")),
+                module.register_forward_pre_hook(_BeforeBlock(seen, path), with_kwargs=True, prepend=True),
+                module.register_forward_hook(_AfterBlock(seen, path, "answer"), prepend=True),
+                module.register_forward_hook(_AfterBlock(seen, path, "handed_on")),
             ):
                 stack.callback(handle.remove)
         run()
@@ -142,7 +142,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @attrs.frozen(eq=False)
-class _Before:
+class _BeforeBlock:
     seen: dict[str, Pass]
     path: str
 
@@ -152,7 +152,7 @@ class _Before:
 
 
 @attrs.frozen(eq=False)
-class _After:
+class _AfterBlock:
     seen: dict[str, Pass]
     path: str
     field: str

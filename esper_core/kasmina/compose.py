@@ -29,7 +29,7 @@ class Composable(Protocol):
         """
 
 
-class Grown(nn.Module):
+class ComposedSeed(nn.Module):
     """What one slot computes once its alpha is fixed: `combination(h, seed(h), alpha)`.
 
     Args:
@@ -104,7 +104,7 @@ def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
     else:
         module = copy_module(slot.seed)
     replaces = isinstance(slot.combination, Interpolation) and float(slot.alpha) == 1.0
-    return Grown(module, copy.deepcopy(slot.combination), slot.alpha, slot.wants_call, replaces, slot.writes)
+    return ComposedSeed(module, copy.deepcopy(slot.combination), slot.alpha, slot.wants_call, replaces, slot.writes)
 
 
 def _composable(host: HostProtocol) -> Composable:

@@ -15,7 +15,7 @@ from torch import Tensor
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.prefix_tree import Mask, PrefixTree
-from esper_core.kasmina.scoring import describe, refuse_scores
+from esper_core.kasmina.scoring import describe_objective, refuse_scores
 from esper_core.leyline.host import Batch, HostProtocol
 from esper_core.leyline.objective import Objective
 from esper_core.leyline.view import Interval
@@ -116,7 +116,7 @@ def measure_counterfactuals(
                 base: tuple[Tensor, Tensor] | None = None
                 for mask, outputs in tree.run(batch.inputs, masks):
                     scores = objective.scores(outputs, batch.targets)
-                    refuse_scores(scores, len(outputs), describe(objective))
+                    refuse_scores(scores, len(outputs), describe_objective(objective))
                     base = base or scores
                     moments = _moments(base, scores, objective.metric.higher_is_better)
                     sums[mask] = sums[mask] + moments if mask in sums else moments

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from esper_core.kasmina.block_compile import compile_blocks
-from esper_core.kasmina.block_run import BlockInfo, Pass, find_blocks, observe
+from esper_core.kasmina.block_run import BlockInfo, Pass, find_blocks, trace_blocks
 from esper_core.kasmina.caches import block_count, number_of
 from esper_core.kasmina.calls import Call, argument_names
 from esper_core.kasmina.causality import find_causal
@@ -237,7 +237,7 @@ class ModuleHost:
             raise EsperError("this host has no example to run its blocks on", "host.example = inputs, a batch of one")
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         example = tree_map_only(Tensor, lambda t: t.to(device), self.example)
-        return observe(self.module, lambda: self.forward_with_slots(example), paths)
+        return trace_blocks(self.module, lambda: self.forward_with_slots(example), paths)
 
     def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
         """An independent copy of the model, without hooks, that passes each point's feature through `grown[point]`.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen
-class Planted:
+class SeedCost:
     """What a seed and its blend cost: parameters, and forward FLOPs of one example.
 
     Attributes:
@@ -90,7 +90,7 @@ def estimate(
             "a blueprint that fits",
             f"esper plugins list --kind blueprint --capability {sorted(point.tags)[0]}",
         )
-    resolved = resolve_options(blueprint, spec.options, options_of(plane, blueprint, options))
+    resolved = resolve_options(blueprint, spec.options, blueprint_options(plane, blueprint, options))
     more = {"run": run_at(plane, path)} if "run" in spec.wants else {}
     params, flops = plane.registry.load(registered, attribute="estimate")(point, **more, **resolved)
     return int(params), int(flops)
@@ -117,14 +117,14 @@ def refusal(plane: Plane, path: str, blueprint: str, spec: BlueprintSpec) -> str
     return reason
 
 
-def options_of(plane: Plane, blueprint: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def blueprint_options(plane: Plane, blueprint: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a seed: the command's before the run's."""
     return {**plane.blueprint_options.get(blueprint, {}), **options}
 
 
 def plant(
     plane: Plane, slot: SeedSlot, command: Command, birth: int, origins: Sequence[str] = (), *, known: bool = False
-) -> Planted:
+) -> SeedCost:
     """Build a seed and its blend, check them, and put them into the slot.
 
     The weights depend on (plane.seed, path, birth) only and the global random state is left as it was, so a
@@ -145,7 +145,7 @@ def plant(
         torch.default_generator.manual_seed(zlib.crc32(f"{plane.seed}|{slot.path}|{birth}".encode()))
         seed = plane.registry.build(
             "blueprint", command.blueprint, point, **({} if run is None else {"run": run}),
-            options=options_of(plane, command.blueprint, command.options),
+            options=blueprint_options(plane, command.blueprint, command.options),
         )  # fmt: skip
         built: object = seed
         if not isinstance(built, nn.Module):
@@ -177,7 +177,7 @@ def plant(
     if run is not None:
         seed.inherits = ()
     flops = 0 if known else estimate(plane, slot.path, command.blueprint, command.options)[1]
-    return Planted(
+    return SeedCost(
         count_parameters(seed, slot.combination), flops, inherits, tuple(seed_origins), direct=not spec.isolation
     )
 

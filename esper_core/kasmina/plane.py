@@ -497,7 +497,7 @@ class Plane:
             growth.clear()
             growth.births += 1
             growth.blueprint, growth.blend, growth.tempo = command.blueprint, blend, command.tempo
-            growth.options = nursery.options_of(self, command.blueprint, command.options)
+            growth.options = nursery.blueprint_options(self, command.blueprint, command.options)
             growth.params, growth.flops = planted.params, planted.flops
             growth.direct, growth.origins, inherits = planted.direct, list(planted.origins), planted.inherits
             added, blueprint = tuple(_own_parameters(slot)), command.blueprint

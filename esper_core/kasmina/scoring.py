@@ -31,7 +31,7 @@ def refuse_misfit(objective: Objective, outputs: Tensor, targets: Any) -> None:
         EsperError: it cannot, or what it computes is not what an objective computes.
     """
     objective.check(outputs, targets)
-    count, name = len(outputs), describe(objective)
+    count, name = len(outputs), describe_objective(objective)
     given = f"on outputs {_words(outputs)} and targets {', '.join(map(_words, list_tensors(targets)))}"
     with torch.enable_grad():
         leaf = outputs.detach().clone().requires_grad_()
@@ -60,7 +60,7 @@ def refuse_scores(scores: Any, count: int, where: str) -> None:
             raise BadScores(f"{where}: the {what} of each example is {_words(each)}", f"shape ({count},)")
 
 
-def describe(objective: Objective) -> str:
+def describe_objective(objective: Objective) -> str:
     """The objective in an error message."""
     return str(getattr(objective, "name", "") or f"objective {type(objective).__name__}")
 
@@ -94,7 +94,7 @@ class OwnObjective:
             if metric is not None
             else Metric("loss", higher_is_better=False, share=False, loss_unit=unit)
         )
-        self.name = describe(base) if base is not None else f"loss {_name(loss)}"
+        self.name = describe_objective(base) if base is not None else f"loss {_name(loss)}"
 
     @property
     def chance(self) -> float | None:

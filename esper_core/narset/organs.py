@@ -18,7 +18,7 @@ from esper_core.narset.regions import chart
 
 
 @attrs.frozen
-class Organ:
+class OrganBudget:
     """One region: parameters used and allotted, and nats gained per host of parameters (None: unmeasured).
 
     Attributes:
@@ -57,7 +57,7 @@ def regions_of(view: RunView, config: OrganConfig) -> dict[str, str]:
 _DEFAULTS = OrganConfig()
 
 
-def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None) -> dict[str, Organ]:
+def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None) -> dict[str, OrganBudget]:
     """Every region with its budget; an `investor` sets the total and the shares.
 
     The floor is split equally; the rest in proportion to the marginal gain per parameter measured in each region,
@@ -88,7 +88,7 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
         share = config.floor / len(regions) + (1 - config.floor) * merit
         gain, weight = sums[name]
         used = sum(slot.params for slot in members)
-        organs[name] = Organ(
+        organs[name] = OrganBudget(
             name, used, math.floor(share * total), gain / weight if weight else None,
             sum(slot.flops for slot in members),
             None if flops_total is None else math.floor(share * flops_total),
@@ -98,7 +98,9 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
     return organs
 
 
-def _pool(organs: dict[str, Organ], regions: Mapping[str, Sequence[SlotView]], merits: Mapping[str, float]) -> None:
+def _pool(
+    organs: dict[str, OrganBudget], regions: Mapping[str, Sequence[SlotView]], merits: Mapping[str, float]
+) -> None:
     """What no slot of a region can use goes to the best region with an open slot, so that budgets never lie idle."""
     cheapest = {
         name: min((b.params for slot in members if Op.GERMINATE in slot.legal for b in slot.blueprints), default=None)
@@ -134,7 +136,7 @@ class OrganManager:
         if inner is None:
             raise BadOption("narset decides nothing alone", "a controller around which it stands", "--overseers narset")
         self.inner, self.config = inner, OrganConfig(**options)
-        self.announce: Callable[[Mapping[str, Organ]], None] | None = None
+        self.announce: Callable[[Mapping[str, OrganBudget]], None] | None = None
         self._investor = _find_investor(inner)
 
     def decide(self, view: RunView) -> Sequence[Command]:

@@ -47,7 +47,7 @@ def read_host(plane: Plane, batch: Batch, objective: Objective, *, examples: int
 
     Nothing in the model changes: no gradient is accumulated, no buffer and no random state moves.
     """
-    watch, few = _Watch(), batch.head(examples)
+    watch, few = _EntropyRecorder(), batch.head(examples)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _quiet(plane), _tapped(plane, watch) as features:
         with watch:
             outputs = plane.host.forward_with_slots(few.inputs)
@@ -114,7 +114,7 @@ def mean_entropy(probabilities: Tensor) -> Tensor:
     return rows.nanmean()
 
 
-class _Watch(TorchFunctionMode):
+class _EntropyRecorder(TorchFunctionMode):
     """Notes the entropy of every attention that is computed while it is active.
 
     Attributes:
@@ -150,7 +150,7 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def _tapped(plane: Plane, watch: _Watch) -> Iterator[dict[str, Tensor]]:
+def _tapped(plane: Plane, watch: _EntropyRecorder) -> Iterator[dict[str, Tensor]]:
     """Collects what leaves each slot of the host, and tells `watch` when a seed is at work."""
     features: dict[str, Tensor] = {}
 

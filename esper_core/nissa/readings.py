@@ -62,7 +62,9 @@ def flow_readings(calls: Tensor, root_elements: Tensor, unscale: float | Tensor)
     return torch.stack([g_norm * unscale, need * unscale, delta, mean, variance.sqrt(), proxy, proxy.square()], dim=1)
 
 
-def summarise(sums: Sequence[float], counts: Counts, occupied: bool, names: Collection[str]) -> dict[str, float]:
+def summarise_readings(
+    sums: Sequence[float], counts: Counts, occupied: bool, names: Collection[str]
+) -> dict[str, float]:
     """Readings of one slot from its row of sums; what was not measured has no key.
 
     Args:

@@ -18,7 +18,7 @@ from esper_core.kasmina.slot import SeedSlot
 from esper_core.leyline.errors import BadOption, did_you_mean
 from esper_core.leyline.sensors import READINGS
 from esper_core.leyline.stages import STAGES
-from esper_core.nissa.readings import COLUMN, FLOW, SUMS, Counts, flow_readings, summarise
+from esper_core.nissa.readings import COLUMN, FLOW, SUMS, Counts, flow_readings, summarise_readings
 
 
 class SensorArray:
@@ -107,7 +107,7 @@ class SensorArray:
         table: list[list[float]] = self._sums.tolist()
         growths = self.plane.growths
         readings = {
-            path: summarise(table[row], self._counts[path], STAGES[growths[path].stage].occupied, self.names)
+            path: summarise_readings(table[row], self._counts[path], STAGES[growths[path].stage].occupied, self.names)
             for path, row in self._rows.items()
             if path in growths
         }
@@ -155,7 +155,7 @@ class SensorArray:
         """Put probes into the slots, or take them out."""
         self._calls.clear()
         if on is not self._sampling or self._newcomers:
-            probe = _Probe(self) if on else None
+            probe = _SlotReader(self) if on else None
             for path, slot in self.plane.slots.items():
                 slot.probe = probe if path in self._rows else None
         self._sampling, self._newcomers = on, False
@@ -267,7 +267,7 @@ class SensorArray:
             self._sample(True)
 
 
-class _Probe:
+class _SlotReader:
     """A slot's way to its sensors. Copies of a slot have none: they would report to the original's."""
 
     def __init__(self, array: SensorArray) -> None:

@@ -21,7 +21,7 @@ from esper_core.registry.registry import Registry, load_registry
 
 
 @attrs.frozen
-class Finding:
+class PluginFault:
     """What is wrong with one part that registered well; an empty `error` means nothing.
 
     Attributes:
@@ -35,14 +35,14 @@ class Finding:
     optional: bool = False
 
 
-def check_parts(registry: Registry, parts: Sequence[Registered]) -> tuple[list[Finding], dict[str, list[str]]]:
+def check_parts(registry: Registry, parts: Sequence[Registered]) -> tuple[list[PluginFault], dict[str, list[str]]]:
     """Import every one of `parts` in a child process, with the paths and disabled plugins of this one.
 
     Returns:
         A finding for each part, and what that process noted of each plugin (`Plugin.notes` by `Plugin.qualified`);
         that it is slow counts only if this process found the same, since any machine is busy at times.
     """
-    findings: list[Finding] = []
+    findings: list[PluginFault] = []
     notes: dict[str, list[str]] = {}
     while True:
         rest = parts[len(findings) :]
@@ -57,17 +57,17 @@ def check_parts(registry: Registry, parts: Sequence[Registered]) -> tuple[list[F
             return findings, {plugin: remarks for plugin, remarks in kept.items() if remarks}
         unlucky = parts[len(findings)]
         fault = f"{unlucky.described} ends the process that imports it (exit code {child.returncode})"
-        findings.append(Finding(unlucky, fault))
+        findings.append(PluginFault(unlucky, fault))
 
 
-def _judge(registry: Registry, part: Registered, error: str) -> Finding:
+def _judge(registry: Registry, part: Registered, error: str) -> PluginFault:
     """A finding, with a conflict over the name counted as a fault where importing found none."""
     rivals = registry.rivals(part)
     if not error and rivals:
         others = ", ".join(f"{rival.distribution} {rival.version}" for rival in rivals)
         error = f"{part.described} is offered by {others} too; only {part.qualified} names it"
     optional = bool(registry.missing(part)) and part.spec.install.startswith(f"{part.distribution}[")
-    return Finding(part, error, optional)
+    return PluginFault(part, error, optional)
 
 
 def check_part(registry: Registry, part: Registered) -> str:

@@ -55,7 +55,7 @@ def import_object(reference: str, owner: str, distribution: str, install: str = 
 
 
 def _fault(error: BaseException, reference: str, owner: str) -> PluginBroken:
-    return PluginBroken(f"{owner} fails when {reference} is imported: {describe(error)}")
+    return PluginBroken(f"{owner} fails when {reference} is imported: {describe_error(error)}")
 
 
 def _not_found(error: ModuleNotFoundError, reference: str, owner: str, distribution: str, install: str) -> EsperError:
@@ -106,7 +106,7 @@ def install_line(distribution: str, module: str, install: str = "") -> str:
     return f"pip install {package}"
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception on one line: its type, its words, and where in a file for a syntax error."""
     text = " ".join(str(error).split())
     if isinstance(error, EsperError):

@@ -14,7 +14,7 @@ import pluggy
 from esper_core.leyline.errors import EsperError, PluginBroken, did_you_mean
 from esper_core.leyline.leniency import Malformed, lenient
 from esper_core.leyline.specs import API_VERSION, NAME, OLDEST_API_VERSION, SPEC_KINDS, PluginSpec, accepted_versions
-from esper_core.registry.importing import describe, import_object
+from esper_core.registry.importing import describe_error, import_object
 from esper_core.registry.quiet import diverted_stdout
 from esper_core.registry.record import Broken, Plugin, Registered
 
@@ -86,7 +86,7 @@ def _collect(manager: pluggy.PluginManager, plugin: Plugin, target: object) -> I
         manager.register(target, name)
     except Exception as error:
         manager.unregister(name=name)  # pluggy before 1.7 leaves a half-registered plugin behind
-        raise _fault(plugin, f"cannot be registered: {describe(error)}") from error
+        raise _fault(plugin, f"cannot be registered: {describe_error(error)}") from error
     callers = manager.get_hookcallers(target) or []
     if not callers:
         raise _fault(plugin, "implements no hook of Esper")
@@ -110,7 +110,7 @@ def _specs(plugin: Plugin, hook: str, implementation: pluggy.HookImpl) -> Iterat
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything, SystemExit included
-        yield _broken(plugin, _fault(plugin, f"fails in {hook}: {describe(error)}"), kind.kind)
+        yield _broken(plugin, _fault(plugin, f"fails in {hook}: {describe_error(error)}"), kind.kind)
         return
     if not isinstance(offered, list | tuple):
         reason = f"returns {_type(offered)} from {hook}, not a list of {kind.__name__}"

@@ -39,7 +39,7 @@ class Origins:
 
     @classmethod
     def read(cls, data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Origins:
-        """The inverse of `describe`; of an empty mapping, as older files have it, one that prefers built-ins."""
+        """The inverse of `describe_parts`; of an empty mapping, as older files have it, one that prefers built-ins."""
         return cls(
             {
                 (str(kind), str(name)): Owner(str(owner["distribution"]), str(owner["version"]))
@@ -88,7 +88,7 @@ class Origins:
         }
 
 
-def describe(parts: Iterable[tuple[str, str, Registered]]) -> dict[str, dict[str, dict[str, str]]]:
+def describe_parts(parts: Iterable[tuple[str, str, Registered]]) -> dict[str, dict[str, dict[str, str]]]:
     """JSON-compatible: kind to name as it was typed to distribution and version."""
     found: dict[str, dict[str, dict[str, str]]] = {}
     for kind, name, part in parts:

@@ -20,7 +20,7 @@ from esper_core.leyline.errors import (
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.specs import KINDS
 from esper_core.registry.discovery import find_plugins, normalised, without
-from esper_core.registry.importing import describe, import_object, install_line, missing_modules
+from esper_core.registry.importing import describe_error, import_object, install_line, missing_modules
 from esper_core.registry.loading import Manager, load_plugin
 from esper_core.registry.origin import Origins
 from esper_core.registry.quiet import diverted_stdout
@@ -222,7 +222,7 @@ class Registry:
         except EsperError:
             raise
         except (Exception, SystemExit) as error:
-            raise PluginBroken(f"{registered.described} cannot be built: {describe(error)}") from error
+            raise PluginBroken(f"{registered.described} cannot be built: {describe_error(error)}") from error
 
     def register(
         self, plugin: object, *, name: str = "embedded", distribution: str = "local", version: str = "0"

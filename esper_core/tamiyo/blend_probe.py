@@ -20,7 +20,7 @@ class BlendProbe:
         self.registry = registry
         self._known: dict[str, tuple[float, ...]] = {}
 
-    def describe(self, names: Sequence[str]) -> list[tuple[float, ...]]:
+    def descriptors(self, names: Sequence[str]) -> list[tuple[float, ...]]:
         """A descriptor of each of `names`."""
         return [self._known.get(name) or self._try(name) for name in names]
 

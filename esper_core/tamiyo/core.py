@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from esper_core.leyline.stages import Op
 from esper_core.tamiyo.agent_file import fingerprint_of, load_core, save_core
-from esper_core.tamiyo.features import TABLES, schema, select
+from esper_core.tamiyo.features import TABLES, schema, select_features
 from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Normaliser, ObservationBatch
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class TamiyoCore(nn.Module):
 
     def _build(self) -> None:
         width = self.config.width
-        normalisers = {kind: Normaliser(*select(self.features, kind)) for kind in TABLES}
+        normalisers = {kind: Normaliser(*select_features(self.features, kind)) for kind in TABLES}
         self.normalisers = nn.ModuleDict(normalisers)
         self.embed = nn.ModuleDict({
             kind: nn.Sequential(nn.Linear(n.width, width), nn.GELU(), nn.Linear(width, width))
@@ -154,14 +154,14 @@ class TamiyoCore(nn.Module):
         """Memory before the first decision: (N, D) zeros."""
         return torch.zeros(environments, self.config.width)
 
-    def describe(self, kind: str, raw: Tensor) -> Tensor:
+    def embed_raw(self, kind: str, raw: Tensor) -> Tensor:
         """Embed the raw features (…, F) of an observation, F as in `features.TABLES[kind]`: (…, D)."""
         embedded: Tensor = self.embed[kind](self.normalisers[kind](raw))
         return embedded
 
     def perceive(self, batch: ObservationBatch) -> tuple[Tensor, Tensor]:
         """Tokens of slots (N, S, D) and a summary of the run (N, D); no memory involved."""
-        slots, run = self.describe("slots", batch.slots), self.describe("run", batch.run)[:, None]
+        slots, run = self.embed_raw("slots", batch.slots), self.embed_raw("run", batch.run)[:, None]
         tokens = torch.cat([run, slots], 1)
         present = torch.cat([torch.ones_like(batch.present[:, :1]), batch.present], 1)
         for block in self.blocks:
@@ -284,12 +284,12 @@ class _Heads:
         blueprint, blend, tempo = torch.zeros_like(op), torch.zeros_like(op), torch.zeros_like(op)
         growing = acting & (op == _GERMINATE)
         if growing.any():
-            described = core.describe("blueprints", self.batch.blueprints[self.lanes, slot])
+            described = core.embed_raw("blueprints", self.batch.blueprints[self.lanes, slot])
             choice = torch.einsum("nd,nbd->nb", core.choice_query(context), core.blueprint_key(described)) / scale
             blueprint = self._choose("blueprint", choice, self.batch.grows[self.lanes, slot], growing, given)
         blending = acting & (op == _ADVANCE) & self.batch.blending[self.lanes, slot]
         if blending.any():
-            described = core.describe("blends", self.batch.blends)
+            described = core.embed_raw("blends", self.batch.blends)
             choice = torch.einsum("nd,ncd->nc", core.blend_query(context), core.blend_key(described)) / scale
             blend = self._choose("blend", choice, self.batch.blend_present, blending, given)
             tempi = core.tempo_head(context)

@@ -73,8 +73,8 @@ def find_deepening(slots: Sequence[SlotView], order: str = "stack") -> Deepening
         following = [offer.params for _, offer in offers[1:]]
         offers = [pair for pair, after in zip(offers, [*following, 0], strict=True) if after <= pair[1].params]
     else:  # behind a block and its copies, as many again
-        height = max(height_of(slot.path) for slot, _ in offers)
-        offers, times = [pair for pair in offers if height_of(pair[0].path) == height], 2**height
+        height = max(blocks_below(slot.path) for slot, _ in offers)
+        offers, times = [pair for pair in offers if blocks_below(pair[0].path) == height], 2**height
         blocks = str(times)
     return Deepening(
         tuple(slot.path for slot, _ in offers), name, blocks,
@@ -82,7 +82,7 @@ def find_deepening(slots: Sequence[SlotView], order: str = "stack") -> Deepening
     )  # fmt: skip
 
 
-def height_of(path: str) -> int:
+def blocks_below(path: str) -> int:
     """How many seeds stand below the slot at its point: 0 for `blocks.2`, 1 for `blocks.2+1`."""
     tail = path.rpartition("/")[2].partition("+")[2]
     return int(tail) if tail.isdecimal() else 0

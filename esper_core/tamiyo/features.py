@@ -305,7 +305,7 @@ def schema() -> list[str]:
     return [f"{kind}.{feature.name}" for kind, table in TABLES.items() for feature in table]
 
 
-def select(names: Sequence[str], kind: str) -> tuple[list[Feature], list[int]]:
+def select_features(names: Sequence[str], kind: str) -> tuple[list[Feature], list[int]]:
     """The features of one kind that a schema names, and the column of each in an observation of today.
 
     So a core keeps the inputs that it was trained with when features are added. A retired feature has column -1,

@@ -108,7 +108,7 @@ class LearnedController:
         """See `Controller.decide`. The last decision of a run can change nothing any more, and waits."""
         if view.decision + 1 >= view.decisions:
             return ()
-        seen = observe(view, self._probe.describe(view.blends))
+        seen = observe(view, self._probe.descriptors(view.blends))
         decision = self.core.decide(collate([seen]), self.hidden, generator=self.generator)
         self.hidden = decision.hidden
         reason = f"expected return from here {decision.value.item():+.3f}"

@@ -27,13 +27,13 @@ def observations() -> ObservationBatch:
     return collate([observe(run_view(plane, decision), _BLENDS) for decision in (0, 5)])
 
 
-def answer(core: TamiyoCore) -> list[Tensor]:
+def decision_tensors(core: TamiyoCore) -> list[Tensor]:
     """What the core decides on two views: actions, value, log-probability."""
     decision = core.decide(observations(), core.initial(2))
     return [decision.actions, decision.value, decision.log_prob]
 
 
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
+def same_tensors(left: list[Tensor], right: list[Tensor]) -> bool:
     """Whether two answers are equal, bit for bit."""
     return all(map(torch.equal, left, right))
 
@@ -68,17 +68,17 @@ class AdapterConformance(Conformance):
 
     def test_a_fresh_adapter_changes_nothing(self) -> None:
         core = self.core().requires_grad_(False)  # as with an adapter: torch takes other kernels for weights that learn
-        before = answer(core)
+        before = decision_tensors(core)
         core.attach(self.build(core))
-        assert same(before, answer(core))
+        assert same_tensors(before, decision_tensors(core))
 
     def test_it_speaks_while_attached_and_detaching_restores_every_bit(self) -> None:
         core = self.core()
-        before = answer(core)
+        before = decision_tensors(core)
         core.attach(self.shaken(core))
-        assert not same(before, answer(core)), "an adapter that cannot change a decision is none"
+        assert not same_tensors(before, decision_tensors(core)), "an adapter that cannot change a decision is none"
         core.detach()
-        assert same(before, answer(core))
+        assert same_tensors(before, decision_tensors(core))
 
     def test_its_parameters_train_and_the_core_is_frozen(self) -> None:
         core = self.core()
@@ -93,9 +93,9 @@ class AdapterConformance(Conformance):
         adapter = self.shaken(core)
         adapter.save(tmp_path / "adapter.safetensors")
         core.attach(adapter)
-        spoken, other = answer(core), self.core()
+        spoken, other = decision_tensors(core), self.core()
         other.attach(load_adapter(tmp_path / "adapter.safetensors").build(other, installed()))
-        assert same(spoken, answer(other))
+        assert same_tensors(spoken, decision_tensors(other))
 
     def test_another_core_is_refused(self, tmp_path: Path) -> None:
         core, other = self.core(), self.core(seed=1)
@@ -110,6 +110,6 @@ class AdapterConformance(Conformance):
         core.attach(self.shaken(core), "test")
         merged = merge(core, "test")
         assert merged.fingerprint != core.fingerprint
-        pairs = zip(answer(core)[1:], answer(merged)[1:], strict=True)
+        pairs = zip(decision_tensors(core)[1:], decision_tensors(merged)[1:], strict=True)
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

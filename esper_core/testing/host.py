@@ -31,7 +31,7 @@ from esper_core.testing.cases import installed
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
 
-class Watch(nn.Module):
+class RecordingSlot(nn.Module):
     """A slot that hands its feature back and notes what it saw.
 
     Args:
@@ -162,7 +162,7 @@ class HostConformance(Conformance):
             return change
 
         for name in host.injection_specs:
-            host.register_slot(name, Watch(name, [], keep(name)))
+            host.register_slot(name, RecordingSlot(name, [], keep(name)))
         host.module.eval()
         for parameter in host.module.parameters():
             parameter.requires_grad_(True)
@@ -175,7 +175,9 @@ class HostConformance(Conformance):
     def test_what_a_slot_answers_is_what_the_host_goes_on_with(self, host: HostProtocol, inputs: Inputs) -> None:
         before = evaluate(host, inputs)
         for name in host.injection_specs:
-            host.register_slot(name, Watch(name, [], lambda h: h + torch.randn(h.shape, generator=noise(h)).to(h)))
+            host.register_slot(
+                name, RecordingSlot(name, [], lambda h: h + torch.randn(h.shape, generator=noise(h)).to(h))
+            )
             changed = evaluate(host, inputs)
             host.unregister_slot(name)
             assert changed.shape == before.shape
@@ -205,7 +207,7 @@ class HostConformance(Conformance):
         assert log == [], "the copy drives the original's slots"
         name = next(iter(host.injection_specs))
         twin.unregister_slot(name)
-        twin.register_slot(name, Watch(name, [], lambda h: h * 0))
+        twin.register_slot(name, RecordingSlot(name, [], lambda h: h * 0))
         with torch.no_grad():
             next(twin.module.parameters()).zero_()
         evaluate(twin, inputs)
@@ -331,7 +333,7 @@ def watch(host: HostProtocol) -> list[tuple[str, Tensor]]:
     """Put a noting slot at every point; returns what they note, as it grows."""
     log: list[tuple[str, Tensor]] = []
     for name in host.injection_specs:
-        host.register_slot(name, Watch(name, log))
+        host.register_slot(name, RecordingSlot(name, log))
     return log
 
 

@@ -42,7 +42,7 @@ def tensors(batch: Batch) -> list[Tensor]:
     return [targets, *inputs]
 
 
-def same(left: Batch, right: Batch) -> bool:
+def same_batch(left: Batch, right: Batch) -> bool:
     """Whether two batches are equal, bit for bit."""
     pairs = zip(tensors(left), tensors(right), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
@@ -119,7 +119,7 @@ class TaskConformance(Conformance):
         for a, b in zip(self.splits(first), self.splits(second), strict=True):
             how = {"seed": 3, "epoch": 2, "shuffle": True}
             for left, right in zip(self.few(a, **how), self.few(b, **how), strict=True):
-                assert same(left, right)
+                assert same_batch(left, right)
 
     @pytest.mark.parametrize("start", [1, 3])
     def test_starting_late_gives_the_batches_that_remain(self, start: int) -> None:
@@ -128,19 +128,19 @@ class TaskConformance(Conformance):
             whole = self.few(split, _FEW, seed=1, epoch=epoch, shuffle=True)
             late = self.few(split, max(0, len(whole) - start), seed=1, epoch=epoch, shuffle=True, start=start)
             assert len(late) == max(0, len(whole) - start)
-            assert all(same(a, b) for a, b in zip(whole[start:], late, strict=True))
+            assert all(same_batch(a, b) for a, b in zip(whole[start:], late, strict=True))
 
     def test_seed_and_epoch_change_the_training_order(self) -> None:
         split = self.build().train
         keys = [(0, 0), (0, 1), (1, 0)]
         found = [self.few(split, 1, seed=seed, epoch=epoch, shuffle=True)[0] for seed, epoch in keys]
-        assert not any(same(a, b) for a, b in [*pairwise(found), (found[0], found[2])])
+        assert not any(same_batch(a, b) for a, b in [*pairwise(found), (found[0], found[2])])
 
     def test_held_out_splits_stay_as_they_are(self) -> None:
         task = self.build()
         for split in (task.validation, task.test):
             pairs = zip(self.few(split), self.few(split, seed=9, epoch=9), strict=True)
-            assert all(same(a, b) for a, b in pairs)
+            assert all(same_batch(a, b) for a, b in pairs)
 
     def test_counts_are_true(self) -> None:
         task = self.build()

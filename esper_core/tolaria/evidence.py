@@ -10,13 +10,13 @@ import torch
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import Batch
-from esper_core.tolaria.faults import Finding, without_seeds
+from esper_core.tolaria.faults import Evidence, without_seeds
 from esper_core.tolaria.governor import Alarm
 from esper_core.tolaria.setup import Setup
 from esper_core.tolaria.step import forward
 
 
-def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch: int, count: int) -> Finding | None:
+def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch: int, count: int) -> Evidence | None:
     """Repeat the latest batches without the seeds, and with each of them alone.
 
     The host's running statistics and the random state move; the caller puts the last good state back once more.
@@ -51,7 +51,7 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
                 names.append(f"batch {number} of epoch {epoch}")
     finally:
         set_training(plane, training)
-    return Finding(tuple(names), tuple(seeds), looked)
+    return Evidence(tuple(names), tuple(seeds), looked)
 
 
 def set_training(plane: Plane, training: bool) -> None:

@@ -213,6 +213,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def describe(exported: Exported) -> dict[str, Any]:
+def describe_export(exported: Exported) -> dict[str, Any]:
     """JSON-compatible data."""
     return {**attrs.asdict(exported), "path": str(exported.path)}

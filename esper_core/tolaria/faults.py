@@ -52,7 +52,7 @@ class GuardedBatches:
 
 
 @attrs.frozen
-class Verdict(Generic[T]):
+class Blame(Generic[T]):
     """What `find_guilty` found.
 
     Attributes:
@@ -64,7 +64,7 @@ class Verdict(Generic[T]):
     answer: T
 
 
-def find_guilty(plane: Plane, run: Callable[[], T], error: BaseException, random: Tensor | None = None) -> Verdict[T]:
+def find_guilty(plane: Plane, run: Callable[[], T], error: BaseException, random: Tensor | None = None) -> Blame[T]:
     """Repeat a computation that raised `error`, as it was and with seeds silenced, and say which are to blame.
 
     A seed is to blame if the computation raises with this seed alone and not without any. Where only several together
@@ -90,7 +90,7 @@ def find_guilty(plane: Plane, run: Callable[[], T], error: BaseException, random
 
     fine, answer = attempt(frozenset())
     if fine:
-        return Verdict((), answer)  # type: ignore[arg-type]
+        return Blame((), answer)  # type: ignore[arg-type]
     living = frozenset(path for path, slot in plane.slots.items() if slot.seed is not None)
     if not living or not attempt(living)[0]:
         raise error
@@ -102,7 +102,7 @@ def find_guilty(plane: Plane, run: Callable[[], T], error: BaseException, random
     fine, answer = attempt(frozenset(guilty))
     if not fine:
         raise error
-    return Verdict(tuple(guilty), answer)  # type: ignore[arg-type]
+    return Blame(tuple(guilty), answer)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -118,8 +118,8 @@ def _muted(plane: Plane, paths: frozenset[str]) -> Iterator[None]:
 
 
 @attrs.frozen
-class Finding:
-    """What `evidence` found in the last good state.
+class Evidence:
+    """What `gather_evidence` found in the last good state.
 
     Attributes:
         batches: names of those whose loss is not finite without any seed: the data are at fault.

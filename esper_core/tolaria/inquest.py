@@ -78,7 +78,7 @@ def find_harmful(tolaria: Tolaria, alarm: Alarm) -> tuple[str, Interval] | None:
     return (worst, harms[worst]) if fading or in_vain or -harms[worst].mean >= _SHARE * excess else None
 
 
-def answer(tolaria: Tolaria, alarm: Alarm) -> None:
+def answer_alarm(tolaria: Tolaria, alarm: Alarm) -> None:
     """Remove the seed that is measured to be behind `alarm`, accept a new level, or return to the last good state.
 
     Raises:

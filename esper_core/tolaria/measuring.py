@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
-from esper_core.kasmina.scoring import BadScores, describe, refuse_scores
+from esper_core.kasmina.scoring import BadScores, describe_objective, refuse_scores
 from esper_core.kasmina.slot import Mode
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import CounterfactualMeasured
@@ -113,7 +113,7 @@ def _look(tolaria: Tolaria, batches: Iterable[Batch]) -> None:
         for batch in batches:
             outputs = host.forward_with_slots(batch.inputs)
             scores = tolaria.objective.scores(outputs, batch.targets)
-            refuse_scores(scores, len(outputs), describe(tolaria.objective))
+            refuse_scores(scores, len(outputs), describe_objective(tolaria.objective))
     finally:
         for module in (host.module, plane.module):
             module.train(training)

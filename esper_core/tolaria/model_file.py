@@ -19,14 +19,13 @@ from esper_core.leyline.files import refuse_links
 from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.stages import STAGES, Stage
 from esper_core.registry import Registry, load_registry, split_reference
-from esper_core.registry.origin import Origins, describe, not_as_written
+from esper_core.registry.origin import Origins, describe_parts, not_as_written
 from esper_core.registry.record import Registered
 from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.offline import offline, without_fetching
-from esper_core.tolaria.snapshot import load_model as load_weights
-from esper_core.tolaria.snapshot import model_tensors
+from esper_core.tolaria.snapshot import load_weights, model_tensors
 from esper_core.tolaria.timetable import Timetable
 
 FORMAT: Final = "esper-model-1"
@@ -82,7 +81,9 @@ def origins_of(registry: Registry, config: RunConfig, task: str, plane: Plane) -
         *(("sink", name) for name in ("jsonl", *config.sinks)),
         *(("blueprint", name) for name in plane.candidates),
     ]
-    return describe(_found(registry, [(kind, split_reference(name)[0]) for kind, name in references], plane.blends))
+    return describe_parts(
+        _found(registry, [(kind, split_reference(name)[0]) for kind, name in references], plane.blends)
+    )
 
 
 def bind(registry: Registry, origins: Origins) -> Registry:
@@ -106,7 +107,7 @@ def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
     blends = [growth.blend for growth in live]
     return {
         "structure": plane.structure(),
-        "origins": describe(_found(plane.registry, names, blends)),
+        "origins": describe_parts(_found(plane.registry, names, blends)),
         "probes": probe(plane),
     }
 

@@ -25,7 +25,7 @@ _BATCH: Final = 64
 SPLITS: Final = ("train", "validation", "test")
 
 
-def fingerprint_of(split: Split) -> str:
+def split_fingerprint(split: Split) -> str:
     """Twelve hexadecimal digits over the number and content of a split's examples, in their own order.
 
     A split may have `fingerprint() -> str`, which knows better where to look. The empty string if it cannot be read
@@ -45,7 +45,7 @@ def fingerprint_of(split: Split) -> str:
 
 def data_of(task: TaskProtocol) -> dict[str, str]:
     """The fingerprint of each split."""
-    return {name: fingerprint_of(getattr(task, name)) for name in SPLITS}
+    return {name: split_fingerprint(getattr(task, name)) for name in SPLITS}
 
 
 def parts_of(config: RunConfig, plane: Plane, registry: Registry) -> dict[str, str]:
@@ -73,7 +73,7 @@ def parts_of(config: RunConfig, plane: Plane, registry: Registry) -> dict[str, s
     return dict(sorted(found.items()))
 
 
-def compare(
+def compare_data(
     recorded: Mapping[str, Any], data: Callable[[], Mapping[str, str]], parts: Mapping[str, str],
     splits: Iterable[str] = SPLITS,
 ) -> list[str]:  # fmt: skip
@@ -101,7 +101,7 @@ def check_origin(
     """
     if not isinstance(about.get("data"), Mapping):
         notify("the run does not say what its data and plugins were; whether they have changed is not known")
-    changed = compare(about, lambda: data_of(task), parts_of(config, plane, registry))
+    changed = compare_data(about, lambda: data_of(task), parts_of(config, plane, registry))
     if not changed:
         return
     told = f"not what the run began with: {'; '.join(changed)}"

@@ -25,7 +25,7 @@ from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import bind, describe_origin, load_plane, origins_of
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
-from esper_core.tolaria.origin import check_origin, compare, data_of, fingerprint_of, parts_of
+from esper_core.tolaria.origin import check_origin, compare_data, data_of, parts_of, split_fingerprint
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, set_up
 from esper_core.tolaria.trainer import RunResult, Trainer
@@ -220,8 +220,8 @@ def eval_run(
     config = RunConfig.from_mapping(header["config"])
     with offline(not download):
         task, _ = assembly.build_task(config if download else without_fetching(config), plane.registry)
-    now = lambda: {split: fingerprint_of(getattr(task, split))}  # noqa: E731
-    changed = compare(header, now, parts_of(config, plane, plane.registry), (split,))
+    now = lambda: {split: split_fingerprint(getattr(task, split))}  # noqa: E731
+    changed = compare_data(header, now, parts_of(config, plane, plane.registry), (split,))
     if changed:
         notify(f"not what the model was trained with: {'; '.join(changed)}")
     chosen = assembly.choose_device(device)

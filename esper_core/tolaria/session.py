@@ -36,9 +36,9 @@ from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Course, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host, split_readings
 from esper_core.nissa.sensors import SensorArray
-from esper_core.tolaria.faults import PART_FAULTS, Finding, GuardedBatches
+from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
 from esper_core.tolaria.governor import Alarm, Governor
-from esper_core.tolaria.inquest import answer, auditors, withering
+from esper_core.tolaria.inquest import answer_alarm, auditors, withering
 from esper_core.tolaria.measuring import measure
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.reward_books import RewardBooks
@@ -118,7 +118,7 @@ class Tolaria:
         self.batches: Iterable[Batch] = ()
         self.convert: Callable[[Any], Batch] | None = None
         self.budget: float | None = None
-        self.examine: Callable[[Alarm], Finding | None] | None = None
+        self.examine: Callable[[Alarm], Evidence | None] | None = None
         self.books = RewardBooks(rewards, audited=next(auditors(controller), None) is not None)
         self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
         self.flops_each: float | None = None  # a training step's for one example; None once the structure changed
@@ -180,7 +180,7 @@ class Tolaria:
         if self.clock.step % self.governor.config.check_every == 0 or self._waiting == len(self._losses):
             alarm = self._drain()
             if alarm is not None:
-                answer(self, alarm)
+                answer_alarm(self, alarm)
             elif self.clock.step - self.snapshot.step >= self.governor.config.snapshot_every:
                 self.keep()
 
@@ -209,7 +209,7 @@ class Tolaria:
         commands: list[Command] = []
         view = None
         if alarm is not None:
-            answer(self, alarm)
+            answer_alarm(self, alarm)
         else:
             self.plane.decide()
             self.keep()

@@ -40,7 +40,7 @@ def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 @torch.no_grad()
-def load_model(plane: Plane, tensors: Mapping[str, Tensor], source: object) -> None:
+def load_weights(plane: Plane, tensors: Mapping[str, Tensor], source: object) -> None:
     """Copy saved values into the model, name by name.
 
     Raises:
@@ -77,7 +77,7 @@ def load_training(
     with expect_well_formed(source):
         plane.rebuild(plain["structure"])
         optimizer.sync(plane)
-        load_model(plane, tensors, source)
+        load_weights(plane, tensors, source)
         moments = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
         optimizer.load_named_state(moments, plain["ages"])
 

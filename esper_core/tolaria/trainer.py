@@ -22,7 +22,7 @@ from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.hub import Hub
 from esper_core.storage.tensor_file import check_savable, expect_well_formed
 from esper_core.tolaria.evidence import gather_evidence
-from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Finding, find_guilty, is_finite
+from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Evidence, find_guilty, is_finite
 from esper_core.tolaria.governor import Alarm
 from esper_core.tolaria.model_file import save_model
 from esper_core.tolaria.run_folder import RunFolder
@@ -250,7 +250,7 @@ class Trainer:
             raise RunFailed(f"the run is unrecoverable: {told}", "finite data", "clean them, then esper resume")
         return fine
 
-    def _examine(self, alarm: Alarm) -> Finding | None:
+    def _examine(self, alarm: Alarm) -> Evidence | None:
         position, count = self.position, self.tolaria.governor.config.check_every
         return gather_evidence(self.setup, self.tolaria.plane, alarm, position.epoch, position.batch, count)
 

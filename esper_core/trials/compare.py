@@ -43,8 +43,8 @@ from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, host_params, keep_used_settings, set_up
 from esper_core.trials.intervals import paired_interval
 from esper_core.trials.static import (
-    Organ,
     StaticResult,
+    StaticSeed,
     implant,
     organs_of,
     read_split,
@@ -148,12 +148,12 @@ def compare_run(
         outcome = read_json_file(unit.file)
         told = f"{outcome['metric']['name']} {outcome['score']:.4f}, loss {outcome['loss']:.4f}"
         notify(f"{unit.arm}, seed {unit.seed}: {told}; {left} to go")
-    summary = summarise(beside, run, config)
+    summary = summarise_arms(beside, run, config)
     write_json_file(folder.path / "compare.json", summary)
     return summary
 
 
-def summarise(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, Any]:
+def summarise_arms(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, Any]:
     """The table of arms from the files of every unit that is done."""
     arms = []
     judge, key = Metric(), "accuracy"
@@ -348,11 +348,11 @@ def _seconds(path: Path) -> float:
     return math.fsum(float(json.loads(line)["seconds"]) for line in lines if line.strip())
 
 
-def _train_fixed(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[Organ, ...]]:
+def _train_fixed(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[StaticSeed, ...]]:
     """The arm's model, what it reached, the FLOPs that the arm spent in all, and its seeds."""
     if unit.arm == "random search":
         return _search(unit, registry)
-    organs: tuple[Organ, ...] = ()
+    organs: tuple[StaticSeed, ...] = ()
     config = unit.config
     if not unit.arm.startswith("host"):
         plane, header = load_plane(unit.grown_run, registry)
@@ -368,7 +368,7 @@ def _train_fixed(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, f
     return setup, result, result.flops, organs
 
 
-def deeper_host(config: RunConfig, plane: Plane, organs: Sequence[Organ], registry: Registry) -> RunConfig | None:
+def deeper_host(config: RunConfig, plane: Plane, organs: Sequence[StaticSeed], registry: Registry) -> RunConfig | None:
     """The configuration of a host that is as deep from the start as a grown one has become; None if there is none.
 
     Only where nothing but copies of blocks grew, in a host with an option for its depth: a network that is built so has
@@ -404,10 +404,10 @@ def _with_new_weights(config: RunConfig, registry: Registry) -> RunConfig:
     return keep_used_settings(attrs.evolve(config, settings={**config.settings, "copy.birth": "random"}), registry)
 
 
-def _search(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[Organ, ...]]:
+def _search(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[StaticSeed, ...]]:
     """Random architectures that share the grown run's FLOPs; the best by validation is the arm's model."""
     budget, spent = training_flops(unit.grown_run) / unit.candidates, 0.0
-    best: tuple[Setup, StaticResult, tuple[Organ, ...]] | None = None
+    best: tuple[Setup, StaticResult, tuple[StaticSeed, ...]] | None = None
     for index in range(unit.candidates):
         setup = set_up(_with_new_weights(unit.config, registry), registry)
         organs = draw_organs(setup, random.Random(f"{unit.seed}:{index}"))
@@ -428,20 +428,20 @@ def _score(setup: Setup, result: StaticResult) -> float:
     return -result.validation_loss if language else result.validation_score if higher else -result.validation_score
 
 
-def draw_organs(setup: Setup, draw: random.Random) -> tuple[Organ, ...]:
+def draw_organs(setup: Setup, draw: random.Random) -> tuple[StaticSeed, ...]:
     """Implant a random architecture within the run's budgets: each slot gets a seed with even odds, at least one does.
 
     Returns:
         What was implanted; nothing if the budgets allow no seed at all.
     """
-    organs: list[Organ] = []
+    organs: list[StaticSeed] = []
     while True:
         views = {view.path: view for view in setup.plane.views()}
         able = [path for path, view in views.items() if view.blueprints]
         if not able:
             return tuple(organs)
         path = draw.choice(able)
-        organ = Organ(path, draw.choice(views[path].blueprints).name, draw.choice(setup.plane.blends))
+        organ = StaticSeed(path, draw.choice(views[path].blueprints).name, draw.choice(setup.plane.blends))
         implant(setup.plane, [organ])
         organs.append(organ)
         if draw.random() < 1 / max(2, len(able)):

@@ -21,7 +21,7 @@ from esper_core.tolaria.timetable import Timetable
 
 
 @attrs.frozen
-class Organ:
+class StaticSeed:
     """A seed of a fixed architecture: what stands in the slot at `path`, and how it is combined."""
 
     path: str
@@ -49,16 +49,16 @@ def step_flops(setup: Setup) -> float:
     return 3.0 * (ledger.host_flops + ledger.seed_flops) * setup.config.batch_size
 
 
-def organs_of(structure: Sequence[Mapping[str, Any]]) -> tuple[Organ, ...]:
+def organs_of(structure: Sequence[Mapping[str, Any]]) -> tuple[StaticSeed, ...]:
     """The seeds that show in the output of a saved model's structure."""
     return tuple(
-        Organ(str(entry["path"]), str(entry["blueprint"]), str(entry["blend"]))
+        StaticSeed(str(entry["path"]), str(entry["blueprint"]), str(entry["blend"]))
         for entry in structure
         if STAGES[Stage(entry["stage"])].contributes and float(entry["alpha"]) > 0
     )
 
 
-def implant(plane: Plane, organs: Sequence[Organ]) -> None:
+def implant(plane: Plane, organs: Sequence[StaticSeed]) -> None:
     """Put seeds into the model at full alpha, with fresh weights, as if they had always been there.
 
     Raises:

@@ -17,7 +17,7 @@ from esper_core.registry import load_registry
 from tests.registry.site import answer, offers, run_esper, write_package
 
 
-def findings(*, fast: bool = True) -> dict[str, health.Finding]:
+def findings(*, fast: bool = True) -> dict[str, health.HealthItem]:
     """Findings by section and name."""
     return {f"{f.section} {f.name}": f for f in examine(load_registry(), fast=fast)}
 

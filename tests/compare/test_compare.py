@@ -17,7 +17,7 @@ from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.run import start_run
 from esper_core.tolaria.setup import set_up
 from esper_core.trials.compare import ARMS, CompareConfig, compare_run, draw_organs, training_flops
-from esper_core.trials.static import Organ, implant, organs_of, train_static
+from esper_core.trials.static import StaticSeed, implant, organs_of, train_static
 
 CONFIG = RunConfig(
     host="cnn", task="digits", blueprints=("conv", "depthwise"), budget_params="200%", epochs=4, batch_size=64,
@@ -46,7 +46,7 @@ def test_a_static_host_is_the_waiting_run_bit_for_bit(tmp_path: Path) -> None:
 
 def test_implanted_seeds_are_whole_trained_and_counted() -> None:
     ground = set_up(CONFIG, load_registry())
-    organs = (Organ("block1", "conv", "residual:cosine"), Organ("block2", "depthwise", "residual:cosine"))
+    organs = (StaticSeed("block1", "conv", "residual:cosine"), StaticSeed("block2", "depthwise", "residual:cosine"))
     implant(ground.plane, organs)
     assert organs_of(ground.plane.structure()) == organs
     assert {g.stage for g in ground.plane.growths.values()} == {Stage.FOSSILIZED}

@@ -13,10 +13,10 @@ from esper_core.leyline.errors import BadOption
 from esper_core.registry import load_registry
 from esper_core.tolaria.config import RunConfig
 from esper_core.trials.frontier.job import Job
-from esper_core.trials.frontier.of_run import _plan, describe, frontier_of, sizes_around
+from esper_core.trials.frontier.of_run import _plan, describe_frontier, frontier_of, sizes_around
 from esper_core.trials.frontier.plan import Frontier
 from esper_core.trials.frontier.queue import append_row, read_rows
-from esper_core.trials.frontier.table import equal_loss, show, summarise
+from esper_core.trials.frontier.table import equal_loss, show_frontier, summarise_frontier
 
 GROWN = Job(arm="grown", budget=1.0, size={"layers": 1, "width": 64}, rate=0.0, heuristic=True)
 FRONTIER = Frontier(
@@ -52,14 +52,14 @@ def test_it_ends_and_what_it_found_is_what_is_there() -> None:
     rows: list[dict] = []
     jobs = run(rows)
     assert len({job.key for job in jobs}) == len(jobs)
-    summary = summarise(FRONTIER, rows)
+    summary = summarise_frontier(FRONTIER, rows)
     best = summary["tuned"]["static 3x64"]
     assert (best["rate"], best["decay"]) == (0.016, 0.2)
     assert {arm["name"] for arm in summary["arms"]} == {"grown", "static 3x64", "static 2x96", "static 1x64"}
     assert all(arm["seeds"] == [0, 1, 2] for arm in summary["arms"])
     pair = next(pair for pair in summary["paired"] if pair["arm"] == "grown")
     assert pair["minus"] in ("static 3x64", "static 2x96") and -0.055 < pair["low"] < pair["high"] < -0.04
-    assert summary["isoflop"]["fitted"] and "grown" in show(summary)
+    assert summary["isoflop"]["fitted"] and "grown" in show_frontier(summary)
 
 
 def test_flops_to_equal_loss_are_told_within_one_configuration() -> None:
@@ -120,10 +120,10 @@ def test_the_frontier_of_a_run_tells_what_tokens_and_flops_were_worth() -> None:
     rows: list[dict] = []
     while jobs := [job for job in _plan(frontier, rows) if job.key not in {row["key"] for row in rows}]:
         rows.append(run_row(jobs[0]))
-    found = describe(frontier, rows)
+    found = describe_frontier(frontier, rows)
     assert found["token_worth"] == pytest.approx(0.6, abs=1e-6)
     assert found["equal_loss"] == pytest.approx(1.7 / (0.7 + 0.6 * 0.3))  # here the host alone is the better buy
-    assert min(found["regret"].values()) == 0.0 and "a token of the smaller" in show(found)
+    assert min(found["regret"].values()) == 0.0 and "a token of the smaller" in show_frontier(found)
 
 
 def test_a_run_without_budget_or_sizes_has_no_frontier() -> None:

@@ -97,7 +97,7 @@ class OneAnswer(nn.Module):
         return h.mean(0, keepdim=True)
 
 
-class Organ(nn.Module):
+class NestingSeed(nn.Module):
     """A seed that is itself a host: two convolutions with a point after the first."""
 
     def __init__(self, point: InjectionSpec) -> None:
@@ -157,7 +157,7 @@ def small_registry():
     specs = [
         spec("poly", "Poly"),
         spec("explosive", "Explosive"),
-        spec("test-organ", "Organ"),
+        spec("test-organ", "NestingSeed"),
         spec("wrong-shape", "WrongShape"),
         spec("in-place", "Inplace"),
         spec("in-place-in-training", "InplaceInTraining"),

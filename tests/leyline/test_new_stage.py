@@ -30,8 +30,8 @@ stages = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = stages
 spec.loader.exec_module(stages)
 
-from esper_core.cli.runs import summarise
-from esper_core.cli.watch import Watch
+from esper_core.cli.runs import summarise_run
+from esper_core.cli.live_state import LiveState
 from esper_core.kasmina.slot import Mode, mode_of
 from esper_core.leyline.stages import Stage
 from esper_core.nissa.report import write_report
@@ -53,7 +53,7 @@ lawful = all(command.op in {s.path: s.legal for s in view.slots}[command.slot]
              for view, _ in there for command in core.decide(view))
 events = ground.events(out / "run", "stage_changed")
 page = write_report(out / "run").read_text()
-watch = Watch(6)
+watch = LiveState(6)
 from tests.recorded import read_events
 lines = [watch.take(event) for event in read_events((out / "run" / "events.jsonl").read_text().splitlines())]
 print(json.dumps({
@@ -63,7 +63,7 @@ print(json.dumps({
     "settled": Stage.ROOTING.spec.on_trial, "may": sorted(stages.legal_ops(Stage.ROOTING)), "lawful": lawful,
     "report": '"rooting":{"colour":"#123456"' in page.replace('": ', '":'),
     "line": sum("rooting" in (line or "") for line in lines),
-    "summary": summarise(out / "run")["germinated"],
+    "summary": summarise_run(out / "run")["germinated"],
 }))
 """
 

@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from esper_core.cli.live import render
+from esper_core.cli.live_state import LiveState
 from esper_core.cli.main import cli
-from esper_core.cli.watch import Watch
 from esper_core.registry import load_registry
 from esper_core.storage.tensor_file import read_json_file
 from esper_core.tolaria.assembly import build_task
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run_folder import RunFolder
-from esper_core.trials.compare import CompareConfig, Unit, run_unit, summarise
+from esper_core.trials.compare import CompareConfig, Unit, run_unit, summarise_arms
 from tests.recorded import read_events
 
 BRIEF = "--epochs 3 --batch-size 32 --decisions-per-epoch 3 --decision-examples 32 --budget-params 300%"
@@ -46,7 +46,7 @@ def grown(folder: Path, words: str, slot: str, blueprint: str) -> tuple[Path, st
 
 
 def live(run: Path) -> str:
-    watch, shown = Watch(3), Console(file=io.StringIO(), width=100, height=24)
+    watch, shown = LiveState(3), Console(file=io.StringIO(), width=100, height=24)
     for event in read_events((run / "events.jsonl").read_text().splitlines()):
         watch.take(event)
     shown.print(render(watch, 100, 24))
@@ -115,7 +115,7 @@ def test_bits_are_of_a_byte_only_where_tokens_are_bytes(tmp_path: Path) -> None:
         folder.mkdir()
         run_unit(Unit(folder, "host", 0, config, 1, ()))
         run_unit(Unit(folder, "grown", 0, config, 1, ()))
-        table = summarise(folder, config, CompareConfig(seeds=1, arms=("host",)))
+        table = summarise_arms(folder, config, CompareConfig(seeds=1, arms=("host",)))
         assert table["metric"] == f"bits_per_{unit}" and table["judge"]["name"] == f"bits per {unit}"
         for arm in table["arms"]:
             assert arm[table["metric"]] == [arm["loss"][0] / math.log(2)]

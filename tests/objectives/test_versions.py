@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from esper_core.cli.runs import summarise
+from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import RENAMED
 from esper_core.leyline.hookspecs import hookimpl
@@ -83,11 +83,11 @@ def make_old(folder) -> None:
 
 def test_a_run_of_the_version_before_opens_with_the_same_figures(tmp_path) -> None:
     start_run(ground.config(tmp_path / "a"), registry=ground.registry())
-    now, digest = summarise(tmp_path / "a"), RunDigest(tmp_path / "a")
+    now, digest = summarise_run(tmp_path / "a"), RunDigest(tmp_path / "a")
     make_old(tmp_path / "a")
     assert "test_accuracy" in (tmp_path / "a" / "events.jsonl").read_text()
     before = RunDigest(tmp_path / "a")
-    assert summarise(tmp_path / "a") == now and now["score"] is not None
+    assert summarise_run(tmp_path / "a") == now and now["score"] is not None
     assert before.epochs == digest.epochs and before.decisions == digest.decisions and before.log == digest.log
 
 

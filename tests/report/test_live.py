@@ -10,22 +10,22 @@ import pytest
 from rich.console import Console
 
 from esper_core.cli.live import LiveView, bar, clock, render, sparkline
-from esper_core.cli.plain import JsonLines, PlainLines
-from esper_core.cli.watch import Watch
+from esper_core.cli.live_state import LiveState
+from esper_core.cli.plain import JsonLinesView, PlainLines
 from esper_core.leyline.events import RunEnded
 from tests.recorded import RUNS, recorded_events
 
 EPOCHS = {"maps": 16, "text": 12}
 
 
-def frame(watch: Watch, width: int, height: int = 24, *, ascii_only: bool = False) -> list[str]:
+def frame(watch: LiveState, width: int, height: int = 24, *, ascii_only: bool = False) -> list[str]:
     plain = Console(file=io.StringIO(), width=width, height=height)
     plain.print(render(watch, width, height, ascii_only=ascii_only))
     return plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-def watched(run: str, share: float = 1.0) -> Watch:
-    watch, events = Watch(EPOCHS[run]), recorded_events(run)
+def watched(run: str, share: float = 1.0) -> LiveState:
+    watch, events = LiveState(EPOCHS[run]), recorded_events(run)
     for event in events[: int(len(events) * share)]:
         watch.take(event)
     return watch
@@ -71,7 +71,7 @@ def test_many_slots_collapse_to_the_interesting_ones() -> None:
 
 
 def test_progress_and_time_left() -> None:
-    watch, unknown = watched("maps", 0.5), Watch(16)
+    watch, unknown = watched("maps", 0.5), LiveState(16)
     share, _, _ = watch.progress()
     assert share is not None and 0.3 < share < 0.7
     assert unknown.progress()[0] is None
@@ -97,7 +97,7 @@ def test_a_terminal_without_unicode_gets_ascii_figures() -> None:
 
 def test_replay_takes_up_what_was_logged_before() -> None:
     stream = recorded_events("maps")
-    whole, resumed = Watch(16), Watch(16)
+    whole, resumed = LiveState(16), LiveState(16)
     for event in stream:
         whole.take(event)
     half = len(stream) // 2
@@ -111,7 +111,7 @@ def test_replay_takes_up_what_was_logged_before() -> None:
 def test_the_view_costs_less_than_one_percent_and_never_waits() -> None:
     file = io.StringIO()
     console = Console(file=file, width=100, height=30, force_terminal=True, color_system="truecolor")
-    view = LiveView(Watch(20), console)
+    view = LiveView(LiveState(20), console)
     events = [*recorded_events("text"), *recorded_events("maps")]
     written = waited = 0.0
     cpu, begun = time.process_time(), time.perf_counter()
@@ -133,7 +133,7 @@ def test_the_view_costs_less_than_one_percent_and_never_waits() -> None:
 
 def test_plain_lines_tell_growth_epochs_and_the_governor() -> None:
     out = io.StringIO()
-    sink = PlainLines(Watch(16), out)
+    sink = PlainLines(LiveState(16), out)
     for event in recorded_events("maps"):
         sink.write(event)
     sink.close()
@@ -145,7 +145,7 @@ def test_plain_lines_tell_growth_epochs_and_the_governor() -> None:
 
 def test_json_lines_are_the_events() -> None:
     out = io.StringIO()
-    sink = JsonLines(out)
+    sink = JsonLinesView(out)
     event = RunEnded(step=3, status="finished", reason="", test_loss=float("nan"), test_score=None, total_flops=1.0,
                      params=2, host_params=1)  # fmt: skip
     sink.write(event)

@@ -17,7 +17,7 @@ from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import EVENT_KINDS
 from esper_core.nissa.report import reading, write_report
 from esper_core.nissa.report.reading import RunDigest
-from esper_core.nissa.report.wording import GROUPS, describe, number, quantity
+from esper_core.nissa.report.wording import GROUPS, describe_event, number, quantity
 from tests.recorded import write_run
 
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"><!--<script>"
@@ -97,10 +97,10 @@ def test_truncated_and_damaged_events_are_left_out_and_counted(run: Path, tmp_pa
 
 def test_every_kind_of_event_has_words() -> None:
     for kind in EVENT_KINDS:
-        assert "malformed" not in describe({"kind": kind.kind}), kind
+        assert "malformed" not in describe_event({"kind": kind.kind}), kind
         assert kind.kind in GROUPS or kind.kind in ("decided", "slot_read", "host_read", "reward"), kind
-    assert describe({"kind": "x-new", "step": 3, "what": 1}) == "what 1"
-    told = describe({"kind": "epoch_ended", "epoch": "nan", "step": 1})
+    assert describe_event({"kind": "x-new", "step": 3, "what": 1}) == "what 1"
+    told = describe_event({"kind": "epoch_ended", "epoch": "nan", "step": 1})
     assert told == ("epoch 1: validation accuracy unknown, loss unknown, train loss unknown, "
                     "seeds unknown parameters")  # fmt: skip
     assert number("nan") is None
@@ -113,7 +113,7 @@ def test_no_text_from_a_run_steers_the_terminal() -> None:
         {"kind": "x", "what": hostile},
         {"kind": "fault", "error": hostile},
     ):
-        assert not set(describe(event)) & set("\x1b\x07\x9b")
+        assert not set(describe_event(event)) & set("\x1b\x07\x9b")
 
 
 def test_quantities() -> None:

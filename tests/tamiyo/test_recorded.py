@@ -60,7 +60,7 @@ def seen() -> dict[str, set[float | None]]:
             take("slots", slot, view)
             for blueprint in slot.blueprints:
                 take("blueprints", blueprint, slot, view)
-        for descriptor in probe.describe(view.blends):
+        for descriptor in probe.descriptors(view.blends):
             take("blends", descriptor)
     return values
 
@@ -119,7 +119,7 @@ def _row(view: RunView, name: str) -> np.ndarray[Any, Any]:
 def test_a_core_trained_before_seed_family_was_delivered_goes_on_reading_nothing_there() -> None:
     view = next(v for v in recorded_views("maps") if sum(s.stage.spec.occupied for s in v.slots) >= 4)
     blind = attrs.evolve(view, slots=tuple(attrs.evolve(s, seed_family="", seed_tags=frozenset()) for s in view.slots))
-    blends = BlendProbe(load_registry()).describe(view.blends)
+    blends = BlendProbe(load_registry()).descriptors(view.blends)
     assert _row(view, "seed_family_convolution").any() and not _row(blind, "seed_family_convolution").any()
     for core, same in ((load_agent(""), True), (TamiyoCore(CoreConfig(32, 1, 2), seed=0), False)):
         core.eval()

@@ -265,7 +265,7 @@ def lay_folder(folder: Path, *, finished: bool) -> None:
 # --- The watched process ---
 
 
-class Watch:
+class AccessRecorder:
     """Counts what must not happen, by Python's audit events."""
 
     WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -362,7 +362,7 @@ def main() -> None:
     outside = root / "outside"
     lay_outside(outside)
     answers = os.fdopen(os.dup(1), "w")
-    watch = Watch()
+    watch = AccessRecorder()
     warm_up(root)
     for number, name in enumerate(names):
         for verb in VERBS:

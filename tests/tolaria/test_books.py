@@ -22,7 +22,7 @@ from esper_core.nissa.report import write_report
 from esper_core.tamiyo.wait import WaitController
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.governor import Alarm, Governor, GovernorConfig
-from esper_core.tolaria.inquest import answer
+from esper_core.tolaria.inquest import answer_alarm
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.reward_books import RewardBooks
 from esper_core.tolaria.run import start_run
@@ -110,7 +110,7 @@ def test_ledger_events_and_model_agree_at_every_step_of_any_life(sequence: list[
         elif step in ("rollback", "alarm"):
             value = float("nan") if step == "rollback" else 3.0
             life.tolaria.governor.observe([0.1] * 60, 1)
-            answer(life.tolaria, Alarm("for the test", value, 1.0))
+            answer_alarm(life.tolaria, Alarm("for the test", value, 1.0))
         else:
             op, path, blueprint, gated = step
             command = Command(op, path, blueprint if op is Op.GERMINATE else "", source="emrakul")
@@ -140,7 +140,7 @@ def test_a_seed_that_is_missed_while_it_withers_comes_back_from_before_and_no_st
     for parameter in life.plane.module.parameters():
         parameter.data += 1.0
     for number in range(10):
-        answer(life.tolaria, Alarm("for the test", 1.5, 1.0))
+        answer_alarm(life.tolaria, Alarm("for the test", 1.5, 1.0))
         life.check()
         assert life.plane.growths["block1"].stage is Stage.FOSSILIZED and life.plane.growths["block1"].alpha == 1.0
         if number < 9:
@@ -180,7 +180,7 @@ def test_a_seed_that_is_measured_to_do_harm_goes_at_once_and_its_family_is_remem
     host.module.train()
     life.tolaria.governor.observe([0.1] * 60, 1)
     life.tolaria.governor.strikes = strikes  # after rollbacks in vain, harm need not explain the whole alarm
-    answer(life.tolaria, Alarm("for the test", value, 1.0))
+    answer_alarm(life.tolaria, Alarm("for the test", value, 1.0))
     life.check()
     assert life.plane.growths["block1"].stage is Stage.CULLED and not life.told("rolled_back")
     assert [(e.verdict, e.slot) for e in life.told("audited")] == [("cull", "block1")]
@@ -214,7 +214,7 @@ def alarms(values: list[float], chance: float | None = CHANCE) -> tuple[list[str
         life.tolaria.governor.observe([0.1] * 60, 1)
         before = life.tolaria.governor.rollbacks
         try:
-            answer(life.tolaria, Alarm("for the test", value, 0.3))
+            answer_alarm(life.tolaria, Alarm("for the test", value, 0.3))
         except RunFailed:
             return [*found, "failed"], life
         found.append("back" if life.tolaria.governor.rollbacks > before else "level")

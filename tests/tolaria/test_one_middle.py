@@ -113,6 +113,18 @@ def test_set_up_timetable_and_step_are_defined_once():
     }
 
 
+def test_a_name_means_one_thing():
+    """No two classes share a name, nor two functions that other files of the core may import."""
+    found: dict[str, list[str]] = {}
+    for folder in ("esper_core", "hosts", "blueprints", "plugins"):
+        for path in ROOT.joinpath(folder).rglob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                shared = isinstance(node, ast.FunctionDef) and folder == "esper_core" and not node.decorator_list
+                if isinstance(node, ast.ClassDef) or (shared and not node.name.startswith(("_", "esper_"))):
+                    found.setdefault(node.name.lstrip("_"), []).append(str(path.relative_to(ROOT)))
+    assert len(found) > 500 and {name: where for name, where in found.items() if len(where) > 1} == {}
+
+
 # --- Refusals ---
 
 

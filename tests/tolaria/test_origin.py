@@ -44,8 +44,8 @@ CHANGES = {
 @pytest.mark.parametrize("make", [resident, streamed])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_data_changes_the_fingerprint(make, change):
-    assert origin.fingerprint_of(make()) == origin.fingerprint_of(make())
-    assert origin.fingerprint_of(CHANGES[change](make)) != origin.fingerprint_of(make())
+    assert origin.split_fingerprint(make()) == origin.split_fingerprint(make())
+    assert origin.split_fingerprint(CHANGES[change](make)) != origin.split_fingerprint(make())
 
 
 def test_all_that_is_resident_is_hashed():
@@ -54,16 +54,18 @@ def test_all_that_is_resident_is_hashed():
     changed = inputs.clone()
     changed[262_145, 1] = 1  # neither the first piece nor an even example
     several = [ResidentSplit((one, one), targets).fingerprint() for one in (inputs, changed)]
-    assert len({origin.fingerprint_of(resident(one, targets)) for one in (inputs, changed)}) == len(set(several)) == 2
+    assert (
+        len({origin.split_fingerprint(resident(one, targets)) for one in (inputs, changed)}) == len(set(several)) == 2
+    )
 
 
 def test_what_has_changed_is_named():
     recorded = {"data": {"train": "a", "test": "b"}, "parts": {"blueprint x": "dist 1", "host y": "dist 1"}}
     now = {"train": "a", "test": "c"}
-    assert origin.compare(recorded, lambda: now, {"blueprint x": "dist 2", "host y": "dist 1"}) == [
+    assert origin.compare_data(recorded, lambda: now, {"blueprint x": "dist 2", "host y": "dist 1"}) == [
         "the test data", "blueprint x (was dist 1, is dist 2)",
     ]  # fmt: skip
-    assert not origin.compare({}, lambda: now, {"blueprint x": "dist 2"})
+    assert not origin.compare_data({}, lambda: now, {"blueprint x": "dist 2"})
 
 
 @pytest.fixture(scope="module")

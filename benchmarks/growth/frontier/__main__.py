@@ -19,7 +19,7 @@ import torch
 from benchmarks.growth.frontier import ablation, anytime
 from benchmarks.growth.frontier.protocols import PROTOCOLS
 from esper_core.trials.frontier.queue import read_rows, run_queue
-from esper_core.trials.frontier.table import equal_loss, show, summarise
+from esper_core.trials.frontier.table import equal_loss, show_frontier, summarise_frontier
 
 LISTS = {"p10": anytime, "ablation": ablation}
 """Protocols that are lists of runs, without tuning."""
@@ -71,9 +71,9 @@ def main() -> None:
         run_queue(frontier.plan, frontier.base, rows, workers=workers, limit=left, notify=_say)
     found = read_rows(rows)
     whole = _is_whole([frontier.plan for frontier in frontiers], found)
-    summaries = [summarise(frontier, found) for frontier in frontiers]
+    summaries = [summarise_frontier(frontier, found) for frontier in frontiers]
     for summary in summaries:
-        print(show(summary))
+        print(show_frontier(summary))
     _end({**told, "whole": whole, "summaries": summaries, "equal_loss": equal_loss(summaries)}, rows, args.show)
 
 

@@ -13,7 +13,7 @@ import attrs
 from esper_core.leyline.events import renamed
 from esper_core.leyline.files import open_text
 from esper_core.leyline.stages import BORN, EMPTY, STAGES
-from esper_core.nissa.report.wording import GROUPS, describe, number, printable
+from esper_core.nissa.report.wording import GROUPS, describe_event, number, printable
 
 MAX_POINTS: Final = 1200
 """Points of one curve in the report; longer ones keep the extremes of each bucket."""
@@ -147,7 +147,7 @@ class RunDigest:
         if step < self.last_step:  # a rollback that also took the step counter back
             self._forget_after(step)
         self.last_step = step
-        text, group = describe(event, self.started.get("metric")), GROUPS.get(kind, "routine")
+        text, group = describe_event(event, self.started.get("metric")), GROUPS.get(kind, "routine")
         self.log.append([self.total, step, kind, group, str(event.get("slot") or ""), text])
         self.total += 1
         handler = getattr(self, f"_on_{kind}", None)
@@ -195,7 +195,7 @@ class RunDigest:
         stage = str(event.get("after"))
         blueprint, params = str(event.get("blueprint") or ""), number(event.get("params"))
         self._slot(event.get("slot")).enter(step, stage, blueprint, params, str(event.get("reason") or ""))
-        self.marks.append([step, stage, str(event.get("slot")), describe(event, self.started.get("metric"))])
+        self.marks.append([step, stage, str(event.get("slot")), describe_event(event, self.started.get("metric"))])
 
     def _on_counterfactual(self, step: int, event: dict[str, Any]) -> None:
         row = [step, *(number(event.get(name)) for name in _COUNTERFACTUAL_FIELDS)]

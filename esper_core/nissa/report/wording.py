@@ -183,7 +183,7 @@ def _unit(e: Record) -> str:
     return f"{unit} " if unit else ""
 
 
-def describe(event: Record, metric: object = None) -> str:
+def describe_event(event: Record, metric: object = None) -> str:
     """One event as a phrase without its step; events of unknown kinds are listed field by field.
 
     Args:

@@ -53,7 +53,7 @@ class LaneCall(nn.Module):
         return s, self.combination(h, s, alpha.to(h.dtype)).to(h.dtype)
 
 
-class _Gate(torch.autograd.Function):
+class _LaneGate(torch.autograd.Function):
     """Identity whose gradient passes only in open lanes; `where` rather than a product, so that NaN stays out."""
 
     @staticmethod
@@ -149,7 +149,7 @@ class Point:
         mine = h.index_select(dim, self.of).movedim(dim, 0)  # (C, B, …)
         shape = (-1, *[1] * (mine.dim() - 1))
         shows, isolated = self.flags.shows[lanes].view(shape), self.flags.isolated[lanes].view(shape)
-        inputs = torch.split(_Gate.apply(mine, ~isolated), [b.stack.lanes for b in buckets])
+        inputs = torch.split(_LaneGate.apply(mine, ~isolated), [b.stack.lanes for b in buckets])
         alphas = torch.split(self.flags.alpha[lanes], [b.stack.lanes for b in buckets])
         answers = [vmapped(b.stack)(x, a) for b, x, a in zip(buckets, inputs, alphas, strict=True)]
         s, mixed = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True))

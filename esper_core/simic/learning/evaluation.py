@@ -12,7 +12,7 @@ import attrs
 from esper_core.leyline.errors import BadOption, RunFailed
 from esper_core.simic.gym.cpu_engine import make_pool, one_thread
 from esper_core.simic.learning.curriculum import Curriculum
-from esper_core.simic.learning.rollout import Packed, Played, contest
+from esper_core.simic.learning.rollout import PackedCore, Played, contest
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.trials.intervals import paired_interval
 
@@ -50,7 +50,7 @@ def evaluate(
 
     Returns:
         `contests`: each with its world, host and what came of every contender; `summary` and `worlds`: see
-        `summarise`, over all and by world.
+        `summarise_contests`, over all and by world.
 
     Raises:
         BadOption: a name is taken twice. RunFailed: every host failed without any growth.
@@ -58,7 +58,7 @@ def evaluate(
     if set(cores) & set(plan.controllers):
         raise BadOption(f"{', '.join(set(cores) & set(plan.controllers))} would be in the table twice", "other names")
     draws = [curriculum.draw(plan.seed, 0, g, held_out=plan.held_out, domain=plan.domain) for g in range(plan.groups)]
-    packed = {name: Packed.pack(core) for name, core in cores.items()}
+    packed = {name: PackedCore.pack(core) for name, core in cores.items()}
     contests: list[dict[str, Any]] = []
     with one_thread(), make_pool(workers) as pool:
         for start in range(0, len(draws), 2 * len(pool)):
@@ -77,13 +77,13 @@ def evaluate(
     return {
         "plan": {**attrs.asdict(plan), "curriculum": curriculum.name, "rewards": list(curriculum.rewards)},
         "cores": {name: core.fingerprint for name, core in cores.items()},
-        "summary": summarise(contests),
-        "worlds": {name: summarise([c for c in contests if c["world"] == name]) for name in names},
+        "summary": summarise_contests(contests),
+        "worlds": {name: summarise_contests([c for c in contests if c["world"] == name]) for name in names},
         "contests": contests,
     }
 
 
-def summarise(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_contests(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """For each contender: mean return, gain, weight, what it grew and did, and its paired difference from every other.
 
     A difference is `(mean, low, high)` of a 95% interval by Student's t over contests; of one contest it has no ends.

@@ -68,7 +68,7 @@ class Played:
 
 
 @attrs.frozen
-class Packed:
+class PackedCore:
     """A core with its active adapter as bytes, to be sent to a worker.
 
     Attributes:
@@ -82,7 +82,7 @@ class Packed:
     adapter: tuple[str, str, Mapping[str, Any], bytes] | None = None
 
     @classmethod
-    def pack(cls, core: TamiyoCore) -> Packed:
+    def pack(cls, core: TamiyoCore) -> PackedCore:
         """Pack `core`; of several adapters, the one that was attached last."""
         adapter = next(reversed(core.adapters.values()), None)
         about = (adapter.kind, adapter.domain, adapter.options, save(adapter.state_dict())) if adapter else None
@@ -100,7 +100,7 @@ class Packed:
         return core
 
 
-class _Ledger:
+class _EpisodeTotals:
     """Adds up what one environment was paid."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class _Diary:
         self.rows: list[NDArray[np.int64]] = []
         self.log_probs: list[float] = []
         self.values: list[float] = []
-        self.ledger = _Ledger()
+        self.ledger = _EpisodeTotals()
 
     def note(self, seen: Observation, row: NDArray[np.int64], log_prob: float = 0.0, value: float = 0.0) -> None:
         self.seen.append(seen)
@@ -182,7 +182,7 @@ def _play(
     try:
         views, _ = group.advance()
         while not group.done:
-            seen = [observe(view, probe.describe(view.blends)) for view in views]
+            seen = [observe(view, probe.descriptors(view.blends)) for view in views]
             chosen = choose(views, seen)
             alive = [k for k in range(size) if not group.cohort.members[k].failed]
             for k in alive:
@@ -199,7 +199,7 @@ def _play(
 
 
 def rollout(
-    state: dict[str, Any], packed: Packed, run: RunConfig, size: int, seed: int, group_number: int
+    state: dict[str, Any], packed: PackedCore, run: RunConfig, size: int, seed: int, group_number: int
 ) -> tuple[list[Episode], list[Played]]:
     """One episode of `size` environments under draws from the policy; see `_play`."""
     core = packed.unpack()
@@ -243,7 +243,7 @@ def demonstrate(
 
 
 def contest(
-    state: dict[str, Any], world: World, run: RunConfig, controllers: Sequence[str], cores: Mapping[str, Packed]
+    state: dict[str, Any], world: World, run: RunConfig, controllers: Sequence[str], cores: Mapping[str, PackedCore]
 ) -> dict[str, Played]:
     """One episode with one environment for each controller: the same host, batches and order for all.
 
@@ -261,7 +261,7 @@ def contest(
     group = EpisodeGroup(ground, len(names), assembly.build_rewards(run, ground.registry))
     made: list[Controller] = [_controller(world, run, name, ground.registry) for name in controllers]
     made += [LearnedController(core=packed.unpack(), registry=ground.registry) for packed in cores.values()]
-    ledgers = [_Ledger() for _ in names]
+    ledgers = [_EpisodeTotals() for _ in names]
     try:
         views, _ = group.advance()
         while not group.done:

@@ -30,7 +30,7 @@ from esper_core.simic.gym.cpu_engine import Inline, Task, WorkerPool, make_pool,
 from esper_core.simic.learning.curriculum import Curriculum, curriculum_text, parse_curriculum
 from esper_core.simic.learning.imitation import imitate
 from esper_core.simic.learning.ppo import CorePolicy, Episode, PPOConfig, update, update_normalisers
-from esper_core.simic.learning.rollout import Packed, Played, demonstrate, rollout
+from esper_core.simic.learning.rollout import PackedCore, Played, demonstrate, rollout
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tamiyo.adapter import Adapter, build_adapter
 from esper_core.tamiyo.core import TamiyoCore
@@ -201,7 +201,7 @@ class Training:
             jobs = [(demonstrate, (plan.imitation, self.core.config.commands, run, plan.group_size, g))
                     for g, (_, run) in enumerate(draws)]  # fmt: skip
         else:
-            packed, dice = Packed.pack(self.core), random.Random(f"{self.manifest.seed}|rollout|{i}")
+            packed, dice = PackedCore.pack(self.core), random.Random(f"{self.manifest.seed}|rollout|{i}")
             jobs = [(rollout, (packed, run, plan.group_size, dice.randrange(1 << 31), g))
                     for g, (_, run) in enumerate(draws)]  # fmt: skip
         answers = pool.run(jobs)

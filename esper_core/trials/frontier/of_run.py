@@ -18,7 +18,7 @@ from esper_core.trials.compare import training_flops
 from esper_core.trials.frontier.job import Job
 from esper_core.trials.frontier.plan import Frontier, static_name
 from esper_core.trials.frontier.queue import read_rows, run_queue
-from esper_core.trials.frontier.table import summarise
+from esper_core.trials.frontier.table import summarise_frontier
 from esper_core.trials.isoflop import flops_to_reach, token_worth
 
 _OWN: Final = ("out", "seed", "learning_rate", "budget_total", "minutes", "decay", "sinks", "overseers")
@@ -40,8 +40,8 @@ def compare_frontier(
         seeds: fresh ones for the best static size, the host and the grown network.
 
     Returns:
-        What `frontier.json` holds: see `table.summarise`, and `equal_loss`, `token_worth` and `regret`, each None where
-        it cannot be told.
+        What `frontier.json` holds: see `summarise_frontier`, and `equal_loss`, `token_worth` and `regret`, each None
+        where it is unknown.
 
     Raises:
         BadFile: the run is not finished. BadOption: it has no budget, or its host no sizes.
@@ -55,7 +55,7 @@ def compare_frontier(
     rows = folder.path / "compare" / "frontier.jsonl"
     kind = "cuda" if run.device.startswith("cuda") else "cpu"
     run_queue(lambda rows: _plan(frontier, rows), frontier.base, rows, workers={kind: workers}, notify=notify)
-    summary = describe(frontier, read_rows(rows))
+    summary = describe_frontier(frontier, read_rows(rows))
     write_json_file(folder.path / "frontier.json", summary)
     return summary
 
@@ -137,9 +137,9 @@ def _flops_a_step(job: Job, found: Mapping[str, Mapping[str, Any]]) -> float | N
     return float(same[0]["flops"] / same[0]["steps"]) if same else None
 
 
-def describe(frontier: Frontier, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def describe_frontier(frontier: Frontier, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The summary with what a FLOP and a token were worth; the parts that were not run are None."""
-    summary = summarise(frontier, rows)
+    summary = summarise_frontier(frontier, rows)
     found = {row["key"]: row for row in rows}
     if any(arm.key not in found for arm in frontier.arms()):
         return {**summary, "equal_loss": None, "token_worth": None, "regret": None}

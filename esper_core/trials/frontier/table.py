@@ -17,7 +17,7 @@ from esper_core.trials.isoflop import fit_isoflop, flops_to_reach
 Rows = Sequence[Mapping[str, Any]]
 
 
-def summarise(frontier: Frontier, rows: Rows) -> dict[str, Any]:
+def summarise_frontier(frontier: Frontier, rows: Rows) -> dict[str, Any]:
     """Tuning, finals, paired differences and the isoFLOP fit of one budget, from every row there is."""
     found = {row["key"]: row for row in rows}
     arms = frontier.arms()
@@ -98,7 +98,7 @@ def equal_loss(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return found
 
 
-def show(summary: Mapping[str, Any]) -> str:
+def show_frontier(summary: Mapping[str, Any]) -> str:
     """The summary as text."""
     lines = [f"== {summary['name']}: {summary['budget']:.3g} FLOP"]
     for name, t in sorted(summary["tuned"].items(), key=lambda item: item[1]["validation_loss"]):

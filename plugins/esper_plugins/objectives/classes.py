@@ -9,7 +9,14 @@ from torch import Tensor
 
 from esper_core.leyline.host import IGNORED
 from esper_core.leyline.objective import Metric
-from esper_plugins.objectives.shared import chance_of, check_classes, misfit, parse_weights, token_loss, token_scores
+from esper_plugins.objectives.shared import (
+    chance_of,
+    check_classes,
+    misfit_error,
+    parse_weights,
+    token_loss,
+    token_scores,
+)
 
 _DENSE: Final = {"iou": Metric("mean IoU"), "accuracy": Metric("pixel accuracy")}
 
@@ -50,7 +57,7 @@ class Classification(_Classes):
         """See `leyline.objective.Objective`."""
         if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
             hint = "--objective dense" if outputs.dim() == 4 else ""
-            raise misfit("classification", outputs, targets, "outputs (N, classes) and targets (N,)", hint)
+            raise misfit_error("classification", outputs, targets, "outputs (N, classes) and targets (N,)", hint)
         check_classes("classification", outputs, targets, outputs.shape[1])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -82,7 +89,7 @@ class Dense(_Classes):
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """See `leyline.objective.Objective`."""
         if outputs.dim() < 3 or targets.shape != outputs.shape[:1] + outputs.shape[2:]:
-            raise misfit("dense", outputs, targets, "outputs (N, classes, H, W) and targets (N, H, W)")
+            raise misfit_error("dense", outputs, targets, "outputs (N, classes, H, W) and targets (N, H, W)")
         check_classes("dense", outputs, targets, outputs.shape[1])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import IGNORED
 from esper_core.leyline.objective import Metric
-from esper_plugins.objectives.shared import misfit
+from esper_plugins.objectives.shared import misfit_error
 
 _METRICS: Final = {"f1": Metric("F1"), "accuracy": Metric("label accuracy"), "exact-match": Metric("exact match")}
 
@@ -36,7 +36,7 @@ class Multilabel:
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """See `leyline.objective.Objective`."""
         if outputs.dim() != 2 or targets.shape != outputs.shape:
-            raise misfit("multilabel", outputs, targets, "outputs and targets (N, labels)")
+            raise misfit_error("multilabel", outputs, targets, "outputs and targets (N, labels)")
         odd = targets[(targets != 0) & (targets != 1) & (targets != IGNORED)]
         if odd.numel():
             raise BadOption(f"objective multilabel was given a target of {odd[0].item():g}", f"0, 1 or {IGNORED}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esper_core.leyline.objective import Metric
-from esper_plugins.objectives.shared import misfit
+from esper_plugins.objectives.shared import misfit_error
 
 _METRICS: Final = {
     "mae": Metric("mean absolute error", higher_is_better=False, share=False, loss_unit=""),
@@ -37,9 +37,9 @@ class Regression:
         """See `leyline.objective.Objective`."""
         wide = tuple(outputs.shape) if outputs.dim() > 1 else (*outputs.shape, 1)
         if (tuple(targets.shape) if targets.dim() > 1 else (*targets.shape, 1)) != wide:
-            raise misfit("regression", outputs, targets, "outputs and targets of one shape, (N,) or (N, K)")
+            raise misfit_error("regression", outputs, targets, "outputs and targets of one shape, (N,) or (N, K)")
         if not targets.is_floating_point():
-            raise misfit("regression", outputs, targets, "floating targets", "targets.float()")
+            raise misfit_error("regression", outputs, targets, "floating targets", "targets.float()")
 
     def _pair(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Both as float32 (N, K)."""

@@ -20,7 +20,7 @@ def words(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def misfit(name: str, outputs: Tensor, targets: Tensor, expected: str, hint: str = "") -> EsperError:
+def misfit_error(name: str, outputs: Tensor, targets: Tensor, expected: str, hint: str = "") -> EsperError:
     """The error of outputs and targets that an objective cannot judge."""
     return BadOption(
         f"objective {name} cannot judge outputs {words(outputs)} by targets {words(targets)}", expected, hint
@@ -35,7 +35,7 @@ def check_classes(name: str, outputs: Tensor, targets: Tensor, classes: int) -> 
     """
     expected = f"integers from 0 to {classes - 1}, or {IGNORED} where a position does not count"
     if targets.dtype != torch.int64:
-        raise misfit(name, outputs, targets, f"int64 targets: {expected}")
+        raise misfit_error(name, outputs, targets, f"int64 targets: {expected}")
     counted = targets[targets != IGNORED]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
         low, high = int(counted.min()), int(counted.max())

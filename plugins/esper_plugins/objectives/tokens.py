@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esper_core.leyline.host import IGNORED
 from esper_core.leyline.objective import Metric
-from esper_plugins.objectives.shared import chance_of, check_classes, misfit, token_loss, token_scores
+from esper_plugins.objectives.shared import chance_of, check_classes, misfit_error, token_loss, token_scores
 
 _METRICS: Final = {
     "accuracy": Metric("accuracy"),
@@ -51,7 +51,7 @@ class Tokens:
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """See `leyline.objective.Objective`."""
         if outputs.dim() != 3 or targets.shape != outputs.shape[:2]:
-            raise misfit(self.name, outputs, targets, "outputs (N, length, vocabulary) and targets (N, length)")
+            raise misfit_error(self.name, outputs, targets, "outputs (N, length, vocabulary) and targets (N, length)")
         check_classes(self.name, outputs, targets, outputs.shape[2])
 
     def _next(self, targets: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from esper_core.leyline.errors import BadFile, EsperError, MissingDependency, UnknownName, did_you_mean
 from esper_plugins.tasks.codecs import INSTALL, Codec, make_codec
 from esper_plugins.tasks.holdout import hold_out, share_of
-from esper_plugins.tasks.rows import Row, check_classes, label_of, read_parquet, read_table, text_of
+from esper_plugins.tasks.rows import Row, check_label_count, label_of, read_parquet, read_table, text_of
 from esper_plugins.tasks.splits import ResidentSplit, Task
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -53,7 +53,7 @@ def labelled_text(
     rows = {part: _table(path, text, label) for part, path in _files(name, Path(argument).expanduser()).items()}
     texts, words, _ = rows["train"]
     names = sorted(set(words), key=lambda word: (not _is_number(word), float(word) if _is_number(word) else 0, word))
-    check_classes(name, len(names), len(words))
+    check_label_count(name, len(names), len(words))
     labels = {part: _numbers(part, found[1], names) for part, found in rows.items()}
     chosen = {part: np.arange(len(found)) for part, found in labels.items()}
     source = {part: part for part in labels}

@@ -47,7 +47,7 @@ def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def check_classes(name: str, classes: int, rows: int) -> None:
+def check_label_count(name: str, classes: int, rows: int) -> None:
     """Refuse labels that are no classes.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Final
 from esper_core.leyline.errors import BadFile, EsperError, UnknownName, did_you_mean
 from esper_plugins.tasks.codecs import make_codec
 from esper_plugins.tasks.cutters import Cutter, Labelled, Packed, Row
-from esper_plugins.tasks.rows import check_classes, check_header, check_parquet, label_of, text_of
+from esper_plugins.tasks.rows import check_header, check_label_count, check_parquet, label_of, text_of
 from esper_plugins.tasks.splits import ResidentSplit, Task
 from esper_plugins.tasks.stream_split import StreamSplit
 
@@ -151,7 +151,7 @@ def _texts(name: str, rows: Iterable[Row], text: str) -> Iterator[str]:
 def _labels(name: str, rows: Callable[[], Iterator[Row]], label: str) -> tuple[str, ...]:
     found = [label_of(row[label], f"{name}, {label}") for row in islice(rows(), _SAMPLE)]
     words = {word for word in found if word}
-    check_classes(name, len(words), len(found))
+    check_label_count(name, len(words), len(found))
     return tuple(sorted(words, key=lambda word: (len(word), word) if word.lstrip("-").isdigit() else (0, word)))
 
 

@@ -142,7 +142,7 @@ def torchvision_set(
         raise UnknownName(
             f"torchvision has no classification set {argument!r}", ", ".join(KNOWN), did_you_mean(argument, KNOWN)
         )
-    source = _Source(argument, known, Path(root).expanduser(), download, size)
+    source = _ImageSource(argument, known, Path(root).expanduser(), download, size)
     train, test = source.pool("train"), source.pool("test")
     assert train is not None
     if augment == "auto":
@@ -162,7 +162,7 @@ def torchvision_set(
 
 
 @attrs.frozen
-class _Source:
+class _ImageSource:
     """Finds the files of one set and reads its splits."""
 
     name: str

@@ -16,7 +16,7 @@ from esper_core.leyline.events import Event
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.stages import EMPTY, Stage, stages_where
 from esper_core.nissa.report.reading import read_events
-from esper_core.nissa.report.wording import GROUPS, describe, metric_of, number
+from esper_core.nissa.report.wording import GROUPS, describe_event, metric_of, number
 
 FEW: Final = 12
 """Slots up to which every slot has its row, even while nothing grows in it."""
@@ -48,7 +48,7 @@ def is_record(event: Event) -> bool:
     return group in ("growth", "governor") and event.kind != "command_refused"
 
 
-class Watch:
+class LiveState:
     """The state of the view. `take` is called with every event, in order.
 
     Args:
@@ -80,7 +80,7 @@ class Watch:
         handler = getattr(self, f"_on_{event.kind}", None)
         if handler is not None:
             handler(event)
-        return describe(event.to_dict(), self.told) if is_record(event) else None
+        return describe_event(event.to_dict(), self.told) if is_record(event) else None
 
     def replay(self, records: Iterable[Mapping[str, Any] | None]) -> None:
         """Take up what a resumed run logged before, without repeating its lines."""
