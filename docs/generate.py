@@ -152,7 +152,8 @@ def blueprints_page() -> str:
             "|---|---|---|--:|--:|---|---|",
             *blueprints,
             "\nA blend says how it comes in: a combination, and a curve in which alpha (α) moves: `gated:cosine`.",
-            "h is the host's feature, s the seed's delta; at α = 0 every combination gives back h bit for bit.\n",
+            "h is the host's feature, s the seed's delta; at α = 0 every combination gives back h bit for bit.\n"
+            "Set an option with `--set lerp.share=0.3`, for blends that `--blends` names.\n",
             "| blend | part | | options | source |",
             "|---|---|---|---|---|",
             *blends,

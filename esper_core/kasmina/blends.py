@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -14,6 +15,11 @@ from esper_core.registry import Registry
 
 if TYPE_CHECKING:
     from torch import nn
+
+BlendOptions = Mapping[str, Mapping[str, Any]]
+"""Name of a combination or curve to its options."""
+
+_NONE: BlendOptions = MappingProxyType({})
 
 DEFAULT_COMBINATION: Final = "residual"
 DEFAULT_CURVE: Final = "cosine"
@@ -34,13 +40,15 @@ class Blend:
     def __str__(self) -> str:
         return f"{self.combination}:{self.curve}"
 
-    def build_combination(self, registry: Registry, point: InjectionSpec) -> nn.Module:
+    def build_combination(self, registry: Registry, point: InjectionSpec, options: BlendOptions = _NONE) -> nn.Module:
         """A fresh combination module for `point`."""
-        return registry.build("blend", self.combination, point)  # type: ignore[no-any-return]
+        chosen = options.get(self.combination, {})
+        return registry.build("blend", self.combination, point, options=chosen)  # type: ignore[no-any-return]
 
-    def build_curve(self, registry: Registry) -> Callable[[float], float]:
+    def build_curve(self, registry: Registry, options: BlendOptions = _NONE) -> Callable[[float], float]:
         """The curve: progress 0 → 0, progress 1 → 1, monotone."""
-        return registry.build("blend", self.curve)  # type: ignore[no-any-return]
+        chosen = options.get(self.curve, {})
+        return registry.build("blend", self.curve, options=chosen)  # type: ignore[no-any-return]
 
 
 def parse_blend(text: str, registry: Registry) -> Blend:
@@ -59,6 +67,16 @@ def parse_blend(text: str, registry: Registry) -> Blend:
             f"blend {text!r} names two {next(iter(found))}s", "one combination and one curve", "gated:cosine"
         )
     return Blend(found.get("combination", DEFAULT_COMBINATION), found.get("curve", DEFAULT_CURVE))
+
+
+def parts_of_blends(blends: Iterable[str], registry: Registry) -> list[str]:
+    """Names of the combinations and curves of `blends`, each once.
+
+    Raises:
+        UnknownName, BadOption: see `parse_blend`.
+    """
+    found = [parse_blend(text, registry) for text in blends]
+    return list(dict.fromkeys(name for blend in found for name in (blend.combination, blend.curve)))
 
 
 def parse_blends(texts: Sequence[str], registry: Registry) -> tuple[str, ...]:

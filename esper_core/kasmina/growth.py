@@ -7,8 +7,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
+from torch import nn
 
-from esper_core.leyline.actions import Tempo
+from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import EMPTY, Gate, Stage
 from esper_core.leyline.view import Interval
 
@@ -135,3 +136,27 @@ def gate_value(gate: Gate, growth: Growth, rent: float) -> float | None:
     """
     measure = _MEASURES.get(gate.measure)
     return measure(growth, rent) if measure else growth.readings.get(gate.measure)
+
+
+@attrs.frozen
+class StageChange:
+    """A slot moved.
+
+    Attributes:
+        slot: its path. before, after: stages. command: what asked for it.
+        blueprint, blend: of the seed that moved (also of one that is gone now).
+        added, removed: parameters that came to life or left the model.
+        inherits: each of the added that is a copy, with the parameter that it is a copy of.
+        deepens: the seed is made of the host's own blocks.
+    """
+
+    slot: str
+    before: Stage
+    after: Stage
+    command: Command
+    blueprint: str
+    blend: str
+    added: tuple[nn.Parameter, ...] = ()
+    removed: tuple[nn.Parameter, ...] = ()
+    inherits: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
+    deepens: bool = False

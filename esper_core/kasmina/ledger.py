@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import attrs
 from torch import nn
@@ -46,3 +47,14 @@ class Ledger:
 def count_parameters(*modules: nn.Module) -> int:
     """Parameters of the modules, each shared one once."""
     return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
+
+
+@attrs.frozen
+class Limits:
+    """What all seeds together may cost; None is unlimited. FLOPs are of one example's forward pass."""
+
+    params: int | None = None
+    flops: int | None = None
+
+
+UNLIMITED: Final = Limits()

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import torch
 from torch import nn
 
 from esper_core.kasmina.birth_tests import check_causal, draws_in_training
-from esper_core.kasmina.blends import parse_blend
+from esper_core.kasmina.blends import BlendOptions, parse_blend
 from esper_core.kasmina.block_run import quiet_pass
 from esper_core.kasmina.copies import BlockRun
 from esper_core.kasmina.ledger import count_parameters
+from esper_core.kasmina.placement import device_of, dtype_of, is_channels_last
 from esper_core.kasmina.slot import Interpolation, OfDelta
 from esper_core.kasmina.sources import run_at
 from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import EsperError, IllegalCommand, IncompatibleSeed
+from esper_core.leyline.errors import IncompatibleSeed
 from esper_core.leyline.injection import InjectionSpec
-from esper_core.leyline.options import resolve_options
-from esper_core.leyline.specs import BlendSpec, BlueprintSpec
+from esper_core.leyline.specs import BlendSpec
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import unsavable
 
@@ -51,77 +51,6 @@ class SeedCost:
     direct: bool = False
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where the module's first parameter lives; the CPU if it has none."""
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The module's first floating dtype; float32 if it has none."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def misfit(spec: BlueprintSpec, point: InjectionSpec) -> str:
-    """Why a blueprint cannot grow at `point`, or the empty string."""
-    if point.layout not in spec.layouts:
-        return f"it serves {', '.join(spec.layouts)}, and {point.name} is {point.layout}"
-    if barred := sorted(spec.excludes & point.tags):
-        return f"it excludes {', '.join(barred)}, and {point.name} has {', '.join(sorted(point.tags))}"
-    missing = sorted(spec.needs - point.tags)
-    return f"it needs {', '.join(missing)}, and {point.name} has {', '.join(sorted(point.tags))}" if missing else ""
-
-
-def estimate(
-    plane: Plane, path: str, blueprint: str, options: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[int, int]:
-    """Parameters and forward FLOPs of one example, by the blueprint's own estimate.
-
-    Raises:
-        UnknownName: no such blueprint.
-        IllegalCommand: the blueprint does not fit the slot.
-    """
-    point, registered = plane.slots[path].spec, plane.registry.find("blueprint", blueprint)
-    spec = registered.spec
-    assert isinstance(spec, BlueprintSpec)
-    reason = misfit(spec, point)
-    if reason:
-        raise IllegalCommand(
-            f"{blueprint} cannot grow at {point.name}: {reason}",
-            "a blueprint that fits",
-            f"esper plugins list --kind blueprint --capability {sorted(point.tags)[0]}",
-        )
-    resolved = resolve_options(blueprint, spec.options, blueprint_options(plane, blueprint, options))
-    more = {"run": run_at(plane, path)} if "run" in spec.wants else {}
-    params, flops = plane.registry.load(registered, attribute="estimate")(point, **more, **resolved)
-    return int(params), int(flops)
-
-
-def cost_key(plane: Plane, path: str, blueprint: str, options: Mapping[str, Any]) -> tuple[object, ...]:
-    """What the estimate depends on beside blueprint and slot."""
-    spec = plane.registry.find("blueprint", blueprint).spec
-    assert isinstance(spec, BlueprintSpec)
-    chosen = tuple(sorted(options.items()))
-    if "run" not in spec.wants or misfit(spec, plane.slots[path].spec):
-        return chosen
-    return (*chosen, *(source.info.name for source in run_at(plane, path).sources))
-
-
-def refusal(plane: Plane, path: str, blueprint: str, spec: BlueprintSpec) -> str:
-    """Why a blueprint cannot grow at a slot as the model stands now, or the empty string."""
-    reason = misfit(spec, plane.slots[path].spec)
-    if not reason and "run" in spec.wants:
-        try:
-            plane.cost(path, blueprint)
-        except EsperError as error:
-            return str(error)
-    return reason
-
-
-def blueprint_options(plane: Plane, blueprint: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a seed: the command's before the run's."""
-    return {**plane.blueprint_options.get(blueprint, {}), **options}
-
-
 def plant(
     plane: Plane, slot: SeedSlot, command: Command, birth: int, origins: Sequence[str] = (), *, known: bool = False
 ) -> SeedCost:
@@ -138,14 +67,13 @@ def plant(
     """
     point, host = slot.spec, plane.host.module
     device, dtype = device_of(host), dtype_of(host)
-    spec = plane.registry.find("blueprint", command.blueprint).spec
-    assert isinstance(spec, BlueprintSpec)
+    spec = plane.candidates.spec(command.blueprint)
     run = run_at(plane, slot.path, origins) if "run" in spec.wants else None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{plane.seed}|{slot.path}|{birth}".encode()))
         seed = plane.registry.build(
             "blueprint", command.blueprint, point, **({} if run is None else {"run": run}),
-            options=blueprint_options(plane, command.blueprint, command.options),
+            options=plane.candidates.options(command.blueprint, command.options),
         )  # fmt: skip
         built: object = seed
         if not isinstance(built, nn.Module):
@@ -161,7 +89,7 @@ def plant(
             if not known:
                 writes = _check_copies(seed, run, point, command.blueprint) or writes
     if run is None:
-        if point.layout == "NCHW" and _channels_last(host):
+        if point.layout == "NCHW" and is_channels_last(host):
             seed = seed.to(memory_format=torch.channels_last)
         seed = seed.train(host.training)
     before = slot.whole, slot.wants_call
@@ -176,7 +104,7 @@ def plant(
     inherits, seed_origins = getattr(seed, "inherits", ()), getattr(seed, "origins", ())
     if run is not None:
         seed.inherits = ()
-    flops = 0 if known else estimate(plane, slot.path, command.blueprint, command.options)[1]
+    flops = 0 if known else plane.cost(slot.path, command.blueprint, command.options)[1]
     return SeedCost(
         count_parameters(seed, slot.combination), flops, inherits, tuple(seed_origins), direct=not spec.isolation
     )
@@ -185,22 +113,24 @@ def plant(
 def fit_combination(plane: Plane, slot: SeedSlot, blend: str) -> None:
     """Give the slot a fresh combination module of `blend`."""
     host = plane.host.module
-    combination = build_combination(plane.registry, blend, slot.spec, whole=slot.whole)
+    combination = build_combination(plane.registry, blend, slot.spec, whole=slot.whole, options=plane.blend_options)
     slot.combination = combination.to(device=device_of(host), dtype=dtype_of(host)).train(host.training)
 
 
-def build_combination(registry: Registry, blend: str, point: InjectionSpec, *, whole: bool) -> nn.Module:
+def build_combination(
+    registry: Registry, blend: str, point: InjectionSpec, *, whole: bool, options: BlendOptions = MappingProxyType({})
+) -> nn.Module:
     """A module that maps (h, s, alpha) to a slot's output.
 
     Args:
-        whole: the seed answers with a feature, not with a delta.
+        whole: the seed answers with a feature, not with a delta. options: of blends.
     """
     parsed = parse_blend(blend, registry)
     spec = registry.find("blend", parsed.combination).spec
     assert isinstance(spec, BlendSpec)
     if whole and spec.interpolates:
         return Interpolation()
-    combination = parsed.build_combination(registry, point)
+    combination = parsed.build_combination(registry, point, options)
     return OfDelta(combination) if whole else combination
 
 
@@ -240,8 +170,3 @@ def _check_copies(seed: nn.Module, run: BlockRun, point: InjectionSpec, blueprin
             f"a seed of {blueprint} at {point.name} answered with {tuple(out.shape)}", f"{tuple(feature.shape)}"
         )
     return bool(feature._version != before)
-
-
-def _channels_last(module: nn.Module) -> bool:
-    weight = next((p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1), None)
-    return weight is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)

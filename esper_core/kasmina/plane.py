@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import attrs
 from torch import nn
 
-from esper_core.kasmina import nursery, plane_view
-from esper_core.kasmina.blends import parse_blend, parse_blends
-from esper_core.kasmina.growth import Growth, gate_value
-from esper_core.kasmina.ledger import Ledger, count_parameters
+from esper_core.kasmina import legality, nursery, plane_view
+from esper_core.kasmina.blends import BlendOptions, parse_blend, parse_blends
+from esper_core.kasmina.candidates import Candidates
+from esper_core.kasmina.growth import Growth, StageChange, gate_value
+from esper_core.kasmina.ledger import UNLIMITED, Ledger, Limits, count_parameters
 from esper_core.kasmina.paths import base_of, height_of
-from esper_core.kasmina.ramps import AlphaWriter, Shares
+from esper_core.kasmina.ramps import Ramps
 from esper_core.kasmina.slot import SeedSlot
+from esper_core.kasmina.sources import run_at
 from esper_core.kasmina.territory import Territory, ancestors_of
 from esper_core.leyline.actions import Command, Tempo
-from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, UnknownName, did_you_mean
+from esper_core.leyline.errors import EsperError, UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol
 from esper_core.leyline.stages import (
     EMPTY,
@@ -28,44 +31,10 @@ from esper_core.leyline.stages import (
     Stage,
     Transition,
     automatic_transitions,
-    find_transition,
-    legal_ops,
     waits_for_steps,
 )
 from esper_core.leyline.view import Interval, SlotView
 from esper_core.registry import Registry
-
-
-@attrs.frozen
-class Limits:
-    """What all seeds together may cost; None is unlimited. FLOPs are of one example's forward pass."""
-
-    params: int | None = None
-    flops: int | None = None
-
-
-@attrs.frozen
-class StageChange:
-    """A slot moved.
-
-    Attributes:
-        slot: its path. before, after: stages. command: what asked for it.
-        blueprint, blend: of the seed that moved (also of one that is gone now).
-        added, removed: parameters that came to life or left the model.
-        inherits: each of the added that is a copy, with the parameter that it is a copy of.
-        deepens: the seed is made of the host's own blocks.
-    """
-
-    slot: str
-    before: Stage
-    after: Stage
-    command: Command
-    blueprint: str
-    blend: str
-    added: tuple[nn.Parameter, ...] = ()
-    removed: tuple[nn.Parameter, ...] = ()
-    inherits: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
-    deepens: bool = False
 
 
 class Plane:
@@ -85,6 +54,7 @@ class Plane:
         rent: lambda; a seed pays `rent * params / host_params` (nats).
         host_flops: forward FLOPs of the host for one example, if already counted.
         blueprint_options: blueprint name to options.
+        blend_options: name of a combination or curve to options.
 
     Raises:
         UnknownName: a point, blueprint or blend of that name does not exist.
@@ -101,32 +71,25 @@ class Plane:
         blueprints: Sequence[str] | None = None,
         blends: Sequence[str] = ("residual:cosine",),
         seed: int = 0,
-        limits: Limits = Limits(),
+        limits: Limits = UNLIMITED,
         ramp_steps: int = 50,
         embargo: int = 2,
         max_stack: int = 1,
         rent: float = 0.05,
         host_flops: int = 0,
         blueprint_options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        blend_options: BlendOptions = MappingProxyType({}),
     ) -> None:
         if not host.injection_specs:
             raise EsperError("the host offers no injection point", "at least one", "esper hosts show HOST")
-        self.host, self.registry, self.seed, self.limits = host, registry, seed, limits
-        self.ramp_steps, self.embargo_decisions, self.max_stack, self.rent = (
-            ramp_steps,
-            embargo,
-            max_stack,
-            rent,
-        )
+        self.host, self.seed, self.limits = host, seed, limits
+        self.ramp_steps, self.embargo_decisions, self.max_stack, self.rent = ramp_steps, embargo, max_stack, rent
         self.blends = parse_blends(blends, registry)
-        self.blueprint_options = {name: dict(options) for name, options in blueprint_options.items()}
-        self.candidates = plane_view.find_candidates(registry, blueprints)
+        self.blend_options = {name: dict(options) for name, options in blend_options.items()}
+        self.candidates = Candidates(registry, blueprints, blueprint_options, partial(run_at, self))
         self.host_params, self.host_flops = count_parameters(host.module), host_flops
         self._territory = Territory(host)
-        self._moving: dict[str, tuple[Growth, SeedSlot, Shares | None]] = {}  # found once, since they may be a thousand
-        self._shares: dict[tuple[str, int], Shares] = {}
-        self._writer = AlphaWriter()
-        self._costs: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._ramps = Ramps(self._build_curve)
         self._listeners: list[Callable[[StageChange], None]] = []
         wanted = list(host.injection_specs) if points is None else list(points)
         for name in wanted:
@@ -136,9 +99,26 @@ class Plane:
         for name in sorted(set(wanted), key=lambda n: (host.injection_specs[n].order, n)):
             self._territory.mount(host, name, name)
         if blueprints is not None:
-            plane_view.refuse_misfits(self, self.candidates)
+            self.candidates.refuse_misfits({path: slot.spec for path, slot in self._slots.items()})
 
     # --- What there is ---
+
+    @property
+    def registry(self) -> Registry:
+        """Where blueprints and blends come from."""
+        return self.candidates.registry
+
+    @registry.setter
+    def registry(self, registry: Registry) -> None:
+        self.candidates.registry = registry
+
+    def growth(self, path: str) -> Growth:
+        """What is remembered of the slot at `path`.
+
+        Raises:
+            UnknownName: no such slot.
+        """
+        return self._territory.growth(path)
 
     @property
     def slots(self) -> Mapping[str, SeedSlot]:
@@ -183,6 +163,15 @@ class Plane:
         inside = [self.growths[child] for child in self._territory.children(path)]
         payers = [growth for growth in inside if STAGES[growth.stage].pays_rent]
         return sum(growth.params for growth in payers), sum(growth.flops for growth in payers)
+
+    def cost(self, path: str, blueprint: str, options: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
+        """Parameters and forward FLOPs (one example) of a seed of `blueprint` at `path`, by the blueprint's estimate.
+
+        Raises:
+            UnknownName: no such blueprint.
+            IllegalCommand: the blueprint does not fit the point.
+        """
+        return self.candidates.cost(path, self._slots[path].spec, blueprint, options)
 
     def seed_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of every live seed and its blend, by path."""
@@ -236,44 +225,7 @@ class Plane:
             UnknownName: no such slot, blueprint or blend.
             IllegalCommand: table, gate, budget, embargo or a plugin's veto refuses.
         """
-        if command.op is Op.WAIT:
-            return None
-        growth = self._territory.growth(command.slot)
-        transition = find_transition(growth.stage, command.op)
-        if transition is None:
-            legal = ", ".join(sorted(legal_ops(growth.stage)))
-            raise IllegalCommand(f"{command.op} at {command.slot}, which is {growth.stage}", f"one of {legal}")
-        if transition.auditor_only and command.source != "emrakul":
-            raise IllegalCommand(
-                f"{command.op} of the {growth.stage} seed at {command.slot} by {command.source}", "Emrakul"
-            )
-        for gate in transition.gates if gated else ():
-            value = gate_value(gate, growth, self.rent_of(command.slot))
-            if not gate.passes(value):
-                shown = "unmeasured" if value is None else f"{value:.4g}"
-                raise IllegalCommand(
-                    f"{command.op} at {command.slot}: {gate.measure} is {shown}",
-                    f"{gate.measure} {gate.comparison} {gate.threshold:g} ({gate.summary})",
-                )
-        if command.op is Op.GERMINATE:
-            self._check_germination(command, growth)
-        elif command.blend:
-            parse_blend(command.blend, self.registry)
-        veto = self._veto(command)
-        if veto:
-            raise IllegalCommand(f"{command.op} at {command.slot} was vetoed: {veto}")
-        return transition
-
-    def permits(self, command: Command) -> bool:
-        """Whether no plugin vetoes `command`. Views ask, so that no controller is offered what would be refused."""
-        return not self.registry.hook.esper_veto.get_hookimpls() or not self._veto(command)
-
-    def _veto(self, command: Command) -> str:
-        """Why a plugin refuses `command`; empty if none does. A veto that fails refuses too: it is there to guard."""
-        try:
-            return self.registry.hook.esper_veto(command=command, plane=self) or ""
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
-            return f"a plugin's veto failed with {type(error).__name__}: {error}"
+        return legality.check(self, command, gated=gated)
 
     def apply(self, command: Command, *, gated: bool = True) -> StageChange | None:
         """Carry out `command`; None for WAIT. A refused command changes nothing.
@@ -297,7 +249,7 @@ class Plane:
         parts = command.each()
         asked = [(part, found) for part in parts if (found := self.check(part, gated=gated)) is not None]
         if command.op is Op.GERMINATE and len(parts) > 1:
-            self._check_budget(parts)
+            legality.check_budget(self, parts)
         before = {path: copy.deepcopy(self.growths[path]) for path in command.slots} if len(parts) > 1 else {}
         changes: list[StageChange] = []
         try:
@@ -318,12 +270,12 @@ class Plane:
 
     def embargo(self, path: str, decisions: int) -> None:
         """Refuse germination at `path` for that many decision steps more."""
-        growth = self._territory.growth(path)
+        growth = self.growth(path)
         growth.embargo_left = max(growth.embargo_left, decisions)
 
     def bar(self, path: str, family: str, decisions: int) -> None:
         """Refuse germination of blueprints of `family` at `path` for that many decision steps, whoever asks."""
-        growth = self._territory.growth(path)
+        growth = self.growth(path)
         if decisions > 0:
             growth.barren = {**growth.barren, family: max(growth.barren.get(family, 0), decisions)}
 
@@ -332,28 +284,11 @@ class Plane:
     def step(self) -> list[StageChange]:
         """After every optimizer step: alphas move, and what is due by itself happens."""
         changes: list[StageChange] = []
-        due: list[str] = []
-        ramping: list[SeedSlot] = []
-        alphas: list[float] = []
-        for path, (growth, slot, shares) in self._moving.items():
-            growth.stage_steps += 1
-            done, steps = growth.ramp_done, growth.ramp_steps
-            if done < steps:
-                growth.ramp_done = done = done + 1
-                start = growth.ramp_start
-                if shares is None or shares.steps != steps:
-                    shares = self._begin_ramp(path)
-                growth.alpha = alpha = start + (growth.ramp_target - start) * shares[done]
-                ramping.append(slot)
-                alphas.append(alpha)
-            if done >= steps:
-                due.append(path)
-        self._writer.write(ramping, alphas)
-        for path in sorted(due):
-            self._moving.pop(path, None)
+        for path in self._ramps.step():
+            self._ramps.drop(path)
             changes += self._advance_automatically(path)
-            if waits_for_steps(self.growths[path].stage) and path not in self._moving:
-                self._watch(path)
+            if waits_for_steps(self.growths[path].stage) and path not in self._ramps:
+                self._follow(path)
         return changes
 
     def decide(self) -> list[StageChange]:
@@ -384,7 +319,7 @@ class Plane:
             accuracy: validation accuracy with the slot minus without it.
             readings: sensor readings; they replace the earlier ones.
         """
-        growth = self._territory.growth(path)
+        growth = self.growth(path)
         if readings is not None:
             growth.readings = dict(readings)
         if loss is not None:
@@ -424,7 +359,7 @@ class Plane:
                 slot.set_stage(growth.stage)
                 self._set_alpha(path, growth.alpha)
                 if growth.ramping or waits_for_steps(growth.stage):
-                    self._watch(path)
+                    self._follow(path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plane:
         """An independent plane over an independent host; the registry is shared, listeners stay behind."""
@@ -442,47 +377,6 @@ class Plane:
         assert change is not None
         return change
 
-    def _check_germination(self, command: Command, growth: Growth) -> None:
-        if growth.embargo_left > 0:
-            raise IllegalCommand(f"germinate at {command.slot}: under embargo for {growth.embargo_left} decisions more")
-        if not command.blueprint:
-            raise BadOption(f"germinate at {command.slot} without a blueprint", "the name of one")
-        parse_blend(command.blend or self.blends[0], self.registry)
-        spec = self.candidates.get(command.blueprint)
-        if spec is not None and spec.family in growth.barren:
-            raise IllegalCommand(
-                f"germinate {command.blueprint} at {command.slot}: a seed of family {spec.family} was useless there",
-                f"another family, or {growth.barren[spec.family]} decisions more",
-            )
-        self._check_budget((command,))
-
-    def _check_budget(self, commands: Sequence[Command]) -> None:
-        costs = [self.cost(command.slot, command.blueprint, command.options) for command in commands]
-        params, flops = (sum(cost) for cost in zip(*costs, strict=True))
-        ledger, where = self.ledger, ", ".join(command.slot for command in commands)
-        for what, cost, used, limit in (
-            ("parameters", params, ledger.seed_params, self.limits.params),
-            ("FLOPs", flops, ledger.seed_flops, self.limits.flops),
-        ):
-            if limit is not None and used + cost > limit:
-                raise IllegalCommand(
-                    f"germinate {commands[0].blueprint} at {where}: {used:,} + {cost:,} {what}",
-                    f"at most {limit:,}",
-                    f"--budget-{'params' if what == 'parameters' else 'flops'} with more",
-                )
-
-    def cost(self, path: str, blueprint: str, options: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
-        """Parameters and forward FLOPs (one example) of a seed of `blueprint` at `path`, by the blueprint's estimate.
-
-        Raises:
-            UnknownName: no such blueprint.
-            IllegalCommand: the blueprint does not fit the point.
-        """
-        key = (path, blueprint, *nursery.cost_key(self, path, blueprint, options))
-        if key not in self._costs:
-            self._costs[key] = nursery.estimate(self, path, blueprint, options)
-        return self._costs[key]
-
     def _take(self, transition: Transition, command: Command) -> StageChange:
         slot, growth = self._slots[command.slot], self.growths[command.slot]
         before, blueprint, blend = growth.stage, growth.blueprint, growth.blend
@@ -497,7 +391,7 @@ class Plane:
             growth.clear()
             growth.births += 1
             growth.blueprint, growth.blend, growth.tempo = command.blueprint, blend, command.tempo
-            growth.options = nursery.blueprint_options(self, command.blueprint, command.options)
+            growth.options = self.candidates.options(command.blueprint, command.options)
             growth.params, growth.flops = planted.params, planted.flops
             growth.direct, growth.origins, inherits = planted.direct, list(planted.origins), planted.inherits
             added, blueprint = tuple(_own_parameters(slot)), command.blueprint
@@ -520,7 +414,7 @@ class Plane:
         growth.enter(after)
         slot.set_stage(after)
         if waits_for_steps(after):
-            self._watch(command.slot)
+            self._follow(command.slot)
         if after.spec.permanent:  # behind a copy stands a block of the host again, at which more may grow
             height = height_of(command.slot) + 2
             self._territory.offer_stack(command.slot, max(self.max_stack, height) if slot.whole else self.max_stack)
@@ -551,7 +445,7 @@ class Plane:
         if tempo is Tempo.INSTANT:
             growth.ramp_done = growth.ramp_steps
             self._set_alpha(command.slot, target)
-        self._watch(command.slot)
+        self._follow(command.slot)
 
     def _advance_automatically(self, path: str) -> list[StageChange]:
         changes: list[StageChange] = []
@@ -572,18 +466,13 @@ class Plane:
             changes.append(self._take(transition, command))
             self._tell(changes[-1])
 
-    def _watch(self, path: str) -> None:
+    def _follow(self, path: str) -> None:
         """Have `step` look at the slot at `path`, for which time does something."""
-        self._moving[path] = self.growths[path], self._slots[path], None
+        self._ramps.follow(path, self.growths[path], self._slots[path])
 
-    def _begin_ramp(self, path: str) -> Shares:
-        growth, slot, _ = self._moving[path]
+    def _build_curve(self, growth: Growth) -> tuple[str, Callable[[float], float]]:
         blend = parse_blend(growth.blend, self.registry)
-        key = blend.curve, growth.ramp_steps
-        if key not in self._shares:
-            self._shares[key] = Shares(blend.build_curve(self.registry), growth.ramp_steps)
-        self._moving[path] = growth, slot, self._shares[key]
-        return self._shares[key]
+        return blend.curve, blend.build_curve(self.registry, self.blend_options)
 
     def _set_alpha(self, path: str, value: float) -> None:
         self.growths[path].alpha = value
@@ -614,13 +503,13 @@ class Plane:
         gone = list(_own_parameters(slot))
         for child in reversed(self._territory.children(path)):
             gone += list(_own_parameters(self._slots[child]))
-            self._moving.pop(child, None)
+            self._ramps.drop(child)
             self._territory.unmount(child)
         slot.seed = slot.combination = None
         slot.whole = slot.wants_call = False
         slot.set_stage(EMPTY)
         self._set_alpha(path, 0.0)
-        self._moving.pop(path, None)
+        self._ramps.drop(path)
         return tuple({id(p): p for p in gone}.values())
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper_core.kasmina.growth import Growth
 from esper_core.kasmina.slot import SeedSlot
 
 FEW: Final = 8
@@ -59,3 +60,58 @@ class AlphaWriter:
             self._cells = self._values.unbind()
         self._values.copy_(torch.from_numpy(np.array(values)))
         torch._foreach_copy_(alphas, self._cells)
+
+
+class Ramps:
+    """The slots for which a step does something: those whose alpha moves, and those that wait for steps.
+
+    They are found once and kept, since there may be a thousand.
+
+    Args:
+        curve: a slot's growth to the name of its curve and the curve.
+    """
+
+    def __init__(self, curve: Callable[[Growth], tuple[str, Callable[[float], float]]]) -> None:
+        self._curve = curve
+        self._moving: dict[str, tuple[Growth, SeedSlot, Shares | None]] = {}
+        self._shares: dict[tuple[str, int], Shares] = {}
+        self._writer = AlphaWriter()
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._moving
+
+    def follow(self, path: str, growth: Growth, slot: SeedSlot) -> None:
+        """Count steps for the slot at `path`, and move its alpha while it ramps."""
+        self._moving[path] = growth, slot, None
+
+    def drop(self, path: str) -> None:
+        """Stop that."""
+        self._moving.pop(path, None)
+
+    def step(self) -> list[str]:
+        """Move every alpha by one step; paths of the slots whose ramp, if any, is over."""
+        due: list[str] = []
+        ramping: list[SeedSlot] = []
+        alphas: list[float] = []
+        for path, (growth, slot, shares) in self._moving.items():
+            growth.stage_steps += 1
+            done, steps = growth.ramp_done, growth.ramp_steps
+            if done < steps:
+                growth.ramp_done = done = done + 1
+                start = growth.ramp_start
+                if shares is None or shares.steps != steps:
+                    shares = self._begin(path)
+                growth.alpha = alpha = start + (growth.ramp_target - start) * shares[done]
+                ramping.append(slot)
+                alphas.append(alpha)
+            if done >= steps:
+                due.append(path)
+        self._writer.write(ramping, alphas)
+        return sorted(due)
+
+    def _begin(self, path: str) -> Shares:
+        growth, slot, _ = self._moving[path]
+        name, curve = self._curve(growth)
+        shares = self._shares.setdefault((name, growth.ramp_steps), Shares(curve, growth.ramp_steps))
+        self._moving[path] = growth, slot, shares
+        return shares

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from esper_core.kasmina.growth import Growth
-from esper_core.kasmina.nursery import device_of
 from esper_core.kasmina.paths import base_of, height_of
+from esper_core.kasmina.placement import device_of
 from esper_core.kasmina.slot import SeedSlot, SlotStack
 from esper_core.leyline.errors import UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol

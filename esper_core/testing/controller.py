@@ -12,8 +12,9 @@ import attrs
 import torch
 from torch import nn
 
+from esper_core.kasmina.ledger import Limits
 from esper_core.kasmina.module_host import host_from_module
-from esper_core.kasmina.plane import Limits, Plane
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
 from esper_core.leyline.stages import STAGES, Op
 from esper_core.leyline.view import Controller, Interval, RunView

@@ -13,8 +13,10 @@ import attrs
 import torch
 from torch import nn
 
+from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
-from esper_core.kasmina.plane import Limits, Plane
+from esper_core.kasmina.ledger import Limits
+from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.scoring import refuse_misfit
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import HostProtocol, TaskProtocol
@@ -165,6 +167,7 @@ def build_plane(
     options = part_config(config, "plane", PlaneConfig)
     host_params = sum(p.numel() for p in host.module.parameters())
     blueprints = config.blueprints or None
+    parts = parts_of_blends(config.blends, registry)
     names = blueprints or [part.name for part in registry.specs("blueprint")]
     return Plane(
         host, registry, blueprints=blueprints, blends=config.blends, seed=config.seed, rent=config.rent,
@@ -176,6 +179,7 @@ def build_plane(
         ramp_steps=timetable.ramp_steps(options.ramp), embargo=options.embargo, max_stack=options.max_stack,
         host_flops=host_flops,
         blueprint_options={name: found for name in names if (found := config.settings_of(name))},
+        blend_options={name: found for name in parts if (found := config.settings_of(name))},
     )  # fmt: skip
 
 

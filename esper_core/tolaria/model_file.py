@@ -107,6 +107,7 @@ def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
     blends = [growth.blend for growth in live]
     return {
         "structure": plane.structure(),
+        "blend_options": plane.blend_options,
         "origins": describe_parts(_found(plane.registry, names, blends)),
         "probes": probe(plane),
     }
@@ -132,16 +133,17 @@ def load_growth(plane: Plane, path: str | Path) -> None:
     with expect_well_formed(path):
         origins = Origins.read(header.get("origins", {}))
     plane.registry = bind(plane.registry, origins)
-    own = plane.blueprint_options
+    own = plane.candidates.of_run, plane.blend_options
     try:
         with _as_written(path, origins, plane.registry):
-            plane.blueprint_options = {**own, **_options_in(header["structure"])}
+            plane.candidates.of_run = {**own[0], **_options_in(header["structure"])}
+            plane.blend_options = {**own[1], **header.get("blend_options", {})}
             plane.rebuild(header["structure"])
             host = {name: tensor for name, tensor in model_tensors(plane).items() if name.startswith("host.")}
             load_weights(plane, {**host, **tensors}, path)
             _check_answers(header, plane)
     finally:
-        plane.blueprint_options = own
+        plane.candidates.of_run, plane.blend_options = own
 
 
 def _options_in(structure: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from esper_core.kasmina.plane import Plane, StageChange
+from esper_core.kasmina.growth import StageChange
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import UntrackedParameter
 from esper_core.tolaria.caller_groups import family_of, source_of
 from esper_core.tolaria.config import RunConfig

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from esper_core.kasmina.growth import Growth
-from esper_core.kasmina.plane import StageChange
+from esper_core.kasmina.growth import Growth, StageChange
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.events import GovernorAlarm, RolledBack

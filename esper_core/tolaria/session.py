@@ -13,7 +13,8 @@ from torch import Tensor
 
 from esper_core.kasmina.churn import measure_churn
 from esper_core.kasmina.counterfactual import Measurement
-from esper_core.kasmina.plane import Plane, StageChange
+from esper_core.kasmina.growth import StageChange
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError, RunFailed
 from esper_core.leyline.events import (

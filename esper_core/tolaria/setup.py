@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import nn
 
+from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
@@ -290,6 +291,7 @@ def _used_parts(config: RunConfig, registry: Registry, objective: str = "", *, g
     wanted += [("reward", name) for name in assembly.parse_rewards(config.rewards)]
     wanted += [("controller", reference) for reference in (config.controller, *config.overseers)]
     wanted += [("blueprint", name) for name in config.blueprints]
+    wanted += [("blend", name) for name in parts_of_blends(config.blends, registry)]
     objective = config.objective or objective
     wanted += [("objective", objective)] if objective else []
     if config.host != OWN_MODEL:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_core.kasmina.ledger import count_parameters
-from esper_core.kasmina.plane import Limits, Plane
+from esper_core.kasmina.ledger import Limits, count_parameters
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, IncompatibleSeed, UnknownName
 from esper_core.leyline.hookspecs import hookimpl

@@ -276,9 +276,9 @@ def test_a_run_that_names_it_stops_before_it_begins(site: Path) -> None:
 def test_a_run_that_names_nothing_takes_what_can_be_used(site: Path) -> None:
     program = """
 import json
-from esper_core.kasmina.plane_view import find_candidates
+from esper_core.kasmina.candidates import Candidates
 from esper_core.registry import load_registry
-print("\\n" + json.dumps(sorted(find_candidates(load_registry(), None))))
+print("\\n" + json.dumps(sorted(Candidates(load_registry(), None, {}, None))))
 """
     names = set(json.loads(run_python("-c", program, site=site).stdout.splitlines()[-1]))
     assert names >= {"innocent", "depthwise", "esper-core/conv", "impostor/conv", "twin-one/twin"}

@@ -384,10 +384,10 @@ def test_suggestions_prefer_what_is_nearly_the_same() -> None:
 
 
 def test_a_plane_over_everything_takes_both_sides_of_a_conflict_by_their_full_names(site: Path) -> None:
-    from esper_core.kasmina.plane_view import find_candidates
+    from esper_core.kasmina.candidates import Candidates
 
     write_package(site, "impostor", offers('blueprint("conv")', 'blueprint("sick", requires=("nobody_has_this",))'))
-    names = set(find_candidates(load_registry(), None))
+    names = set(Candidates(load_registry(), None, {}, None))
     assert {"esper-core/conv", "impostor/conv", "depthwise"} <= names
     assert names.isdisjoint({"conv", "sick"})
 

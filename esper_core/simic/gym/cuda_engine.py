@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.blends import parse_blend
-from esper_core.kasmina.plane import Plane, StageChange
+from esper_core.kasmina.growth import StageChange
+from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.slot import Mode
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
@@ -362,7 +363,7 @@ class StackedPopulation:
         row, length = bucket.stack.start + lane, self.flags.table.shape[1]
         alphas = [growth.alpha] * length
         if growth.ramping:
-            curve = parse_blend(growth.blend, plane.registry).build_curve(plane.registry)
+            curve = parse_blend(growth.blend, plane.registry).build_curve(plane.registry, plane.blend_options)
             span = growth.ramp_target - growth.ramp_start
             alphas = [growth.ramp_start + span * curve(min(1.0, i / growth.ramp_steps)) for i in range(length)]
         position = growth.ramp_done if growth.ramping else length - 1
