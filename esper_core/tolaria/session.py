@@ -18,7 +18,6 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError, RunFailed
 from esper_core.leyline.events import (
-    Audited,
     CommandRefused,
     Decided,
     Event,
@@ -27,17 +26,17 @@ from esper_core.leyline.events import (
     RegionsRead,
     RewardMeasured,
     SlotRead,
-    StageChanged,
 )
 from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Objective
 from esper_core.leyline.outcome import RewardTerm
 from esper_core.leyline.stages import STAGES, Op, Stage, find_transition
 from esper_core.leyline.verdict import Verdict
-from esper_core.leyline.view import Controller, Course, Interval, RunView
-from esper_core.nissa.host_sensors import EXAMPLES, read_host, split_readings
+from esper_core.leyline.view import Controller, Interval, RunView
+from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
+from esper_core.tolaria.finite import find_not_finite, model_is_finite
 from esper_core.tolaria.governor import Alarm, Governor
 from esper_core.tolaria.inquest import answer_alarm, auditors, withering
 from esper_core.tolaria.measuring import measure
@@ -46,7 +45,9 @@ from esper_core.tolaria.reward_books import RewardBooks
 from esper_core.tolaria.rollback import roll_back
 from esper_core.tolaria.snapshot import Snapshot
 from esper_core.tolaria.step import Precision, TrainingStep
+from esper_core.tolaria.telling import audited, stage_changed
 from esper_core.tolaria.timetable import decision_step
+from esper_core.tolaria.viewing import view_of
 
 
 @attrs.define
@@ -307,7 +308,7 @@ class Tolaria:
         """
         if self.governor.settling(self.clock.step) and self.snapshot.step >= 0:
             return
-        if not withering(self) and self.governor.calm() and self.is_finite():
+        if not withering(self) and self.governor.calm() and model_is_finite(self.plane):
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
 
     def read_host(self, batch: Batch) -> None:
@@ -326,46 +327,7 @@ class Tolaria:
 
     def view(self, measured: Measurement, epoch: float) -> RunView:
         """The run as a controller sees it, given the latest reading of the validation split."""
-        plane, ledger, clock = self.plane, self.plane.ledger, self.clock
-        of_slots, of_host = split_readings(self.host_readings, plane)
-        slots = []
-        for slot in plane.views():
-            barred = frozenset(op for op in slot.legal if self.governor.embargo_left(op, slot.path))
-            slot = attrs.evolve(slot, legal=slot.legal - barred, barred=barred) if barred else slot
-            found = of_slots.get(slot.path)
-            slots.append(attrs.evolve(slot, readings={**slot.readings, **found}) if found else slot)
-        limits = plane.limits
-        rate = self.optimizer.learning_rate
-        return RunView(
-            decision=clock.decision,
-            decisions=self.decisions,
-            epoch=epoch,
-            epochs=self.epochs,
-            train_loss=self._train_loss(),
-            validation_loss=measured.loss,
-            validation_score=measured.score,
-            history=tuple(clock.history),
-            host_params=ledger.host_params,
-            host_flops=ledger.host_flops,
-            seed_params=ledger.seed_params,
-            seed_flops=ledger.seed_flops,
-            params_left=None if limits.params is None else limits.params - ledger.seed_params,
-            flops_left=None if limits.flops is None else limits.flops - ledger.seed_flops,
-            rent=plane.rent,
-            learning_rate=rate / max(self.optimizer.config.learning_rate, 1e-30),
-            governor=self.status,
-            rollbacks=self.governor.rollbacks,
-            slots=tuple(slots),
-            blends=tuple(plane.blends),
-            metric=self.objective.metric,
-            course=None if self.budget is None else self._course(self.budget),
-            readings=of_host,
-            settling=self.governor.settling(clock.step),
-        )
-
-    def _course(self, budget: float) -> Course:
-        clock = self.clock
-        return Course(budget, clock.total_flops, clock.targets, clock.targets / max(1, clock.examples))
+        return view_of(self, measured, epoch)
 
     @property
     def status(self) -> str:
@@ -374,7 +336,9 @@ class Tolaria:
 
     # --- Inside a decision ---
 
-    def _train_loss(self) -> float | None:
+    @property
+    def train_loss(self) -> float | None:
+        """Mean loss of the batches since the last decision; None before the first."""
         return self.clock.loss_sum / self.clock.loss_count if self.clock.loss_count else None
 
     def _drain(self) -> Alarm | None:
@@ -406,7 +370,7 @@ class Tolaria:
 
     def _check_parameters(self) -> Alarm | None:
         """Cull isolated seeds that are not finite; the host or a seed that contributes is an alarm."""
-        sick = self._not_finite()
+        sick = find_not_finite(self.plane)
         isolated = [path for path in sick if path and STAGES[self.plane.growths[path].stage].isolated]
         for path in isolated:
             self.remove_seed(path, "its parameters are not finite")
@@ -417,13 +381,13 @@ class Tolaria:
         rent, better = self.plane.rent * ratio, self.objective.metric.higher_is_better
         if view is None:
             self.governor.watch(self.stages().values())
-        clock.history.append((self._train_loss(), measured.loss, measured.score))
+        clock.history.append((self.train_loss, measured.loss, measured.score))
         self.emit(
             Decided(
                 step=clock.step,
                 decision=clock.decision,
                 controller=self.controller_name,
-                train_loss=self._train_loss(),
+                train_loss=self.train_loss,
                 validation_loss=measured.loss,
                 validation_score=measured.score,
                 commands=[part.to_dict() for command in commands for part in command.each()],
@@ -453,19 +417,6 @@ class Tolaria:
         """
         roll_back(self, alarm)
 
-    def is_finite(self) -> bool:
-        """Whether every parameter of the host, and of seeds that are let in, is finite."""
-        return all(path and STAGES[self.plane.growths[path].stage].isolated for path in self._not_finite())
-
-    @torch.no_grad()
-    def _not_finite(self) -> list[str]:
-        """Paths of seeds with a parameter that is not finite; the empty path stands for the host."""
-        groups = {"": [p for p in self.plane.host.module.parameters() if p.is_floating_point()]}
-        groups |= {path: parameters for path, parameters in self.plane.seed_groups().items() if parameters}
-        norms = [torch.stack(_absolute_sums(g)).sum(dtype=torch.float64) for g in groups.values() if g]
-        finite = torch.stack(norms).isfinite().tolist()
-        return [path for path, fine in zip([p for p, g in groups.items() if g], finite, strict=True) if not fine]
-
     # --- What is told ---
 
     def _connect_auditors(self, controller: object) -> None:
@@ -492,19 +443,7 @@ class Tolaria:
         self.flops_each = None
         if growth is not None and growth.direct and change.after.spec.ramps_to == 1.0:
             self.governor.hold_still(self.clock.step + growth.ramp_steps - growth.ramp_done)
-        self.emit(
-            StageChanged(
-                step=self.clock.step,
-                slot=change.slot,
-                before=change.before.value,
-                after=change.after.value,
-                blueprint=change.blueprint,
-                blend=change.blend,
-                source=change.command.source,
-                reason=change.command.reason,
-                params=growth.params if growth else 0,
-            )
-        )
+        self.emit(stage_changed(self.clock.step, change, growth.params if growth else 0))
 
     def _tell_regions(self, organs: Mapping[str, Any]) -> None:
         plain = {name: attrs.asdict(organ, filter=lambda a, _: a.name != "name") for name, organ in organs.items()}
@@ -519,22 +458,7 @@ class Tolaria:
 
     def tell_audit(self, verdict: Verdict) -> None:
         """Emit a verdict, and have the slot remember what was useless there."""
-        churn = verdict.churn or Interval(math.nan, math.nan, math.nan, 0)
-        self.emit(
-            Audited(
-                step=self.clock.step,
-                slot=verdict.slot,
-                churn=churn.mean,
-                churn_low=churn.low,
-                churn_high=churn.high,
-                verdict=verdict.verdict.value,
-                rise=verdict.rise,
-                worth=verdict.worth.mean if verdict.worth else None,
-                harm=verdict.harm,
-                rent=verdict.rent,
-                reason=verdict.reason,
-            )
-        )
+        self.emit(audited(self.clock.step, verdict))
         growth = self.plane.growths[verdict.slot]
         if verdict.verdict is Op.CULL and growth.blueprint in self.plane.candidates:
             self.plane.bar(verdict.slot, self.plane.candidates[growth.blueprint].family, verdict.barren)
@@ -594,9 +518,3 @@ class Tolaria:
         self.flops_each, self.probe_flops = None, {}
         self.books.load_state_dict(state)
         self.host_readings = dict(state.get("host", {}))  # not in checkpoints of 0.1.0
-
-
-def _absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sum of each tensor's absolute values; in float32 where a float16 could not hold it."""
-    small = any(tensor.dtype is torch.float16 for tensor in tensors)
-    return list(torch._foreach_norm(tuple(tensors), ord=1.0, dtype=torch.float32 if small else None))

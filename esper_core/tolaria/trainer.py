@@ -23,6 +23,7 @@ from esper_core.nissa.hub import Hub
 from esper_core.storage.tensor_file import check_savable, expect_well_formed
 from esper_core.tolaria.evidence import gather_evidence
 from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Evidence, find_guilty, is_finite
+from esper_core.tolaria.finite import model_is_finite
 from esper_core.tolaria.governor import Alarm
 from esper_core.tolaria.model_file import save_model
 from esper_core.tolaria.run_folder import RunFolder
@@ -386,7 +387,8 @@ class Trainer:
         except OSError as full:
             hint = f"esper resume {self.folder.path}, once there is room" if self.folder else ""
             return RunFailed(f"{error}; and that could not be recorded: {full}", "", hint)
-        which = "the last good model" if self.tolaria.is_finite() else "the model as it stood, which is not finite,"
+        fine = model_is_finite(self.tolaria.plane)
+        which = "the last good model" if fine else "the model as it stood, which is not finite,"
         where = f"; {which} is in {self.folder.model}" if self.folder else ""
         return RunFailed(f"{error.given}{where}", error.expected, error.hint)
 

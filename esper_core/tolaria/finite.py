@@ -1,0 +1,32 @@
+"""Whether the weights of a model are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.stages import STAGES
+
+
+@torch.no_grad()
+def find_not_finite(plane: Plane) -> list[str]:
+    """Paths of seeds with a parameter that is not finite; the empty path stands for the host."""
+    groups = {"": [p for p in plane.host.module.parameters() if p.is_floating_point()]}
+    groups |= {path: parameters for path, parameters in plane.seed_groups().items() if parameters}
+    norms = [torch.stack(_absolute_sums(g)).sum(dtype=torch.float64) for g in groups.values() if g]
+    finite = torch.stack(norms).isfinite().tolist()
+    return [path for path, fine in zip([p for p, g in groups.items() if g], finite, strict=True) if not fine]
+
+
+def model_is_finite(plane: Plane) -> bool:
+    """Whether every parameter of the host, and of seeds that contribute, is finite."""
+    return all(path and STAGES[plane.growths[path].stage].isolated for path in find_not_finite(plane))
+
+
+def _absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each tensor's absolute values; in float32 where a float16 could not hold it."""
+    small = any(tensor.dtype is torch.float16 for tensor in tensors)
+    return list(torch._foreach_norm(tuple(tensors), ord=1.0, dtype=torch.float32 if small else None))
