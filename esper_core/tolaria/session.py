@@ -47,7 +47,7 @@ from esper_core.tolaria.snapshot import Snapshot
 from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.tolaria.telling import audited, stage_changed
 from esper_core.tolaria.timetable import decision_step
-from esper_core.tolaria.viewing import view_of
+from esper_core.tolaria.viewing import controller_view
 
 
 @attrs.define
@@ -327,7 +327,7 @@ class Tolaria:
 
     def view(self, measured: Measurement, epoch: float) -> RunView:
         """The run as a controller sees it, given the latest reading of the validation split."""
-        return view_of(self, measured, epoch)
+        return controller_view(self, measured, epoch)
 
     @property
     def status(self) -> str:

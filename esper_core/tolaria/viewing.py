@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from esper_core.tolaria.session import Clock, Tolaria
 
 
-def view_of(tolaria: Tolaria, measured: Measurement, epoch: float) -> RunView:
+def controller_view(tolaria: Tolaria, measured: Measurement, epoch: float) -> RunView:
     """The view for the decision that follows `measured`, the latest reading of the validation split."""
     plane, ledger, clock = tolaria.plane, tolaria.plane.ledger, tolaria.clock
     of_slots, of_host = split_readings(tolaria.host_readings, plane)
