@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from esper_core.trials.jobs import run_jobs
 
 Job = Mapping[str, Any]
 Row = dict[str, Any]
@@ -43,30 +43,19 @@ def run_rows(file: Path, jobs: Sequence[Job], work: Callable[[Job], Row], worker
     done, broken = read_rows(file), []
     missing = [job for job in jobs if key_of(job) not in done]
     began = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        futures = {pool.submit(_timed, work, job): job for job in missing}
-        for number, future in enumerate(as_completed(futures), 1):
-            row = future.result()
-            if "error" in row:
-                broken.append(row)
-                print(row["error"], flush=True)
-                continue
-            done[key_of(row["job"])] = row
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
-            left = (time.monotonic() - began) / number * (len(missing) - number)
-            print(f"{number}/{len(missing)} {dict(row['job'])} {row['wall_s']:.0f} s; {left:.0f} s left", flush=True)
+    for number, (_, row, left) in enumerate(run_jobs(missing, partial(_timed, work), workers), 1):
+        if "error" in row:
+            broken.append(row)
+            print(row["error"], flush=True)
+            continue
+        done[key_of(row["job"])] = row
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        seconds = (time.monotonic() - began) / number * left
+        print(f"{number}/{len(missing)} {dict(row['job'])} {row['wall_s']:.0f} s; {seconds:.0f} s left", flush=True)
     if broken:
         raise RuntimeError(f"{len(broken)} of {len(jobs)} runs raised; the first: {broken[0]['job']}")
     return [done[key_of(job)] for job in jobs]
-
-
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _timed(work: Callable[[Job], Row], job: Job) -> Row:

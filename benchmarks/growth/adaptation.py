@@ -1,12 +1,12 @@
 """P4: a timm model pre-trained here on half the classes, then adapted to all ten: grown, or by other means.
 
 The host is timm's `resnet10t` with 16 to 48 channels, trained on 6,000 Fashion-MNIST images of the classes 0 to 4. It
-is adapted on 3,000 other images of all classes, with a fresh head, by one loop for every arm:
+is adapted on 3,000 other images of all classes, with a fresh head, by one loop around Esper's training step:
 
 - *grown*: seeds by `esper_core.accompany` beside the loop's own optimizer, heuristic controller, few and small probes;
 - *grown, frozen*: the same with the host's weights held fast, so that only seeds and head learn;
-- *LoRA*: low-rank updates of every linear and convolutional weight (Hu et al. 2021, arXiv:2106.09685), host frozen,
-  with at least as many added parameters as the grown model of the same seed;
+- *LoRA*: low-rank updates of every linear and convolutional weight (Hu et al. 2021, arXiv:2106.09685) by `peft`, host
+  frozen, with at least as many added parameters as the grown model of the same seed;
 - *full*: every weight is trained; *head*: the head alone.
 
 Every arm stops when it has spent the FLOPs of the grown run of the same seed. Those are what Tolaria counts, probes
@@ -19,10 +19,8 @@ Batch statistics follow the data in every arm.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -30,21 +28,29 @@ from typing import Any, Final
 import attrs
 import timm
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.growth.arms import say
 from esper_core import accompany, load_registry
+from esper_core.kasmina.counterfactual import measure_counterfactuals
+from esper_core.kasmina.module_host import host_from_module
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.host import Batch
 from esper_core.storage.tensor_file import read_json_file, read_tensor_file, write_json_file, write_tensor_file
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.schedules import learning_rate_share
+from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.trials.intervals import paired_interval
-from esper_plugins.objectives.shared import token_loss, token_scores
+from esper_core.trials.jobs import map_jobs
 from esper_plugins.tasks.splits import ResidentSplit
 
 MODEL: Final = "resnet10t"
 SIZES: Final = {"channels": (16, 24, 32, 48), "stem_width": 8}
-HEAD: Final = "fc"
+HEAD, POINT = "fc", "layer1"
+"""The classifier, and a point at which something could grow."""
 SEEDS: Final = 10
 TUNING: Final = (100, 101)
 """Seeds on which learning rates are chosen."""
@@ -88,31 +94,6 @@ class Job:
         """Where its outcome is written when it is done."""
         name = self.arm.replace(", ", "-").replace(" ", "-")
         return self.folder / f"{name}-{self.rate:g}-{self.factor:g}-{self.seed}.json"
-
-
-class LowRank(nn.Module):
-    """A layer whose weight W has become W + B·A: A is random, B starts at zero, and W is what it was.
-
-    Args:
-        layer: `nn.Linear` or `nn.Conv2d`. rank: of B·A.
-    """
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.a: nn.Module
-        self.b: nn.Module
-        if isinstance(layer, nn.Conv2d):
-            self.a = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)  # type: ignore[arg-type]
-            self.b = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            self.a = nn.Linear(layer.in_features, rank, bias=False)
-            self.b = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.zeros_(self.b.weight)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the layer answers with its changed weight."""
-        return self.layer(x) + self.b(self.a(x))  # type: ignore[no-any-return]
 
 
 def splits() -> tuple[ResidentSplit, ResidentSplit, ResidentSplit, ResidentSplit]:
@@ -161,15 +142,42 @@ def set_rate(optimizer: torch.optim.Optimizer, progress: float) -> None:
         group["lr"] = group["peak"] * learning_rate_share("trapezoid", progress, 0.05)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, split: ResidentSplit) -> tuple[float, float]:
-    """Loss (nats) and accuracy (share of 1)."""
-    training = model.training
-    model.eval()
-    scores = [torch.stack(token_scores(model(b.inputs), b.targets)) for b in split.batches(256)]
-    model.train(training)
-    loss, accuracy = torch.cat(scores, dim=1).double().mean(1).tolist()
-    return loss, accuracy
+def bare_step(model: nn.Module, split: ResidentSplit) -> TrainingStep:
+    """Esper's training step for a model in which nothing grows; its weights are the caller's to update."""
+    example = next(iter(split.batches(2))).inputs
+    plane = Plane(host_from_module(model, [POINT], example=example), load_registry(), blueprints=GROWTH["blueprints"])
+    return step_of(plane, GrowthOptimizer((), RunConfig()))
+
+
+def step_of(plane: Plane, optimizer: GrowthOptimizer) -> TrainingStep:
+    """Forward, cross-entropy and backward in full precision on the CPU."""
+    objective = plane.registry.build("objective", "classification", outputs=10)
+    return TrainingStep(plane, objective, optimizer, Precision(torch.device("cpu")))
+
+
+def evaluate(step: TrainingStep, split: ResidentSplit) -> tuple[float, float]:
+    """Loss (nats) and accuracy (share of 1) of the model with what grew in it."""
+    found = measure_counterfactuals(step.plane, split.batches(256), step.objective, paths=[], count_cost=False)
+    assert found.score is not None
+    return found.loss, found.score
+
+
+def train(
+    step: TrainingStep, optimizer: torch.optim.Optimizer, split: ResidentSplit, seed: int, count: int,
+    after: Callable[[int, Tensor], None] = lambda number, loss: None,
+) -> None:  # fmt: skip
+    """Train for `count` optimizer steps.
+
+    Args:
+        optimizer: updates the host.
+        after: called after each step with the number of those done and the loss, while there are gradients.
+    """
+    for number, batch in steps_of(split, seed, count):
+        set_rate(optimizer, number / count)
+        loss = step.backward(batch)
+        optimizer.step()
+        after(number + 1, loss)
+        optimizer.zero_grad()
 
 
 def pretrain(job: tuple[Path, int]) -> Path:
@@ -178,17 +186,12 @@ def pretrain(job: tuple[Path, int]) -> Path:
     path = folder / f"host-{seed}.safetensors"
     if path.is_file():
         return path
-    torch.set_num_threads(1)
     split = splits()[0]
     model = build(KNOWN, seed).train()
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-3}], weight_decay=0.01)
-    count = BEFORE * split.batch_count(BATCH)
-    for number, batch in steps_of(split, seed, count):
-        set_rate(optimizer, number / count)
-        optimizer.zero_grad()
-        token_loss(model(batch.inputs), batch.targets).backward()
-        optimizer.step()
-    loss, accuracy = evaluate(model, split)
+    step = bare_step(model, split)
+    train(step, optimizer, split, seed, BEFORE * split.batch_count(BATCH))
+    loss, accuracy = evaluate(step, split)
     write_tensor_file(path, model.state_dict(), {"loss": loss, "accuracy": accuracy})
     return path
 
@@ -200,41 +203,40 @@ def adopt(job: Job, rank: int) -> tuple[nn.Module, list[dict[str, Any]], int]:
     weights, _ = read_tensor_file(job.folder / f"host-{job.seed}.safetensors")
     fresh = {name: value for name, value in model.state_dict().items() if name.startswith(f"{HEAD}.")}
     model.load_state_dict({**weights, **fresh})
-    added: list[nn.Parameter] = []
     host = [p for name, p in model.named_parameters() if not name.startswith(f"{HEAD}.")]
     head = [p for name, p in model.named_parameters() if name.startswith(f"{HEAD}.")]
+    added: list[nn.Parameter] = []
     if job.arm == "LoRA":
-        for name, layer in layers_of(model).items():
-            low = LowRank(layer, rank)
-            added += [*low.a.parameters(), *low.b.parameters()]
-            model.set_submodule(name, low)
-    for parameter in host:
-        parameter.requires_grad_(job.factor > 0)
+        before = {id(p) for p in model.parameters()}
+        inject_adapter_in_model(lora(model, rank), model)
+        added = [p for p in model.parameters() if id(p) not in before]
+    for parameter in [*host, *head]:
+        parameter.requires_grad_(job.factor > 0 or any(parameter is p for p in head))
     groups = [{"params": [*head, *added], "peak": job.rate}]
     if job.factor > 0:
         groups.append({"params": host, "peak": job.rate * job.factor})
     return model.train(), groups, sum(p.numel() for p in added)
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """What LoRA adapts: every linear and convolutional layer but the head."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n != HEAD}
+def lora(model: nn.Module, rank: int) -> LoraConfig:
+    """Low-rank updates W + B·A of every linear and convolutional layer but the head; A is random and B zero."""
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n != HEAD]
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
 
 
 def rank_for(params: int) -> int:
     """The smallest rank at which LoRA adds that many parameters or more."""
     model = build(10, 0)
-    low = [LowRank(layer, 1) for layer in layers_of(model).values()]
-    each = sum(p.numel() for module in low for part in (module.a, module.b) for p in part.parameters())
-    return max(1, math.ceil(params / each))
+    before = sum(p.numel() for p in model.parameters())
+    inject_adapter_in_model(lora(model, 1), model)
+    return max(1, math.ceil(params / (sum(p.numel() for p in model.parameters()) - before)))
 
 
-def step_flops(model: nn.Module, split: ResidentSplit) -> float:
+def flops_of_step(step: TrainingStep, split: ResidentSplit) -> float:
     """What one training step costs: forward and backward, as torch counts them."""
-    batch = next(iter(split.batches(BATCH)))
     with FlopCounterMode(display=False) as counter:
-        token_loss(model(batch.inputs), batch.targets).backward()
-    model.zero_grad()
+        step.backward(next(iter(split.batches(BATCH))))
+    step.plane.host.module.zero_grad()
     return float(counter.get_total_flops())
 
 
@@ -242,20 +244,21 @@ def run_job(job: Job) -> dict[str, Any]:
     """Adapt once and write what came of it."""
     if job.file.is_file():
         return dict(read_json_file(job.file))
-    torch.set_num_threads(1)
-    began, (_, train, validation, test) = time.monotonic(), splits()
+    began, (_, training, validation, test) = time.monotonic(), splits()
     bound = read_json_file(job.reference) if job.reference else {}
     rank = rank_for(int(bound["added"])) if job.arm == "LoRA" else 0
     model, groups, added = adopt(job, rank)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     if job.reference is None:
-        found = _grow(job, model, groups, train, validation)
+        step, found = _grow(job, model, optimizer, training, validation)
     else:
-        each = step_flops(model, train)
+        step = bare_step(model, training)
+        each = flops_of_step(step, training)
         count = max(1, round(bound["flops"] / each))
-        _train(model, groups, train, job.seed, count)
+        train(step, optimizer, training, job.seed, count)
         found = {"steps": count, "flops": count * each, "added": added, "rank": rank}
-    validation_loss, validation_accuracy = evaluate(model, validation)
-    loss, accuracy = (None, None) if job.seed in TUNING else evaluate(model, test)
+    validation_loss, validation_accuracy = evaluate(step, validation)
+    loss, accuracy = (None, None) if job.seed in TUNING else evaluate(step, test)
     outcome = {
         "arm": job.arm, "seed": job.seed, "rate": job.rate, "factor": job.factor, **found,
         "validation_loss": validation_loss, "validation_accuracy": validation_accuracy,
@@ -265,37 +268,26 @@ def run_job(job: Job) -> dict[str, Any]:
     return outcome
 
 
-def _train(model: nn.Module, groups: list[dict[str, Any]], train: ResidentSplit, seed: int, count: int) -> None:
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    for number, batch in steps_of(train, seed, count):
-        set_rate(optimizer, number / count)
-        optimizer.zero_grad()
-        token_loss(model(batch.inputs), batch.targets).backward()
-        optimizer.step()
-
-
 def _grow(
-    job: Job, model: nn.Module, groups: list[dict[str, Any]], train: ResidentSplit, validation: ResidentSplit
-) -> dict[str, Any]:
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, training: ResidentSplit, validation: ResidentSplit
+) -> tuple[TrainingStep, dict[str, Any]]:
     """The same loop with Tolaria beside it."""
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    count = EPOCHS * train.batch_count(BATCH)
+    count, each = EPOCHS * training.batch_count(BATCH), training.batch_count(BATCH)
     read = list(validation.batches(BATCH))[:READ]
     tolaria = accompany(
         model, optimizer, read[0], steps=count, decisions=DECISIONS, seed=job.seed, learning_rate=job.rate, **GROWTH
     )
-    for number, batch in steps_of(train, job.seed, count):
-        set_rate(optimizer, number / count)
-        loss = token_loss(model(batch.inputs), batch.targets)
-        loss.backward()
-        optimizer.step()
+
+    def after(number: int, loss: Tensor) -> None:
         tolaria.step(loss, BATCH)
-        optimizer.zero_grad()
         if tolaria.due(count):
-            tolaria.decide(read, (number + 1) / train.batch_count(BATCH))
+            tolaria.decide(read, number / each)
+
+    step = step_of(tolaria.plane, tolaria.optimizer)
+    train(step, optimizer, training, job.seed, count, after)
     grown = {path: growth.blueprint for path, growth in tolaria.plane.growths.items() if growth.blueprint}
     added = tolaria.plane.ledger.seed_params
-    return {"steps": count, "flops": tolaria.clock.total_flops, "added": added, "organs": grown}
+    return step, {"steps": count, "flops": tolaria.clock.total_flops, "added": added, "organs": grown}
 
 
 def choose(folder: Path, arm: str, rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -313,26 +305,25 @@ def run(folder: Path, seeds: int | None, workers: int) -> dict[str, Any]:
     """Pre-train, choose, adapt, compare."""
     folder.mkdir(parents=True, exist_ok=True)
     began, numbers = time.monotonic(), range(seeds or SEEDS)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        hosts = list(pool.map(pretrain, [(folder, seed) for seed in (*TUNING, *numbers)]))
-        say(f"pre-trained {len(hosts)} hosts")
-        chosen: dict[str, tuple[float, float]] = {}
-        tuned: list[dict[str, Any]] = []
-        for arms in (("grown", "grown, frozen"), ("LoRA", "full", "head")):
-            jobs = [
-                Job(folder, arm, seed, rate, factor, _bound(folder, chosen, seed) if "grown" in chosen else None)
-                for arm in arms for factor in FACTORS[arm] for rate in RATES for seed in TUNING
-            ]  # fmt: skip
-            tuned += pool.map(run_job, jobs)
-            chosen |= {arm: choose(folder, arm, tuned) for arm in arms}
-            say(f"chosen {chosen}")
-        rows: list[dict[str, Any]] = []
-        for arms in (("grown", "grown, frozen"), ("LoRA", "full", "head")):
-            jobs = [
-                Job(folder, arm, seed, *chosen[arm], _bound(folder, chosen, seed) if "grown" not in arms else None)
-                for seed in numbers for arm in arms
-            ]  # fmt: skip
-            rows += pool.map(run_job, jobs)
+    hosts = map_jobs([(folder, seed) for seed in (*TUNING, *numbers)], pretrain, workers)
+    say(f"pre-trained {len(hosts)} hosts")
+    chosen: dict[str, tuple[float, float]] = {}
+    tuned: list[dict[str, Any]] = []
+    for arms in (("grown", "grown, frozen"), ("LoRA", "full", "head")):
+        jobs = [
+            Job(folder, arm, seed, rate, factor, _bound(folder, chosen, seed) if "grown" in chosen else None)
+            for arm in arms for factor in FACTORS[arm] for rate in RATES for seed in TUNING
+        ]  # fmt: skip
+        tuned += map_jobs(jobs, run_job, workers)
+        chosen |= {arm: choose(folder, arm, tuned) for arm in arms}
+        say(f"chosen {chosen}")
+    rows: list[dict[str, Any]] = []
+    for arms in (("grown", "grown, frozen"), ("LoRA", "full", "head")):
+        jobs = [
+            Job(folder, arm, seed, *chosen[arm], _bound(folder, chosen, seed) if "grown" not in arms else None)
+            for seed in numbers for arm in arms
+        ]  # fmt: skip
+        rows += map_jobs(jobs, run_job, workers)
     result = compare(rows)
     bars = [
         {"bar": "grown above LoRA at no more added parameters, interval above zero", "value": 100 * lora["mean"],

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import re
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,6 +21,7 @@ from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.trials.compare import CompareConfig, compare_run
 from esper_core.trials.intervals import paired_interval
+from esper_core.trials.jobs import run_jobs
 
 HERE = Path(__file__).parent
 _SEPARATORS = re.compile(r"\W+")
@@ -122,17 +122,11 @@ def add_arms(table: dict[str, Any], config: RunConfig, folder: Path, workers: in
     grown = table["arms"][0]
     for name in LANGUAGE_ARMS:
         jobs = {seed: folder / f"{_SEPARATORS.sub('-', name)}-{seed}.json" for seed in grown["seeds"]}
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running = {
-                seed: pool.submit(
-                    outcome_of, name, attrs.evolve(config, seed=seed), read_json_file(folder / f"grown-{seed}.json")
-                )
-                for seed, file in jobs.items()
-                if not file.is_file()
-            }
-            for seed, future in running.items():
-                write_json_file(jobs[seed], future.result())
-                say(f"{name}, seed {seed}: loss {future.result()['loss']:.4f}")
+        missing = [seed for seed, file in jobs.items() if not file.is_file()]
+        work = partial(_outcome, name, config, folder)
+        for index, outcome, _ in run_jobs(missing, work, workers):
+            write_json_file(jobs[missing[index]], outcome)
+            say(f"{name}, seed {missing[index]}: loss {outcome['loss']:.4f}")
         rows = [read_json_file(file) for file in jobs.values()]
         bits = [row["loss"] / math.log(2) for row in rows]
         entry = {key: fmean(row[key] for row in rows) for key in ("params", "flops")}
@@ -143,6 +137,10 @@ def add_arms(table: dict[str, Any], config: RunConfig, folder: Path, workers: in
         mean, low, high = paired_interval(grown["bits_per_byte"], bits)
         ends = {key: value if math.isfinite(value) else None for key, value in (("low", low), ("high", high))}
         table["paired"].append({"arm": "grown", "minus": name, "mean": mean, **ends, "n": len(bits)})
+
+
+def _outcome(name: str, config: RunConfig, folder: Path, seed: int) -> dict[str, Any]:
+    return outcome_of(name, attrs.evolve(config, seed=seed), read_json_file(folder / f"grown-{seed}.json"))
 
 
 def say(text: str) -> None:

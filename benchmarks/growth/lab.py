@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
 import attrs
-import torch
 
 from benchmarks.growth.arms import say
 from esper_core.storage.tensor_file import read_json_file, write_json_file
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import start_run
 from esper_core.trials.intervals import paired_interval
+from esper_core.trials.jobs import map_jobs
 
 SEEDS: Final = 5
 LIGHT, HEAVY = "depthwise", "conv_enhance"
@@ -96,7 +94,6 @@ def run_one(job: Job) -> dict[str, Any]:
     """Train once; what stood in the slot at the end, and at what loss."""
     if job.file.is_file():
         return dict(read_json_file(job.file))
-    torch.set_num_threads(1)
     began, (epochs, rent, _) = time.monotonic(), REGIMES[job.regime]
     config, watch = attrs.evolve(CONFIG, epochs=epochs, rent=rent, seed=job.seed), _ChoiceRecorder()
     if job.forced:
@@ -120,13 +117,12 @@ def run(folder: Path, seeds: int | None, workers: int) -> dict[str, Any]:
     """The heuristic's choice in both regimes, and what the other choice would have brought."""
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        choices = list(pool.map(run_one, [Job(folder, r, s) for s in range(seeds or SEEDS) for r in REGIMES]))
-        others = [
-            Job(folder, row["regime"], row["seed"], blueprint, max(0, row["decision"]))
-            for row in choices for blueprint in (LIGHT, HEAVY) if blueprint != row["kept"]
-        ]  # fmt: skip
-        rows = choices + list(pool.map(run_one, others))
+    choices = map_jobs([Job(folder, r, s) for s in range(seeds or SEEDS) for r in REGIMES], run_one, workers)
+    others = [
+        Job(folder, row["regime"], row["seed"], blueprint, max(0, row["decision"]))
+        for row in choices for blueprint in (LIGHT, HEAVY) if blueprint != row["kept"]
+    ]  # fmt: skip
+    rows = choices + map_jobs(others, run_one, workers)
     cells = [judge(rows, regime, rent) for regime in REGIMES for rent in (0.05, 0.0)]
     bars = []
     for regime, (_, rent, said) in REGIMES.items():

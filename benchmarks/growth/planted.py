@@ -9,14 +9,12 @@ seed must survive a real audit to be kept.
 from __future__ import annotations
 
 import json
-import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from esper_core.leyline.hookspecs import hookimpl
@@ -25,6 +23,7 @@ from esper_core.leyline.specs import BlueprintSpec
 from esper_core.registry import load_registry
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import start_run
+from esper_core.trials.jobs import map_jobs
 
 SEEDS = 20
 
@@ -91,7 +90,6 @@ def run_one(job: tuple[Path, str, int]) -> dict[str, Any]:
     file = folder / f"{name}-{seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    torch.set_num_threads(1)
     registry = load_registry()
     registry.register(_Plugin(), name="planted", distribution="benchmarks", version="1")
     config = RunConfig(
@@ -143,27 +141,16 @@ class _FateRecorder:
 
 
 def share_interval(right: int, count: int) -> tuple[float, float]:
-    """Exact 95% interval of a share (Clopper & Pearson 1934), by bisection of the binomial's tails."""
-
-    def tail(share: float, least: int) -> float:
-        return math.fsum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(least, count + 1))
-
-    def share_at(least: int, probability: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if tail(middle, least) < probability else (low, middle)
-        return (low + high) / 2
-
-    return share_at(right, 0.025) if right else 0.0, share_at(right + 1, 0.975) if right < count else 1.0
+    """Exact 95% interval of a share (Clopper & Pearson 1934)."""
+    low, high = binomtest(right, count).proportion_ci(0.95)
+    return float(low), float(high)
 
 
 def run(folder: Path, seeds: int | None, workers: int) -> dict[str, Any]:
     """Every seed of both blueprints."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(folder, name, seed) for seed in range(seeds or SEEDS) for name in ("useless", "essential")]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(run_one, jobs))
+    rows = map_jobs(jobs, run_one, workers)
     tally = {}
     for name, good in (("useless", "culled"), ("essential", "fossilized")):
         mine = [row for row in rows if row["blueprint"] == name]

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
 import attrs
-import torch
 
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
@@ -32,7 +28,6 @@ from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
 from esper_core.registry import Registry, load_registry, split_reference
-from esper_core.registry.worker_process import end_with, safe_path
 from esper_core.storage.tensor_file import parse_json, read_json_file, write_json_file
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
@@ -42,6 +37,7 @@ from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, host_params, keep_used_settings, set_up
 from esper_core.trials.intervals import paired_interval
+from esper_core.trials.jobs import run_jobs
 from esper_core.trials.static import (
     StaticResult,
     StaticSeed,
@@ -144,7 +140,8 @@ def compare_run(
         ) from error
     units = _units(beside, run, config)
     todo = [unit for unit in units if not unit.file.is_file()]
-    for unit, left in _run_all(todo, config.workers):
+    for index, _, left in run_jobs(todo, run_unit, config.workers, ready=_is_ready):
+        unit = todo[index]
         outcome = read_json_file(unit.file)
         told = f"{outcome['metric']['name']} {outcome['score']:.4f}, loss {outcome['loss']:.4f}"
         notify(f"{unit.arm}, seed {unit.seed}: {told}; {left} to go")
@@ -223,33 +220,6 @@ def _units(beside: Path, run: RunConfig, config: CompareConfig) -> list[Unit]:
         for arm in ARMS
         if arm in arms
     ]  # fmt: skip
-
-
-def _run_all(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, int]]:
-    """Run units in worker processes, those that need the grown run after it; yields each that is done."""
-    waiting, running = list(units), dict[Future[None], Unit]()
-    if not waiting:
-        return
-    context = multiprocessing.get_context("spawn")  # a forked torch keeps its parent's threads and locks
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_work, initargs=(os.getpid(),))
-    try:
-        while waiting or running:
-            for unit in [u for u in waiting if _is_ready(u)][: workers - len(running)]:
-                waiting.remove(unit)
-                with safe_path():  # a process may be started now
-                    running[pool.submit(run_unit, unit)] = unit
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                unit = running.pop(future)
-                future.result()
-                yield unit, len(waiting) + len(running)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin_work(parent: int) -> None:
-    end_with(parent)
-    torch.set_num_threads(1)
 
 
 def _is_ready(unit: Unit) -> bool:

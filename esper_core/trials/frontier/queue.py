@@ -12,7 +12,6 @@ import math
 import multiprocessing
 import os
 import queue
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from esper_core.leyline.errors import RunFailed
+from esper_core.registry.worker_process import end_with
 from esper_core.trials.frontier.job import Job, run_job
 
 _GUESS: Final = {"cpu": 4e10, "cuda": 2e13}
@@ -135,17 +135,10 @@ def _next_answer(answers: Any, pool: Sequence[Any], deadline: float) -> tuple[st
             return answer
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, however that ended; nobody would take its answer."""
-    while os.getppid() == parent:
-        time.sleep(2.0)
-    os._exit(1)
-
-
 def _work(kind: str, inbox: Any, answers: Any, base: dict[str, Any], rows: Path) -> None:
     import torch
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid())
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
     base = {**base, "device": kind}
