@@ -92,7 +92,29 @@ def _bytes_of(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-class ExampleSplit(ABC):
+class CountedSplit(Split):
+    """A split that knows how many examples it has.
+
+    Args:
+        whole_batches: leave out a last batch that would be short, for training: every batch has one size, and
+            batch statistics never see a lone example. A split smaller than one batch still gives one.
+    """
+
+    def __init__(self, examples: int, *, whole_batches: bool) -> None:
+        self._examples, self.whole_batches = examples, whole_batches
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return self._examples
+
+    def batch_count(self, batch_size: int) -> int:
+        """Batches in one epoch."""
+        full, rest = divmod(self.examples, batch_size)
+        return full if self.whole_batches and full else full + bool(rest)
+
+
+class ExampleSplit(CountedSplit, ABC):
     """Examples with targets.
 
     With `shuffle=True` a split shows its training face: shuffled by (seed, epoch), augmented by (seed, epoch,
@@ -101,9 +123,7 @@ class ExampleSplit(ABC):
     Args:
         targets: (N, …), such as int64 (N,) of classes or float32 (N, 1) of numbers.
         scale: applied to inputs that are one tensor; None leaves them.
-        augment: applied when shuffling; None for none.
-        whole_batches: leave out a last batch that would be short, for training: every batch has one size, and
-            batch statistics never see a lone example. A split smaller than one batch still gives one.
+        augment: applied when shuffling; None for none. whole_batches: see `CountedSplit`.
     """
 
     sampled: int | None = None
@@ -117,30 +137,8 @@ class ExampleSplit(ABC):
         augment: Augment | None = None,
         whole_batches: bool = False,
     ) -> None:
-        self.targets, self.scale, self.augment, self.whole_batches = targets, scale, augment, whole_batches
-
-    @property
-    def examples(self) -> int:
-        """Number of examples."""
-        return len(self.targets)
-
-    def batch_count(self, batch_size: int) -> int:
-        """Batches in one epoch."""
-        full, rest = divmod(self.examples, batch_size)
-        return full if self.whole_batches and full else full + bool(rest)
-
-    @abstractmethod
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        shuffle: bool = False,
-        device: str = "cpu",
-    ) -> Iterator[Batch]:
-        """See `leyline.host.Split`."""
+        super().__init__(len(targets), whole_batches=whole_batches)
+        self.targets, self.scale, self.augment = targets, scale, augment
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits over every target, and over the inputs of all or of some evenly spread examples."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch
 from esper_plugins.tasks.randomness import generator, order
-from esper_plugins.tasks.splits import Task
+from esper_plugins.tasks.splits import CountedSplit, Task
 
 _TOGETHER: Final = 64
 """Batches of crops whose places are drawn at once."""
 
 
-class WindowSplit:
+class WindowSplit(CountedSplit):
     """Windows of `length` tokens as inputs and the same windows one token later as targets.
 
     Windows do not overlap. With `shuffle=True` their order and a common offset (0 to length−1) depend on seed
@@ -32,16 +32,11 @@ class WindowSplit:
     """
 
     def __init__(self, tokens: Tensor | np.ndarray, length: int, *, training: bool = False) -> None:
-        self.tokens, self.length, self.training = tokens, length, training
+        self.tokens, self.length = tokens, length
         windows = (len(tokens) - 1) // length
-        self.examples = windows - 1 if training and windows > 1 else windows
         self._room = training and windows > 1
+        super().__init__(windows - self._room, whole_batches=training)
         self._resident: dict[str, Tensor] = {}
-
-    def batch_count(self, batch_size: int) -> int:
-        """Batches in one epoch."""
-        full, rest = divmod(self.examples, batch_size)
-        return full if self.training and full else full + bool(rest)
 
     def batches(
         self,
@@ -73,7 +68,7 @@ class WindowSplit:
         return self._resident[device], device
 
 
-class CropSplit:
+class CropSplit(CountedSplit):
     """Windows of `length` tokens at independent, uniformly random places, and the same windows one token later.
 
     An epoch has as many windows as would cover the text once. Places depend on seed, epoch and position alone.
@@ -85,13 +80,9 @@ class CropSplit:
     """
 
     def __init__(self, tokens: Tensor | np.ndarray, length: int) -> None:
+        super().__init__((len(tokens) - 1) // length, whole_batches=True)
         self.tokens, self.length = tokens, length
-        self.examples = (len(tokens) - 1) // length
         self._in_order = WindowSplit(tokens, length, training=True)
-
-    def batch_count(self, batch_size: int) -> int:
-        """Batches in one epoch."""
-        return max(1, self.examples // batch_size)
 
     def batches(
         self,
