@@ -40,15 +40,23 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
         self.qk_norm = nn.RMSNorm(width // heads) if qk_norm else None
-        for linear in (self.qkv, self.up):
-            nn.init.normal_(linear.weight, std=0.02)
-        for linear in (self.proj, self.down):
-            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
+        self.depth = depth
+        self.reset_parameters()
         cos, sin = rotary_tables(context, width // heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.cos: Tensor
         self.sin: Tensor
+
+    def reset_parameters(self) -> None:
+        """Draw new weights; norms begin at 1."""
+        for norm in (self.norm1, self.norm2, self.qk_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        for linear in (self.qkv, self.up):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.proj, self.down):
+            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.depth))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, D) to (N, L, D)."""

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper_core.kasmina import block_compile
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.stages import Op, Stage
 from esper_core.testing.cases import installed
 
 
@@ -66,4 +69,20 @@ def test_slots_stand_outside_of_what_is_compiled(counted) -> None:
     changed = gradients(host, tokens)
     host.unregister_slot("blocks.1")
     assert seen == [(4, 12, 16)] and not torch.equal(changed[0], gradients(host, tokens)[0])
+    assert counted.frame_count == 1
+
+
+def test_a_deepening_compiles_no_block_again(counted) -> None:
+    tokens = torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(0))
+    host = gpt()
+    plane = Plane(host, installed(), blueprints=["copy"])
+    host.compile_blocks()
+    gradients(host, tokens)
+    for height, slot in enumerate(("blocks.2", "blocks.2+1")):
+        command = Command(Op.GERMINATE, slot, "copy", tempo=Tempo.INSTANT, options={"blocks": "all"})
+        plane.apply_all(command)
+        while plane.growths[slot].stage is not Stage.FOSSILIZED:
+            plane.advance(slot, gated=False)
+        gradients(host, tokens)
+        assert len(list(plane.module.parameters())) == 6 * 3 * (2 ** (height + 1) - 1)
     assert counted.frame_count == 1

@@ -190,6 +190,17 @@ def test_random_birth_shares_nothing_with_the_source(registry: Registry) -> None
     assert not any(torch.equal(p, q) for p, q in pairs if p.dim() > 1)
 
 
+def test_random_birth_draws_as_the_block_itself_does(registry: Registry) -> None:
+    host = registry.build("host", "gpt", outputs=64, input_shape=(12,), seed=0, options={"layers": 2, "width": 64})
+    plane = plane_of(host, registry, points=("blocks.0", "blocks.1"))
+    deepen(plane, "blocks.1", birth="random")
+    drawn = dict(plane.slots["blocks.1"].seed.named_parameters())  # type: ignore[union-attr]
+    scales = {name.rpartition("module.")[2]: p.std().item() for name, p in drawn.items() if p.dim() > 1}
+    assert scales == pytest.approx(
+        {"qkv.weight": 0.02, "up.weight": 0.02, "proj.weight": 0.01, "down.weight": 0.01}, rel=0.05
+    )
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "gemma2"])
 @pytest.mark.parametrize("blocks", ["1", "all"])
 def test_generation_with_and_without_a_cache_gives_the_same_tokens(registry: Registry, kind: str, blocks: str) -> None:

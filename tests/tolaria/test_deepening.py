@@ -14,6 +14,7 @@ from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op
 from esper_core.registry import load_registry
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.export import FORMATS, export_run
 from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.model_file import load_model
 from esper_core.tolaria.optimizer import GrowthOptimizer
@@ -68,6 +69,12 @@ def test_counterfactuals_wait_until_the_loss_has_settled(doubled: Path) -> None:
 def test_it_reloads_without_user_code(doubled: Path) -> None:
     model = load_model(doubled / "reference")
     assert sum(p.numel() for p in model.parameters()) == 2 * 256 * 16 + 16 + 8 * 3104
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_it_exports(doubled: Path, tmp_path: Path, form: str) -> None:
+    exported = export_run(doubled / "reference", form, tmp_path / form)
+    assert exported.difference < 1e-4 and exported.examples > 10
 
 
 @pytest.mark.parametrize("after", [6, 20, 60])
