@@ -17,7 +17,7 @@ from esper_core.cli.live import clock
 from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import stages_where
-from esper_core.nissa.report.reading import dropped_sinks, read_lines
+from esper_core.nissa.report.reading import dropped_sinks, read_events, read_lines
 from esper_core.nissa.report.wording import metric_of, nats, number, percent, printable, quantity, show_score
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ def show(
     table.add_row("fossilised", ", ".join(kept) if kept else f"no seed ({run['germinated']} germinated)")
     if others:
         table.add_row("still growing", ", ".join(others))
+    plan = last_note(Path(run["folder"]))
+    if plan:
+        table.add_row("plan", plan)
     growth = (
         f", {run['excess_params_ratio']:+.1%} over the host's {quantity(run['host_params'])}" if run["params"] else ""
     )
@@ -98,6 +101,14 @@ def show(
     console.print()
     console.print(Text(f"{run['host']} on {run['task']}: {verb} after {epochs}", style="bold"))
     console.print(table)
+
+
+def last_note(folder: Path) -> str:
+    """What the controller said at its last decision about waiting, such as why it grows no deeper; else nothing."""
+    note = ""
+    for event in read_events(folder / "events.jsonl", frozenset({"decided"})):
+        note = printable((event or {}).get("note") or "")
+    return note
 
 
 def training_seconds(folder: Path) -> float | None:

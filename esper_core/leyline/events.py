@@ -129,7 +129,7 @@ class Decided(Event):
     """A controller was asked. `train_loss` is the mean since the last decision.
 
     `rent` is lambda times `excess_params_ratio`, of all seeds; `score_minus_rent` is the validation score less the
-    rent, for scores of which higher is better.
+    rent, for scores of which higher is better. `note` is why the controller waits, if it says so.
     """
 
     kind: ClassVar[str] = "decided"
@@ -143,6 +143,7 @@ class Decided(Event):
     excess_params_ratio: float | None = None
     rent: float | None = None
     score_minus_rent: float | None = None
+    note: str = ""
 
 
 @attrs.frozen(kw_only=True)

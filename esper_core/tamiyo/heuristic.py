@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import attrs
 
-from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.actions import WAIT, Command, Tempo
 from esper_core.leyline.investment import Investment
 from esper_core.leyline.stages import STAGES, Op, begins_blending
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
@@ -250,11 +250,13 @@ class HeuristicController:
 
     def _plant(self, view: RunView) -> Iterator[Command]:
         config = self.config
-        deepen, _ = plan_depth(view, last=config.deepen_last, latest=config.last, order=config.deepen_order)
+        deepen, plan = plan_depth(view, last=config.deepen_last, latest=config.last, order=config.deepen_order)
         if deepen is not None:
             self._planted += len(deepen.slots)
             yield deepen
             return
+        if plan:
+            yield attrs.evolve(WAIT, source="heuristic", reason=plan)
         room = self.config.at_once - sum(slot.stage.spec.growing for slot in view.slots)
         if room <= 0 or not self._in_season(view):
             return

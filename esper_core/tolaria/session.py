@@ -209,7 +209,7 @@ class Tolaria:
         self._fit_rent(measured.loss)
         alarm = alarm or self.governor.observe_validation(measured.loss, self.clock.step) or self._check_parameters()
         commands: list[Command] = []
-        view = None
+        view, note = None, ""
         if alarm is not None:
             answer_alarm(self, alarm)
         else:
@@ -217,11 +217,11 @@ class Tolaria:
             self.keep()
             self.governor.watch(self.stages().values())
             view = self.view(measured, epoch)
-            for command in self._ask(view):
-                if self.obey(command):
-                    commands.append(command)
+            said = self._ask(view)
+            note = "; ".join(command.reason for command in said if command.op is Op.WAIT and command.reason)
+            commands += [command for command in said if self.obey(command)]
         self.optimizer.check(self.plane)
-        self._finish_decision(measured, commands, view)
+        self._finish_decision(measured, commands, view, note)
         return measured
 
     def _fit_rent(self, loss: float) -> None:
@@ -376,7 +376,9 @@ class Tolaria:
             self.remove_seed(path, "its parameters are not finite")
         return Alarm("parameters are not finite", math.nan, math.inf) if len(sick) > len(isolated) else None
 
-    def _finish_decision(self, measured: Measurement, commands: Sequence[Command], view: RunView | None) -> None:
+    def _finish_decision(
+        self, measured: Measurement, commands: Sequence[Command], view: RunView | None, note: str
+    ) -> None:
         clock, ratio = self.clock, self.plane.ledger.excess_params_ratio
         rent, better = self.plane.rent * ratio, self.objective.metric.higher_is_better
         if view is None:
@@ -395,6 +397,7 @@ class Tolaria:
                 excess_params_ratio=ratio,
                 rent=rent,
                 score_minus_rent=measured.score - rent if better else None,
+                note=note[:500],
             )
         )
         if self.books.rewards:

@@ -9,6 +9,7 @@ from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView, Course, RunView, SlotView
 from esper_core.tamiyo.depth_plan import due_at, find_deepening, plan_depth
+from esper_core.tamiyo.heuristic import HeuristicController
 
 WIDTH, LENGTH = 64, 128
 BLOCK = 12 * WIDTH**2
@@ -102,6 +103,12 @@ def test_copies_that_did_not_prove_themselves_are_not_planted_again() -> None:
     failed = attrs.evolve(offered, culled={"copy": 1})
     command, why = plan_depth(view([failed], 1e14, 0.3, 1), last=0.25, latest=0.7)
     assert command is None and "did not prove themselves" in why
+
+
+def test_why_a_network_stays_as_it_is_is_said_at_every_decision() -> None:
+    small = view([slot("blocks.0", 1)], 5e11, 0.3, 1)
+    said = list(HeuristicController().decide(small))
+    assert [command.op for command in said] == [Op.WAIT] and "budget cannot feed" in said[0].reason
 
 
 def test_a_run_that_goes_by_epochs_has_no_plan() -> None:

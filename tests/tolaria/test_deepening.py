@@ -6,9 +6,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
+from esper_core.cli.summary import last_note
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op
@@ -69,6 +71,14 @@ def test_counterfactuals_wait_until_the_loss_has_settled(doubled: Path) -> None:
 def test_it_reloads_without_user_code(doubled: Path) -> None:
     model = load_model(doubled / "reference")
     assert sum(p.numel() for p in model.parameters()) == 2 * 256 * 16 + 16 + 8 * 3104
+
+
+def test_the_log_and_the_summary_tell_why_nothing_grew(tmp_path: Path) -> None:
+    config = attrs.evolve(configure(tmp_path, "small", []), controller="heuristic", budget_total="2e8", epochs=1)
+    assert start_run(config).status == "finished"
+    notes = {event["note"] for event in ground.events(tmp_path / "small", "decided")}
+    assert all("the budget cannot feed" in note for note in notes)
+    assert last_note(tmp_path / "small") in notes
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -92,8 +92,8 @@ def p8(data: str = "text/english") -> list[Frontier]:
     thin_interleaved = _grown("heuristic 3x160", 3, 160, heuristic=True, order="interleave")
     shallow = _grown("by hand 3-6x192", 3, 192, (0.2, 2), order="interleave")
     zero = _grown("zero output 3-6-12x128", 3, 128, (0.07, 2), (0.28, 2), birth="zero")
-    bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004, 0.008), "most_rates": 3, "margin": 0.012,
-           "decays": (0.4, 0.6, 0.2), "finalists": 1, "seeds": 3}  # fmt: skip
+    bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004, 0.008), "most_rates": 3,
+           "margin": 0.012, "decays": (0.4, 0.6, 0.2), "finalists": 1, "seeds": 3}  # fmt: skip
     low = {"budget": 1e15, "host": (3, 128), "rates": (0.006, 0.003), "most_rates": 3, "decays": (0.4,), "seeds": 3,
            "sizes": P8_SMALL}  # fmt: skip
     high = {"budget": 1e16, "host": (4, 192), "sizes": ((12, 192), (10, 256), (16, 192), (8, 320)), "rates": (0.003,),

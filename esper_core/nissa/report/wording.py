@@ -116,7 +116,8 @@ def _epoch(e: Record) -> str:
 def _decided(e: Record) -> str:
     commands = [c for c in e.get("commands") or [] if isinstance(c, Mapping)]
     words = [" ".join(str(c[k]) for k in ("op", "slot", "blueprint") if c.get(k)) for c in commands]
-    return f"{e.get('controller')} decides: {', '.join(words) or 'wait'}"
+    note = f" ({e['note']})" if e.get("note") else ""
+    return f"{e.get('controller')} decides: {', '.join(words) or 'wait'}{note}"
 
 
 def _rollback(e: Record) -> str:
