@@ -131,6 +131,8 @@ def _read(path: Path) -> str:
 def _pages(
     pattern: str, skip: str = r"genindex|py-modindex|/search\.html|-use/|-use\.html|index-files/|index-all"
 ) -> Callable[[Path], Iterator[Document]]:
+    """A reader of a package's files that match `pattern`, each a document after `turn`."""
+
     def documents(root: Path) -> Iterator[Document]:
         for name, path in _files(root, pattern):
             if not re.search(skip, name):
@@ -148,7 +150,7 @@ def _linux_documentation(root: Path) -> Iterator[Document]:
             yield name, _read(path)
 
 
-def _plain(pattern: str, turn: Callable[[str], str] = lambda text: text) -> Callable[[Path], Iterator[Document]]:
+def plain(pattern: str, turn: Callable[[str], str] = lambda text: text) -> Callable[[Path], Iterator[Document]]:
     def documents(root: Path) -> Iterator[Document]:
         for name, path in _files(root, pattern):
             yield name, turn(_read(path))
@@ -180,12 +182,12 @@ def _linux_source(root: Path) -> Iterator[Document]:
 PACKAGES: Final[dict[str, dict[str, Callable[[Path], Iterator[Document]]]]] = {
     "english": {
         "linux-doc-6.1": _linux_documentation,
-        "python3.11-doc": _plain("usr/share/doc/python3.11/html/_sources/**/*.txt"),
+        "python3.11-doc": plain("usr/share/doc/python3.11/html/_sources/**/*.txt"),
         "dict-gcide": _gcide,
         "openjdk-17-doc": _pages("usr/share/doc/openjdk-17-jre-headless/api/**/*.html"),
         "wordnet-base": _wordnet,
-        "manpages": _plain("usr/share/man/man*/*.gz", from_roff),
-        "manpages-dev": _plain("usr/share/man/man*/*.gz", from_roff),
+        "manpages": plain("usr/share/man/man*/*.gz", from_roff),
+        "manpages-dev": plain("usr/share/man/man*/*.gz", from_roff),
         "postgresql-doc-15": _pages("usr/share/doc/postgresql-doc-15/html/*.html"),
     },
     "c": {"linux-source-6.1": _linux_source},

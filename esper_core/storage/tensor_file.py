@@ -75,7 +75,7 @@ def write_tensor_file(path: str | Path, tensors: Mapping[str, Tensor], header: M
         mode = temporary.stat().st_mode  # as the umask has it, where safetensors would let the owner alone read
         save_file(_savable(tensors), temporary, {HEADER_KEY: text})
         temporary.chmod(mode)
-        digest = _sync_and_hash(temporary)
+        digest = sync_and_hash(temporary)
         _read_back(temporary, path)
         os.replace(temporary, path)
     except safetensors.SafetensorError as error:
@@ -153,7 +153,7 @@ def write_json_file(path: str | Path, data: Any) -> None:
     temporary = make_temporary(path)
     try:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        _sync_and_hash(temporary)
+        sync_and_hash(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ def read_tensor_file(
     Raises:
         BadFile: missing, damaged, hostile, or not the file that was expected.
     """
-    data = _read(Path(path), max_bytes)
+    data = read_bytes(Path(path), max_bytes)
     if digest and hashlib.sha256(data).hexdigest() != digest:
         raise BadFile(f"{path} is damaged: its digest is not the one that was recorded", f"SHA-256 {digest[:12]}…")
     table, start = _table(data, path)
@@ -209,7 +209,7 @@ def read_json_file(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     Raises:
         BadFile: missing, too large, nested too deeply, or no JSON.
     """
-    data = _read(Path(path), max_bytes)
+    data = read_bytes(Path(path), max_bytes)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -281,7 +281,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_and_hash(path: Path) -> str:
+def sync_and_hash(path: Path) -> str:
+    """Make a file durable; its SHA-256, hexadecimal."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -300,8 +301,12 @@ def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def _read(path: Path, limit: int) -> bytearray:
-    """A whole regular file; its length is checked before memory is taken."""
+def read_bytes(path: Path, limit: int) -> bytearray:
+    """A whole regular file; its length is checked before memory is taken.
+
+    Raises:
+        BadFile: it is longer than `limit`, cannot be read, or changes meanwhile.
+    """
     try:
         with open(path, "rb", opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size

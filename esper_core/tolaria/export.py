@@ -95,13 +95,25 @@ def export_run(
     model = compose(plane).eval()
     task, _ = build_task(RunConfig.from_mapping(header["config"]), plane.registry)
     batch = next(iter(task.validation.batches(_COMPARED))).inputs
-    tensors = tuple(list_tensors(batch))
-    names = _names(batch, len(tensors))
-    positional = _Positional(model, batch).eval()
+    return export_model(model, batch, form, Path(out) if out is not None else Path(path) / "export" / _FILES[form])
+
+
+def export_model(model: nn.Module, inputs: Inputs, form: str, target: Path) -> Exported:
+    """Write a plain model in eval mode, and compare what was written with it.
+
+    Args:
+        inputs: some examples as the model takes them; their first are traced, and all are compared.
+        target: file or, for `torch`, folder.
+
+    Raises:
+        EsperError: the model cannot be traced, `target` cannot be written, or what was written computes something else.
+    """
+    tensors = tuple(list_tensors(inputs))
+    names = _names(inputs, len(tensors))
+    positional = _Positional(model, inputs).eval()
     with torch.no_grad():
         expected = positional(*tensors)
     program, fixed = _trace(positional, tuple(t[:_TRACED] for t in tensors))
-    target = Path(out) if out is not None else Path(path) / "export" / _default_name(form)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         compute = _WRITERS[form](program, target, names)
@@ -183,15 +195,15 @@ _WRITERS: Final[dict[str, _Writer]] = {
 }  # fmt: skip
 
 
+_FILES: Final = {"torch": "torch", "torch-export": "model.pt2", "onnx": "model.onnx"}
+"""What an export is called by default."""
+
+
 def _names(inputs: Inputs, count: int) -> tuple[str, ...]:
     """A name for each tensor: the keys of a mapping of tensors, or `inputs`, numbered if there are several."""
     if isinstance(inputs, Mapping) and len(inputs) == count:
         return tuple(inputs)
     return ("inputs",) if count == 1 else tuple(f"inputs_{number}" for number in range(count))
-
-
-def _default_name(form: str) -> str:
-    return {"torch": "torch", "torch-export": "model.pt2", "onnx": "model.onnx"}[form]
 
 
 def _need(*modules: str) -> None:

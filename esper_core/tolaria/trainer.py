@@ -132,7 +132,7 @@ class Trainer:
             if self.tolaria.snapshot.step < 0:
                 self.tolaria.keep()
             if self.folder is not None:
-                check_savable(self._tensors(), self._plain(), "a checkpoint of this run")
+                check_savable(self._tensors(), self.plain_state(), "a checkpoint of this run")
             while self.position.epoch < self.config.epochs and not self._spent():
                 if not self._epoch():
                     return self._interrupted()
@@ -435,7 +435,7 @@ class Trainer:
             self.folder.checkpoints.save(
                 self.tolaria.clock.step,
                 self._tensors(),
-                {**self._plain(), "sinks": self.hub.positions()},
+                {**self.plain_state(), "sinks": self.hub.positions()},
                 self.position.validation_loss,
             )
         except PART_FAULTS as error:  # a full disk, or a part that cannot say how it stands
@@ -452,7 +452,8 @@ class Trainer:
             "trainer.hits": self._hits,
         }
 
-    def _plain(self) -> dict[str, Any]:
+    def plain_state(self) -> dict[str, Any]:
+        """JSON-compatible state of a checkpoint; its tensors are kept apart."""
         return {
             "training": training_plain(self.tolaria.plane, self.tolaria.optimizer),
             "tolaria": self.tolaria.state_dict(),

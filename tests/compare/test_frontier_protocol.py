@@ -13,7 +13,7 @@ from esper_core.leyline.errors import BadOption
 from esper_core.registry import load_registry
 from esper_core.tolaria.config import RunConfig
 from esper_core.trials.frontier.job import Job
-from esper_core.trials.frontier.of_run import _plan, describe_frontier, frontier_of, sizes_around
+from esper_core.trials.frontier.of_run import describe_frontier, frontier_of, plan_of_run, sizes_around
 from esper_core.trials.frontier.plan import Frontier
 from esper_core.trials.frontier.queue import append_row, read_rows
 from esper_core.trials.frontier.table import equal_loss, show_frontier, summarise_frontier
@@ -118,7 +118,7 @@ def test_the_frontier_of_a_run_tells_what_tokens_and_flops_were_worth() -> None:
     assert (1, 64) in frontier.sizes and (2, 64) in frontier.sizes and len(frontier.sizes) > 6
     assert frontier.arms()[0].size == {"layers": 1, "width": 64}
     rows: list[dict] = []
-    while jobs := [job for job in _plan(frontier, rows) if job.key not in {row["key"] for row in rows}]:
+    while jobs := [job for job in plan_of_run(frontier, rows) if job.key not in {row["key"] for row in rows}]:
         rows.append(run_row(jobs[0]))
     found = describe_frontier(frontier, rows)
     assert found["token_worth"] == pytest.approx(0.6, abs=1e-6)

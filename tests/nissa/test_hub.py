@@ -11,7 +11,9 @@ import pytest
 from esper_core.leyline.errors import BadFile
 from esper_core.leyline.events import Decided, Event, FaultCaught, HostRead
 from esper_core.nissa.hub import Hub
+from esper_plugins.sinks import jsonl
 from esper_plugins.sinks.jsonl import JsonLines
+from tests.nissa.disk import Disk
 
 
 class Memory:
@@ -194,18 +196,17 @@ def test_jsonl_refuses_a_position_that_is_not_its_own(tmp_path) -> None:
     sink.close()
 
 
-def test_a_full_disk_keeps_the_log_waiting_and_not_the_run(tmp_path) -> None:
+def test_a_full_disk_keeps_the_log_waiting_and_not_the_run(tmp_path, monkeypatch) -> None:
+    disk = Disk(monkeypatch, lambda data: True)
     sink = JsonLines(tmp_path)
-    hub, disk = Hub({"jsonl": sink}), sink._file
-    with open("/dev/full", "ab", buffering=0) as full:
-        sink._file = full
-        for step in range(10):
-            hub.emit(event(step))
-        hub.flush()
-        assert hub.live == ("jsonl",) and sink.path.read_bytes() == b""
-        with pytest.raises(OSError, match="No space left"):
-            hub.positions()
-    sink._file = disk  # there is room again
+    hub = Hub({"jsonl": sink})
+    for step in range(10):
+        hub.emit(event(step))
+    hub.flush()
+    assert hub.live == ("jsonl",) and sink.path.read_bytes() == b""
+    with pytest.raises(OSError, match="No space left"):
+        hub.positions()
+    disk.is_full = lambda data: False
     hub.emit(event(10))
     hub.flush()
     assert hub.positions() == {"jsonl": sink.path.stat().st_size}
@@ -214,16 +215,13 @@ def test_a_full_disk_keeps_the_log_waiting_and_not_the_run(tmp_path) -> None:
 
 
 def test_a_disk_that_stays_full_drops_the_log(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("esper_plugins.sinks.jsonl._PATIENT_BYTES", 1000)
-    monkeypatch.setattr("esper_plugins.sinks.jsonl._EAGER_BYTES", 100)
-    sink = JsonLines(tmp_path)
-    with open("/dev/full", "ab", buffering=0) as full:
-        sink._file.close()
-        sink._file = full
-        hub = Hub({"jsonl": sink})
-        for step in range(40):
-            hub.emit(event(step))
-        assert hub.live == () and "No space left" in hub.faults[0].error
+    monkeypatch.setattr(jsonl, "PATIENT_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "EAGER_BYTES", 100)
+    Disk(monkeypatch, lambda data: True)
+    hub = Hub({"jsonl": JsonLines(tmp_path)})
+    for step in range(40):
+        hub.emit(event(step))
+    assert hub.live == () and "No space left" in hub.faults[0].error
 
 
 def test_jsonl_costs_little() -> None:

@@ -92,14 +92,14 @@ def test_a_run_of_the_version_before_opens_with_the_same_figures(tmp_path) -> No
 
 
 def test_a_checkpoint_of_the_version_before_is_resumed(tmp_path, monkeypatch) -> None:
-    plain = Trainer._plain
+    plain = Trainer.plain_state
 
     def old(trainer):
         state = plain(trainer)
         return {**state, "position": {OLD.get(key, key): value for key, value in state["position"].items()}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_plain", old)
+        patch.setattr(Trainer, "plain_state", old)
         whole = start_run(ground.config(tmp_path / "a", epochs=2), registry=ground.registry())
     (tmp_path / "a" / "result.json").unlink()
     assert resume_run(tmp_path / "a", registry=ground.registry()) == whole

@@ -94,7 +94,7 @@ def test_isolated_seeds_leave_the_hosts_alone_even_when_one_is_not_finite() -> N
     stacked, alone = population()
     for k in range(COUNT):
         stacked.apply(k, grow("block2", "conv"))
-    bucket, lane = stacked._lanes[1, "block2"]
+    bucket, lane = stacked.lanes[1, "block2"]
     with torch.no_grad():
         next(iter(bucket.stack.params.values()))[lane] = float("nan")
     for batch in batches(5):
@@ -168,6 +168,6 @@ def test_refusals_change_nothing_and_foreign_hosts_are_refused() -> None:
     stacked, _ = population()
     with pytest.raises(IllegalCommand):
         stacked.apply(0, Command(Op.CULL, "block1"))
-    assert not stacked._lanes
+    assert not stacked.lanes
     with pytest.raises(EsperError, match="different host structure"):
         StackedPopulation([make_plane(), make_plane(widths="4,6,10")], JUDGE, device="cpu")

@@ -39,7 +39,7 @@ def test_a_corpus_is_the_same_each_time_and_its_splits_share_no_document(
     for number in range(40):
         lines = "\n".join(f"document {number} says {line}" for line in range(40))
         (root / "usr" / f"{number}.txt").write_text(lines)
-    monkeypatch.setitem(corpus.PACKAGES, "sample", {"package": corpus._plain("usr/*.txt")})
+    monkeypatch.setitem(corpus.PACKAGES, "sample", {"package": corpus.plain("usr/*.txt")})
     monkeypatch.setattr(corpus, "fetch", lambda package, folder: (folder / package, "1.0"))
     monkeypatch.setattr(corpus, "HELD_OUT", 3000)
     first, second = (corpus.make("sample", tmp_path, tmp_path) for _ in range(2))

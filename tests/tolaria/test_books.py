@@ -153,7 +153,7 @@ def test_a_seed_that_is_missed_while_it_withers_comes_back_from_before_and_no_st
     assert {e.penalty for e in life.told("rolled_back")} == {0.0}
     verdict = life.told("audited")[0]
     assert (verdict.verdict, verdict.slot) == ("revive", "block1") and "collapsed" in verdict.reason
-    auditor._rests_until.clear()
+    auditor.load_state_dict({**auditor.state_dict(), "rests_until": {}})
     life.tolaria.decide(life.batches, 0.0)
     assert life.plane.growths["block1"].stage is Stage.FOSSILIZED, "what was shown to be essential is left in peace"
 

@@ -10,7 +10,7 @@ from esper_core.kasmina.compose import compose
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
 from esper_core.registry import load_registry
-from esper_core.tolaria import export
+from esper_core.tolaria.export import export_model
 
 
 class Encoder(nn.Module):
@@ -63,10 +63,8 @@ def test_onnx_keeps_the_names_of_inputs_and_one_batch_size(tmp_path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     inputs = {"input_ids": torch.randint(0, 9, (4, 5)), "attention_mask": torch.ones(4, 5)}
-    model = export._Positional(Masked(), inputs).eval()
-    program, fixed = export._trace(model, tuple(inputs.values()))
-    assert fixed is None
-    export._WRITERS["onnx"](program, tmp_path / "m.onnx", tuple(inputs))
+    written = export_model(Masked().eval(), inputs, "onnx", tmp_path / "m.onnx")
+    assert written.fixed_batch is None and written.inputs == ("input_ids", "attention_mask")
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert [node.name for node in graph.input] == ["input_ids", "attention_mask"]
     sizes = {node.type.tensor_type.shape.dim[0].dim_param for node in graph.input}

@@ -170,7 +170,7 @@ class Disk:
     }  # fmt: skip
 
     def __init__(self, monkeypatch) -> None:
-        sync, read = tensor_file._sync_and_hash, tensor_file._read
+        sync, read = tensor_file.sync_and_hash, tensor_file.read_bytes
 
         def write(path):
             if ".safetensors" in path.name:
@@ -186,8 +186,8 @@ class Disk:
             return read(path, limit)
 
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of runs need not outlive the machine
-        monkeypatch.setattr(tensor_file, "_sync_and_hash", write)
-        monkeypatch.setattr(tensor_file, "_read", load)
+        monkeypatch.setattr(tensor_file, "sync_and_hash", write)
+        monkeypatch.setattr(tensor_file, "read_bytes", load)
 
     def strike(self, when: str) -> None:
         if Store.plan.take("disk", when):

@@ -312,14 +312,14 @@ def test_a_file_that_the_disk_garbled_replaces_nothing(tmp_path, monkeypatch):
 
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     checkpoints.save(1, {"a": torch.ones(3)}, {}, 0.1)
-    sync = tensor_file._sync_and_hash
+    sync = tensor_file.sync_and_hash
 
     def garble(path):
         if ".safetensors" in path.name:
             path.write_bytes(path.read_bytes().replace(b'"F32"', b'"X32"'))
         return sync(path)
 
-    monkeypatch.setattr(tensor_file, "_sync_and_hash", garble)
+    monkeypatch.setattr(tensor_file, "sync_and_hash", garble)
     with pytest.raises(OSError, match="cannot be read back"):
         checkpoints.save(2, {"a": torch.ones(3)}, {}, 0.1)
     assert checkpoints.steps() == [1] and checkpoints.load(1)

@@ -57,15 +57,15 @@ def _newer_format(folder, monkeypatch):
 
 def _raises(error):
     def damage(folder, monkeypatch):
-        original = tensor_file._read
+        original = tensor_file.read_bytes
 
         def read(path, limit):
             if path.suffix == ".safetensors":
                 raise error
             return original(path, limit)
 
-        monkeypatch.setattr(tensor_file, "_read", read)
-        return lambda: monkeypatch.setattr(tensor_file, "_read", original)
+        monkeypatch.setattr(tensor_file, "read_bytes", read)
+        return lambda: monkeypatch.setattr(tensor_file, "read_bytes", original)
 
     return damage
 

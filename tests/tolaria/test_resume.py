@@ -157,7 +157,7 @@ def _dying(owner: object, name: str, number: int, after: bool):
 
 
 MOMENTS = {
-    "tensors on disk, not yet renamed": (tensor_file, "_sync_and_hash", 3),
+    "tensors on disk, not yet renamed": (tensor_file, "sync_and_hash", 3),
     "tensors renamed, manifest not written": (checkpoint, "write_json_file", 3),
     "old checkpoints deleted": (checkpoint.Checkpoints, "_rotate", 4),
     "event log made durable": (JsonLines, "flush", 4),

@@ -139,6 +139,11 @@ class StackedPopulation:
             plane.on_change(_Note(self._changed, k))
         self._regroup()
 
+    @property
+    def lanes(self) -> Mapping[_Place, tuple[Bucket, int]]:
+        """Environment and path of every seed, to the bucket and lane in which it is computed."""
+        return self._lanes
+
     # --- The per-batch path: nothing waits for the device ---
 
     def step(self, batch: Batch, learning_rate: float) -> None:

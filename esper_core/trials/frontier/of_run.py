@@ -54,7 +54,7 @@ def compare_frontier(
     frontier = frontier_of(run, training_flops(folder.path), registry, seeds)
     rows = folder.path / "compare" / "frontier.jsonl"
     kind = "cuda" if run.device.startswith("cuda") else "cpu"
-    run_queue(lambda rows: _plan(frontier, rows), frontier.base, rows, workers={kind: workers}, notify=notify)
+    run_queue(lambda rows: plan_of_run(frontier, rows), frontier.base, rows, workers={kind: workers}, notify=notify)
     summary = describe_frontier(frontier, read_rows(rows))
     write_json_file(folder.path / "frontier.json", summary)
     return summary
@@ -94,7 +94,7 @@ def sizes_around(host: Sequence[int]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(sizes))
 
 
-def _plan(frontier: Frontier, rows: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
+def plan_of_run(frontier: Frontier, rows: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
     """The frontier's own jobs; when these are done, those that tell what a token and a FLOP were worth."""
     done = {row["key"] for row in rows}
     waiting = False

@@ -11,9 +11,9 @@ from esper_core.leyline.errors import BadFile
 from esper_core.leyline.events import Event
 from esper_core.leyline.files import open_append, open_regular
 
-_EAGER_SECONDS: Final = 1.0
-_EAGER_BYTES: Final = 1 << 18
-_PATIENT_BYTES: Final = 1 << 26
+EAGER_SECONDS: Final = 1.0
+EAGER_BYTES: Final = 1 << 18
+PATIENT_BYTES: Final = 1 << 26
 """What may wait in memory while the disk is full."""
 
 
@@ -43,9 +43,9 @@ class JsonLines:
             OSError: the disk has been full or gone for 64 MiB of lines.
         """
         self._waiting += event.to_json().encode() + b"\n"
-        if len(self._waiting) > _EAGER_BYTES or time.monotonic() - self._pushed > _EAGER_SECONDS:
+        if len(self._waiting) > EAGER_BYTES or time.monotonic() - self._pushed > EAGER_SECONDS:
             self._push()
-            if self._error is not None and len(self._waiting) > _PATIENT_BYTES:
+            if self._error is not None and len(self._waiting) > PATIENT_BYTES:
                 raise self._error
 
     def flush(self) -> None:
