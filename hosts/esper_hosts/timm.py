@@ -9,7 +9,8 @@ Source: Wightman, "PyTorch Image Models", 2019, https://github.com/huggingface/p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 import attrs
@@ -50,6 +51,10 @@ def timm(
     resize: str = "auto",
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    depth: int = 0,
+    embed_dim: int = 0,
+    num_heads: int = 0,
+    patch_size: int = 0,
 ) -> ModuleHost:
     """The timm model `argument` as a host, with points found by measuring.
 
@@ -62,9 +67,11 @@ def timm(
         img_size: side to which the model is built; 0 for the side of its inputs.
         resize: side to which inputs are resized; `auto` for the smallest that the model can use, `none` for never.
         drop_rate, drop_path_rate: dropout before the classifier; stochastic depth.
+        depth, embed_dim, num_heads, patch_size: of a vision transformer or what else takes them; 0 for the model's own.
 
     Raises:
         UnknownName: timm has no such model.
+        BadOption: the model does not take one of the sizes, or they do not fit together.
         EsperError: inputs that are no images, no size at which the model runs, or weights that cannot be had.
     """
     if not library.is_model(argument):
@@ -73,13 +80,25 @@ def timm(
         raise UnknownName(f"timm has no model {argument!r}", "a name of timm.list_models()", hint)
     if input_shape is not None and len(input_shape) != 3:
         raise EsperError(f"timm:{argument} cannot take inputs of shape {input_shape}", "images (C, H, W)", "--host cnn")
-    empty = build_empty(argument, in_chans=input_shape[0] if input_shape else 3)
+    own = {"depth": depth, "embed_dim": embed_dim, "num_heads": num_heads, "patch_size": patch_size}
+    own = {name: value for name, value in own.items() if value}
+    try:
+        empty = build_empty(argument, in_chans=input_shape[0] if input_shape else 3, **own)
+    except Exception as error:
+        if not own:
+            raise
+        given = ", ".join(f"timm.{name}={value}" for name, value in own.items())
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadOption(
+            f"timm:{argument} cannot be built with {given}: {told[0][:200]}", "sizes that the architecture takes",
+            "--host timm:vit_tiny_patch16_224 --set timm.depth=4",
+        ) from error  # fmt: skip
     shape = tuple(input_shape or empty.pretrained_cfg["input_size"])
     settings = {"in_chans": shape[0], "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
     settings = {name: value for name, value in settings.items() if value or name == "in_chans"}
     if outputs is not None:
         settings["num_classes"] = outputs
-    target = choose_size(argument, empty, shape, img_size, _wanted(resize))
+    target = choose_size(argument, empty, shape, img_size, _wanted(resize), own)
     notes = []
     if target.resized:
         notes.append(
@@ -89,7 +108,7 @@ def timm(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            model = library.create_model(argument, pretrained=pretrained, **settings, **target.arguments)
+            model = library.create_model(argument, pretrained=pretrained, **settings, **own, **target.arguments)
     except Exception as error:
         if not pretrained:
             raise
@@ -136,7 +155,10 @@ def build_empty(name: str, **arguments: Any) -> nn.Module:
     return model.eval()
 
 
-def choose_size(name: str, empty: Any, shape: Sequence[int], img_size: int = 0, wanted: int | None = 0) -> Size:
+def choose_size(
+    name: str, empty: Any, shape: Sequence[int], img_size: int = 0, wanted: int | None = 0,
+    own: Mapping[str, int] = MappingProxyType({}),
+) -> Size:  # fmt: skip
     """The smallest side at which the model can use inputs of `shape`.
 
     Args:
@@ -144,12 +166,13 @@ def choose_size(name: str, empty: Any, shape: Sequence[int], img_size: int = 0, 
         shape: (C, H, W) of the inputs.
         img_size: side to which the model is to be built; 0 for any.
         wanted: side to which inputs are to be resized; 0 for the smallest, None for never.
+        own: further arguments with which the model is built.
 
     Raises:
         EsperError: the model runs at none of the sizes allowed.
     """
     side, square = max(shape[1:]), shape[1] == shape[2]
-    trial = Trial(name, empty, shape[0])
+    trial = Trial(name, empty, shape[0], own)
     if wanted is None or wanted or img_size:
         size = side if wanted is None else wanted or img_size
         arguments = trial.runs_at(size, img_size or size)
@@ -172,18 +195,18 @@ class Trial:
     """Tries sizes on models without data.
 
     Args:
-        name: of the model. empty: built for `channels`, at its own size.
+        name: of the model. empty: built for `channels`, at its own size. own: what else it is built with.
     """
 
-    def __init__(self, name: str, empty: nn.Module, channels: int) -> None:
-        self.name, self.empty, self.channels = name, empty, channels
+    def __init__(self, name: str, empty: nn.Module, channels: int, own: Mapping[str, int]) -> None:
+        self.name, self.empty, self.channels, self.own = name, empty, channels, own
         self.takes_size = True
 
     def runs_at(self, size: int, built_for: int) -> dict[str, int] | None:
         """The arguments with which to build the model for inputs of side `size`; None if it does not run on them."""
         if self.takes_size:
             try:
-                sized = build_empty(self.name, in_chans=self.channels, img_size=built_for)
+                sized = build_empty(self.name, in_chans=self.channels, img_size=built_for, **self.own)
                 self._run(sized, size)
                 return {"img_size": built_for}
             except TypeError:

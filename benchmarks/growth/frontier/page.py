@@ -11,6 +11,7 @@ from typing import Any, Final
 TITLES: Final = {
     "p9": "P9: a byte-level GPT on the standard library's source, on CPU cores",
     "p9-quick": "P9 in its quick form",
+    "p11": "P11: a vision transformer on Fashion-MNIST",
     "p8": "P8: a byte-level GPT on Debian's documentation, on a GPU",
     "p10": "P10: a budget that nobody knows",
     "ablation": "What of growing by copies it is that pays",

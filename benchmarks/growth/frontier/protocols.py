@@ -109,7 +109,47 @@ def p8(data: str = "text/english") -> list[Frontier]:
     ]
 
 
+def _vit(depth: int, width: int, *grow: tuple[float, int], **more: Any) -> Job:
+    return Job(
+        arm="", budget=1.0, size={"depth": depth, "embed_dim": width, "num_heads": width // 32}, rate=0.0, grow=grow,
+        slot=f"blocks.{depth - 1}", **more,
+    )  # fmt: skip
+
+
+def p11(data: str = "data") -> list[Frontier]:
+    """Fashion-MNIST, a vision transformer of 49 patches: 5e12, 5e13 and 3e14 FLOP (2, 24 and 140 epochs at 2x64).
+
+    Does growing by copies pay in vision, at short and at long training?
+    """
+    base = {
+        "host": "timm:vit_tiny_patch16_224", "blueprints": ("copy",), "budget_params": "", "rent": 0.0, "warmup": 0.08,
+        "clip": 1.0, "weight_decay": 0.05, "task": "torchvision:FashionMNIST", "batch_size": 128, "device": "cuda",
+        "compile": "blocks",
+        "settings": {
+            **_ADAMW, "timm.patch_size": 4, "timm.resize": "none", "torchvision.augment": "shift-flip",
+            "torchvision.validation_from": "inside", "torchvision.validation": 0.1, "torchvision.root": data,
+            "sensors.every": 1000,
+        },
+    }  # fmt: skip
+    told = {"options": ("depth", "embed_dim", "num_heads"), "rates": (0.002, 0.001), "most_rates": 3, "margin": 0.03,
+            "decays": (0.4,), "finalists": 1, "seeds": 3, "base": base, "host": (2, 64, 2)}  # fmt: skip
+    sizes = tuple(
+        (depth, width, width // 32)
+        for depth, width in ((1, 64), (3, 64), (4, 64), (6, 64), (8, 64), (2, 96), (4, 96), (6, 96), (2, 128), (4, 128),
+                             (6, 128), (4, 192))
+    )  # fmt: skip
+    grown = (
+        attrs.evolve(_vit(2, 64, heuristic=True), arm="heuristic 2x64"),
+        attrs.evolve(_vit(2, 64, (0.2, 2)), arm="by hand 2-4x64"),
+        attrs.evolve(_vit(2, 96, (0.2, 2)), arm="by hand 2-4x96"),
+    )
+    return [
+        Frontier(name=f"p11-{budget:g}".replace("e+", "e"), budget=budget, sizes=sizes, grown=grown, **told)
+        for budget in (5e12, 5e13, 3e14)
+    ]
+
+
 PROTOCOLS: Final[Mapping[str, Callable[..., Sequence[Frontier]]]] = {
-    "p9": p9, "p9-quick": lambda: p9(quick=True), "p8": p8,
+    "p9": p9, "p9-quick": lambda: p9(quick=True), "p8": p8, "p11": p11,
 }  # fmt: skip
 """Name to what makes its frontiers."""
