@@ -65,7 +65,7 @@ def arms_table(compare: Mapping[str, Any], *, wide: bool = True) -> Table:
 
 
 def judge_of(compare: Mapping[str, Any]) -> Metric:
-    """The metric by which the arms of a `compare.json`, of whatever version, are held against each other."""
+    """The metric by which the arms of a `compare.json` of any version are compared."""
     if "judge" in compare:
         return metric_of({"metric": compare["judge"]})
     bits = compare.get("metric") == "bits_per_byte"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @run_argument()
 @click.option("--seeds", type=click.IntRange(1), default=5, metavar="N", show_default=True, help="seeds of each arm")
-@click.option("--arms", default="", metavar="A,B", help="only these arms; all of them if left out")
+@click.option("--arms", default="", metavar="A,B", help="train only these arms  [default: all]")
 @click.option("--candidates", type=click.IntRange(1), default=3, metavar="N", show_default=True,
               help="random architectures that share the budget of the random search")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=2, metavar="N", show_default=True,
@@ -32,9 +32,9 @@ def compare(
     context: click.Context, run: str, seeds: int, arms: str, candidates: int, workers: int, frontier: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Train the arms that growing must beat, on the same data with paired seeds, and print the table.
+    """Train baselines that do not grow, on the same data with paired seeds, and print the table.
 
-    What is done already is not run again, so it can be stopped and called again. The arms are `host`, `host@FLOPs`,
+    Finished arms are kept, so an interrupted comparison can be called again. The arms are `host`, `host@FLOPs`,
     `static`, `static@FLOPs`, `random search` and `random controller`.
 
     \b

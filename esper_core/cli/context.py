@@ -28,7 +28,7 @@ class CliSettings:
             from esper_core.registry import load_registry
             from esper_core.registry.quiet import diverted_descriptor
 
-            with diverted_descriptor():  # stdout is for the answer, whatever a plugin prints while it is imported
+            with diverted_descriptor():  # plugins may print while they are imported; stdout is for the result
                 self._registry = load_registry(self.disabled)
         return self._registry
 

@@ -19,7 +19,7 @@ MODES = ("auto", "quiet", "json-lines")
 
 
 class Display:
-    """Shows a run; use it as a context so that the terminal is given back whatever happens.
+    """Shows a run; use it as a context so that the terminal is restored also after an error.
 
     Args:
         mode: `auto` (live on a terminal, else plain lines), `quiet` or `json-lines`.

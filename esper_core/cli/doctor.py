@@ -12,7 +12,7 @@ from esper_core.cli.output import print_json, waiting
 @click.option("--fast", is_flag=True, help="Do not import torch: no devices beyond the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def doctor(fast: bool, as_json: bool) -> None:
-    """Say what is installed, what is missing, and the line that mends it.
+    """Check the installation: what is installed, what is missing, and the command that fixes it.
 
     Exits with 1 if something that Esper needs is missing or a plugin is broken.
     """

@@ -15,7 +15,7 @@ _MARKS = {"ok": ("✓", "green"), "absent": ("–", "dim"), "bad": ("✗", "red"
 
 
 def show_findings(findings: Sequence[HealthItem]) -> None:
-    """Print findings by section, and how to mend what can be mended under each."""
+    """Print findings by section, with the command that fixes each."""
     console = make_console()
     width = max(len(finding.name) for finding in findings)
     for section, group in groupby(findings, key=lambda finding: finding.section):
@@ -24,11 +24,13 @@ def show_findings(findings: Sequence[HealthItem]) -> None:
         table.columns[1].min_width = min(width, 24)
         for finding in group:
             text = Text(finding.text, "" if finding.state != "absent" else "dim")
-            if finding.mend:
-                text.append("\n→ " + finding.mend, "yellow" if finding.state == "bad" else "default")
+            if finding.fix:
+                text.append("\n→ " + finding.fix, "yellow" if finding.state == "bad" else "default")
             table.add_row(Text(*_MARKS[finding.state]), finding.name, text)
         console.print(Padding(table, (0, 0, 0, 2), expand=False))
         console.print()
     bad = sum(finding.state == "bad" for finding in findings)
-    verdict = "everything that Esper needs is here" if not bad else f"{bad} to mend; each → is the next thing to do"
+    verdict = (
+        "everything that Esper needs is installed" if not bad else f"{bad} problems; the line after each → fixes it"
+    )
     console.print(Text(verdict, "red" if bad else "green"))

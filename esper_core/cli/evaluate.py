@@ -15,12 +15,12 @@ SPLITS = ("train", "validation", "test")
 
 @click.command("eval")
 @run_argument()
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="What to measure on.")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Split to evaluate on.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--download", is_flag=True, help="Let the task fetch what the run's configuration asks for.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def evaluate(run: str, split: str, device: str, download: bool, as_json: bool) -> None:
-    """Measure the grown model of RUN on a split of its task."""
+    """Evaluate the grown model of RUN on a split of its task."""
     folder = find_run(run)
     from esper_core.nissa.report.wording import nats, show_score
     from esper_core.tolaria.run import eval_run

@@ -1,4 +1,4 @@
-"""What `esper doctor` finds out: versions, devices, plugins and data folders, each with the line that mends it."""
+"""What `esper doctor` finds out: versions, devices, plugins and data folders, each with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class HealthItem:
         name: what was looked at.
         state: `ok`, `absent` (optional and not there), or `bad`.
         text: what was found.
-        mend: what to type or do, if something can be mended.
+        fix: what to type or do; empty if nothing helps.
     """
 
     section: str
     name: str
     state: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(registry: Registry, *, fast: bool) -> Iterator[HealthItem]:
@@ -76,17 +76,17 @@ def _packages() -> Iterator[HealthItem]:
         if extra and extra[1] in _COLLECTIONS:
             continue
         name, bounds = re.match(r"\s*([\w.-]+)(.*)", wanted, re.DOTALL).groups()  # type: ignore[union-attr]
-        mend = f"pip install '{CORE_DISTRIBUTION}[{extra[1]}]'" if extra else f"pip install '{wanted.strip()}'"
+        fix = f"pip install '{CORE_DISTRIBUTION}[{extra[1]}]'" if extra else f"pip install '{wanted.strip()}'"
         try:
             found = version(name)
         except PackageNotFoundError:
             text = f"not installed (extra {extra[1]})" if extra else "not installed"
-            yield HealthItem("packages", name, "absent" if extra else "bad", text, mend)
+            yield HealthItem("packages", name, "absent" if extra else "bad", text, fix)
             continue
         if fits(found, bounds):
             yield HealthItem("packages", name, "ok", found)
         else:
-            yield HealthItem("packages", name, "bad", f"{found} is installed, {bounds.strip()} is needed", mend)
+            yield HealthItem("packages", name, "bad", f"{found} is installed, {bounds.strip()} is needed", fix)
 
 
 def fits(found: str, bounds: str) -> bool:
@@ -179,8 +179,8 @@ def _data() -> Iterator[HealthItem]:
             yield HealthItem("data", name, "absent", f"nothing yet in {folder}")
     free = shutil.disk_usage(Path.cwd()).free
     low = free < 2**30
-    mend = "free some space before a run: checkpoints and datasets go to disk" if low else ""
-    yield HealthItem("data", "disk", "bad" if low else "ok", f"{_bytes(free)} free in {Path.cwd()}", mend)
+    fix = "free some space before a run: checkpoints and datasets go to disk" if low else ""
+    yield HealthItem("data", "disk", "bad" if low else "ok", f"{_bytes(free)} free in {Path.cwd()}", fix)
 
 
 def _size(folder: Path) -> str:

@@ -35,8 +35,8 @@ def show(
 ) -> None:
     """Print the injection points of HOST with channels, layout, role, tags, parameters and FLOPs.
 
-    Parameters and FLOPs of a point are those of the module behind which it stands, for one example; a multiply-add
-    counts as two.
+    Parameters and FLOPs of a point are those of the module before it, for one example; a multiply-add counts as
+    two.
 
     \b
     esper hosts show cnn

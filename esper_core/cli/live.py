@@ -33,7 +33,7 @@ class LiveView:
     """A sink that draws the run in the terminal.
 
     `write` only queues; a thread of the view's own drains the queue and draws, at most eight times a second and
-    more seldom where drawing is dear, so that the run never waits for it.
+    less often where drawing is slow, so that training never waits for it.
 
     Args:
         watch: the state to draw.

@@ -16,22 +16,22 @@ from esper_core import __version__
 VERBS: dict[str, tuple[str, str, str]] = {
     "run": ("esper_core.cli.run", "run", "grow a host on a task"),
     "resume": ("esper_core.cli.resume", "resume", "resume a run from its newest checkpoint"),
-    "eval": ("esper_core.cli.evaluate", "evaluate", "measure a grown model"),
+    "eval": ("esper_core.cli.evaluate", "evaluate", "evaluate a grown model"),
     "compare": ("esper_core.cli.compare", "compare", "compare a run with baselines that do not grow"),
     "export": ("esper_core.cli.export", "export", "write a grown model for use without Esper"),
     "report": ("esper_core.cli.report", "report", "write the report of a run as one HTML file"),
-    "runs": ("esper_core.cli.runs", "runs", "list runs, and put two side by side"),
-    "hosts": ("esper_core.cli.hosts", "hosts", "show where a host can grow, and what it costs"),
-    "tamiyo": ("esper_core.cli.tamiyo", "tamiyo", "train, measure, show and adapt the learned controller"),
-    "plugins": ("esper_core.cli.plugins", "plugins", "list, explain and check what can be used"),
-    "doctor": ("esper_core.cli.doctor", "doctor", "say what is installed, what is missing and how to mend it"),
+    "runs": ("esper_core.cli.runs", "runs", "list runs, or compare two"),
+    "hosts": ("esper_core.cli.hosts", "hosts", "show where a host can grow, with sizes and costs"),
+    "tamiyo": ("esper_core.cli.tamiyo", "tamiyo", "train, evaluate, show and adapt the learned controller"),
+    "plugins": ("esper_core.cli.plugins", "plugins", "list, describe and check plugins"),
+    "doctor": ("esper_core.cli.doctor", "doctor", "check the installation, and print how to fix what is missing"),
     "completion": ("esper_core.cli.completion", "completion", "print the script that completes commands in a shell"),
 }
 """Verb to module, command and the line that `esper --help` shows, in the order of that listing."""
 
 INTERRUPTED = 130
 CRASHED = 70
-"""Exit code for what nobody foresaw (EX_SOFTWARE of sysexits.h)."""
+"""Exit code of an unexpected error (EX_SOFTWARE of sysexits.h)."""
 
 
 class Verbs(click.Group):
@@ -87,7 +87,7 @@ class Verbs(click.Group):
             fail(_usage(error), 2)
         except click.ClickException as error:
             fail(error.format_message(), error.exit_code)
-        except Exception as error:  # noqa: BLE001 - nobody foresaw it; the traceback is kept
+        except Exception as error:  # noqa: BLE001 - unexpected; the traceback is kept
             from esper_core.leyline.errors import EsperError
 
             if isinstance(error, EsperError):
@@ -105,7 +105,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def _fail_unexpectedly(error: BaseException) -> NoReturn:
-    """Say on one line what happened, and keep the traceback in a file for whoever mends it."""
+    """Print one line, and write the traceback to a file for a bug report."""
     import tempfile
     import traceback
 

@@ -12,15 +12,17 @@ from esper_core.cli.context import current_registry
 
 @click.command()
 @run_argument()
-@click.option("--from-scratch", is_flag=True, help="Begin again; what the run left is put aside, not deleted.")
+@click.option(
+    "--from-scratch", is_flag=True, help="Start again from step 0; files of the run are moved aside, not deleted."
+)
 @click.option("--download", is_flag=True, help="Let the run fetch what its configuration asks for.")
-@click.option("--accept-changes", is_flag=True, help="Go on although its data or plugins have changed.")
+@click.option("--accept-changes", is_flag=True, help="Resume even if its data or plugins have changed.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only where the report is.")
 @click.option("--json-lines", is_flag=True, help="Print every event as a line of JSON on stdout.")
 def resume(
     run: str, from_scratch: bool, download: bool, accept_changes: bool, quiet: bool, json_lines: bool
 ) -> int:  # fmt: skip
-    """Go on with RUN from its newest whole checkpoint, bit for bit as if it had not stopped."""
+    """Resume RUN from its newest complete checkpoint; the result is bit-identical to a run that never stopped."""
     folder = find_run(run)
     from esper_core.cli.display import Display, chosen_mode
     from esper_core.cli.summary import conclude

@@ -27,9 +27,11 @@ CONTROL_ARM = "host@FLOPs"
 @click.option(
     "--adapter", metavar="FILE|DOMAIN", help="adapter of `--controller agent`; vision and language are shipped"
 )
-@click.option("--compare", is_flag=True, help="then train the arms that growing must beat")
+@click.option("--compare", is_flag=True, help="afterwards, train baselines that do not grow, and compare")
 @click.option(
-    "--versus", type=click.Choice(["host"]), help="then train the host alone at the same FLOPs, and say which pays"
+    "--versus",
+    type=click.Choice(["host"]),
+    help="afterwards, train the host alone at the same FLOPs, and print which is better",
 )
 @click.option(
     "--seeds",

@@ -52,7 +52,7 @@ def list_all(folder: str, as_json: bool) -> None:
 @run_argument("b")
 @_json
 def compare(a: str, b: str, as_json: bool) -> None:
-    """Put the runs A and B side by side: what they were told, and what came of it."""
+    """Compare the runs A and B: configurations and results."""
     one, two = summarise_run(find_run(a)), summarise_run(find_run(b))
     told = {k: [one["config"].get(k), two["config"].get(k)] for k in sorted({*one["config"], *two["config"]})}
     differing = {k: pair for k, pair in told.items() if pair[0] != pair[1]}

@@ -27,7 +27,7 @@ def _curriculum(function: Function) -> Function:
 
 def _workers(function: Function) -> Function:
     return click.option("--workers", type=click.IntRange(0), default=0, metavar="N",
-                        help="processes, of one thread each; 0 for one a core; the answer is the same  [default: 0]",
+                        help="worker processes of one thread; 0: one per core; the result is the same  [default: 0]",
                         )(function)  # fmt: skip
 
 
@@ -39,9 +39,9 @@ def _shown(function: Function) -> Function:
 def _training(function: Function) -> Function:
     for option in (
         click.option("--out", metavar="FOLDER", help="where to train  [default: runs/tamiyo-<curriculum>-<n>]"),
-        click.option("--iterations", type=click.IntRange(1), metavar="N", help="instead of the curriculum's number"),
+        click.option("--iterations", type=click.IntRange(1), metavar="N", help="overrides the curriculum's number"),
         click.option("--seed", type=click.IntRange(0), default=0, metavar="N", show_default=True,
-                     help="of every draw: it fixes every bit of the agent"),
+                     help="random seed; fixes the agent bit for bit"),
     ):  # fmt: skip
         function = option(function)
     return _curriculum(_workers(_shown(function)))
@@ -60,13 +60,13 @@ def tamiyo() -> None:
 
 @tamiyo.command()
 @_training
-@click.option("--base", metavar="FILE", help="go on from this agent, without a teacher, instead of from nothing")
-@click.option("--domain", default="", metavar="NAME", help="only on worlds of this domain")
+@click.option("--base", metavar="FILE", help="fine-tune this agent without imitation, instead of training from scratch")
+@click.option("--domain", default="", metavar="NAME", help="use only worlds of this domain")
 def train(
     curriculum: str, out: str | None, iterations: int | None, seed: int, base: str | None, domain: str, workers: int,
     quiet: bool, json_lines: bool,
 ) -> None:  # fmt: skip
-    """Train a core on a curriculum. Stop it whenever you like; `esper tamiyo resume` goes on bit for bit."""
+    """Train a core on a curriculum. It may be interrupted; `esper tamiyo resume` continues it bit for bit."""
     from esper_core.simic.learning.training import Training, new_manifest
 
     manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain)
@@ -78,7 +78,7 @@ def train(
 @_workers
 @_shown
 def resume(folder: str, workers: int, quiet: bool, json_lines: bool) -> None:
-    """Go on with the training in FOLDER from its newest checkpoint, bit for bit as if it had not stopped."""
+    """Resume the training in FOLDER from its newest checkpoint; the result is bit-identical to an uninterrupted one."""
     from esper_core.simic.learning.training import Training
 
     _carry_on(Training.resume(folder), workers, quiet, json_lines)
@@ -109,11 +109,13 @@ def adapt(
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @_curriculum
 @click.option("--adapter", "adapters", multiple=True, metavar="FILE|DOMAIN",
-              help="put this adapter on the first FILE as a contender of its own; repeatable")  # fmt: skip
+              help="also evaluate the first FILE with this adapter; repeatable")  # fmt: skip
 @click.option("--groups", type=click.IntRange(1), default=32, metavar="N", show_default=True,
               help="contests, each on a host and batches of its own")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=1000, metavar="N", show_default=True, help="of the contests")
-@click.option("--domain", default="", metavar="NAME", help="only on worlds of this domain")
+@click.option(
+    "--seed", type=click.IntRange(0), default=1000, metavar="N", show_default=True, help="random seed of the contests"
+)
+@click.option("--domain", default="", metavar="NAME", help="use only worlds of this domain")
 @click.option("--held-out/--trained", default=True, help="worlds that were held out, or those trained on")
 @click.option("--controllers", metavar="A,B", help="controls beside the agents  [default: the curriculum's]")
 @click.option("--out", metavar="FILE", help="write everything that was measured there as JSON")
@@ -123,7 +125,7 @@ def evaluate(
     files: tuple[str, ...], curriculum: str, adapters: tuple[str, ...], groups: int, seed: int, domain: str,
     held_out: bool, controllers: str | None, out: str | None, workers: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Put agents beside their controls on the same hosts, batches and order; differences with 95% intervals.
+    """Compare agents with controls on the same hosts and batches; prints differences with 95% intervals.
 
     FILE is an agent; without one, it is the one that ships with Esper.
     """
@@ -154,7 +156,7 @@ def evaluate(
 @click.argument("file", required=False, default="")
 @click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
 def show(file: str, as_json: bool) -> None:
-    """Say what FILE, an agent or an adapter, is and how it was trained. Without FILE: the agent that ships."""
+    """Show what FILE (an agent or an adapter) is, and how it was trained. Without FILE: the agent that ships."""
     from esper_core.cli.tamiyo_view import describe_product, show_product
     from esper_core.tamiyo.learned import agent_path
 
@@ -171,7 +173,7 @@ def show(file: str, as_json: bool) -> None:
 @click.option("--base", default="", metavar="FILE", help="the adapter's core  [default: the one that ships]")
 @click.option("--out", required=True, metavar="FILE", help="where to write the merged agent")
 def merge(adapter: str, base: str, out: str) -> None:
-    """Write ADAPTER into the weights of its core: an agent of one file that needs no adapter any more."""
+    """Write ADAPTER into the weights of its core: one agent file that needs no adapter."""
     from esper_core.tamiyo.adapter import merge as merged
     from esper_core.tamiyo.learned import load_agent, open_adapter
 
@@ -198,7 +200,7 @@ def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -
             product = training.run(workers, view.take)
         except KeyboardInterrupt:
             view.close()
-            click.echo(f"go on with: esper tamiyo resume {training.path}", err=True)
+            click.echo(f"resume with: esper tamiyo resume {training.path}", err=True)
             raise click.Abort from None
     if not json_lines:
         click.echo(product)

@@ -19,14 +19,14 @@ class AuditConfig:
     at_once: int = attrs.field(default=1, metadata={"help": "audits that may be open at the same time", "minimum": 1})
     patience: int = attrs.field(
         default=20,
-        metadata={"help": "decisions after which an audit that has not reached alpha 0 is called off", "minimum": 1},
+        metadata={"help": "decisions after which an audit that has not reached alpha 0 is cancelled", "minimum": 1},
     )
     reserve: float = attrs.field(
         default=0.2,
         metadata={"help": "share of the run at its end in which no audit begins", "minimum": 0.0, "maximum": 1.0},
     )
     everyone: bool = attrs.field(
-        default=False, metadata={"help": "also audit seeds whose interval lies above their rent already"}
+        default=False, metadata={"help": "also audit seeds whose interval is above their rent"}
     )
     memory: float = attrs.field(
         default=0.25,

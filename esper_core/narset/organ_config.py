@@ -11,7 +11,11 @@ class OrganConfig:
 
     floor: float = attrs.field(
         default=0.5,
-        metadata={"help": "share of an equal split that every region keeps", "minimum": 0.0, "maximum": 1.0},
+        metadata={
+            "help": "share of an equal split of the budget that every region keeps",
+            "minimum": 0.0,
+            "maximum": 1.0,
+        },
     )
     prior_params: float = attrs.field(
         default=0.05,

@@ -28,26 +28,26 @@ class HeuristicConfig:
         0.25, "share of a budget of FLOPs that is spent when depth doubles for the last time", 0.0, 1.0
     )
     deepen_order: str = _option(
-        "stack", "how copies stand: stack (ABCABC), better with adamw, or interleave (AABBCC), better with muon",
+        "stack", "order of copies: stack (ABCABC), better with adamw, or interleave (AABBCC), better with muon",
         choices=("stack", "interleave"),
     )  # fmt: skip
-    at_once: int = _option(8, "seeds that may be in a stage before fossilized at the same time", 1)
+    at_once: int = _option(8, "largest number of seeds that are alive and not yet fossilised", 1)
     isolation: float = _option(
-        0.0, "share of the run that a seed learns in isolation (never under one decision)", 0.0, 1.0
+        0.0, "share of the run that a seed trains in isolation (at least one decision)", 0.0, 1.0
     )
     learning_patience: int = _option(4, "decisions after which a seed that has not learnt in isolation is culled", 1)
     trial: float = _option(
-        0.15, "share of the run in which a blended seed is only withered if it plainly harms", 0.0, 1.0
+        0.15, "share of the run in which a blended seed is withered only if it clearly harms", 0.0, 1.0
     )
     verdict: float = _option(
         0.7, "share of the run from which a seed is judged even where its gain is uncertain", 0.0, 1.0
     )
-    harm: float = _option(0.02, "loss (nats) over the rent that plain harm costs for certain", 0.0)
+    harm: float = _option(0.02, "lower bound of the loss (nats), rent included, that counts as clear harm", 0.0)
     ramp: float = _option(0.1, "share of the run that blending is expected to take", 0.0, 1.0)
     prior_gain: float = _option(0.1, "gain (nats) expected of a seed of a tenth of the host, at prior 1", 0.0)
     prior_weight: float = _option(1.0, "how many measured seeds the prior of a family counts for", 0.0)
-    elasticity: float = _option(0.3, "power of a seed's size in its expected gain", 0.0, 1.0)
-    need_power: float = _option(0.5, "power of a slot's measured need in the expected gain; 0 ignores it", 0.0, 2.0)
+    elasticity: float = _option(0.3, "exponent of a seed's size in its expected gain", 0.0, 1.0)
+    need_power: float = _option(0.5, "exponent of a slot's measured need in the expected gain; 0 ignores it", 0.0, 2.0)
     failure_factor: float = _option(
         0.5, "factor on the gain expected of a slot and blueprint for each time that they failed", 0.0, 1.0
     )

@@ -47,7 +47,9 @@ class PlaneConfig:
     embargo: int = attrs.field(
         default=2, metadata={"help": "decisions for which a culled slot stays empty", "minimum": 0}
     )
-    max_stack: int = attrs.field(default=1, metadata={"help": "seeds that may fossilise at one point", "minimum": 1})
+    max_stack: int = attrs.field(
+        default=1, metadata={"help": "fossilised seeds that may be stacked at one point", "minimum": 1}
+    )
 
 
 @attrs.frozen
@@ -56,7 +58,7 @@ class SensorConfig:
 
     every: int = attrs.field(
         default=4,
-        metadata={"help": "sample one batch in so many, but two between decisions if there are", "minimum": 1},
+        metadata={"help": "sample one batch in this many; at least two between decisions where possible", "minimum": 1},
     )
     fossils: int = attrs.field(
         default=4,

@@ -44,27 +44,29 @@ class RunConfig:
         BadOption: a value of the wrong type, out of bounds, or not among the choices.
     """
 
-    host: str = _option("cnn", "what grows: `name` or `name:argument`", group="model")
+    host: str = _option("cnn", "model to grow: `name` or `name:argument`", group="model")
     blueprints: tuple[str, ...] = _option(
-        ("depthwise", "attention"), "what may grow; empty: every blueprint that fits", group="model"
+        ("depthwise", "attention"), "blueprints that may grow; empty: every one that fits", group="model"
     )
     blends: tuple[str, ...] = _option(
-        ("residual:cosine",), "how seeds may blend in, `combination:curve`; the first is the default", group="model"
+        ("residual:cosine",), "blends that seeds may use, `combination:curve`; the first is the default", group="model"
     )
     slots: tuple[str, ...] = _option(
         ("auto",), "injection points to use; `auto`: all that the host offers", group="model"
     )
-    task: str = _option("", "what to learn: `name` or `name:argument`; empty: the host's own default", group="data")
-    objective: str = _option("", "what is minimised and judged; empty: the task's own", group="data")
+    task: str = _option("", "task: `name` or `name:argument`; empty: the host's default", group="data")
+    objective: str = _option("", "loss and metric; empty: the task's default", group="data")
     download: bool = _option(False, "let the task fetch data that is not on this machine", group="data")
-    controller: str = _option("heuristic", "who decides: `name` or `name:argument`", group="growth")
+    controller: str = _option("heuristic", "controller of growth: `name` or `name:argument`", group="growth")
     overseers: tuple[str, ...] = _option(
-        (), "controllers that wrap the controller, from the inside out, such as an auditor", group="growth"
+        (), "controllers that wrap the controller, innermost first, such as emrakul", group="growth"
     )
     rewards: tuple[str, ...] = _option(
         ("accuracy=1", "rent=1"), "terms of the reported reward, `name=weight`", group="growth"
     )
-    rent: float = _option(0.05, "rent (nats) of seeds as large as the host", group="growth", minimum=0.0)
+    rent: float = _option(
+        0.05, "rent in nats for seeds with as many parameters as the host", group="growth", minimum=0.0
+    )
     budget_params: str = _option(
         "20%", "parameters of all seeds: a number, a share of the host's, or empty", group="growth"
     )
@@ -82,14 +84,14 @@ class RunConfig:
         "", "FLOPs of the whole run, growth and probes included, in place of epochs", group="training"
     )
     minutes: float = _option(
-        0.0, "the same as the minutes that the host would take here; about, since growth changes the speed",
+        0.0, "approximate time budget in place of epochs: FLOPs that the host would spend in it on this machine",
         group="training", minimum=0.0,
     )  # fmt: skip
     steps_per_epoch: int = _option(0, "batches in an epoch; 0: the whole training split", group="training", minimum=0)
     batch_size: int = _option(64, "examples in a batch", group="training", minimum=1)
     optimizer: str = _option(
         "adamw",
-        "how weights are updated; muon: Muon for the matrices inside the network, AdamW for the rest",
+        "optimizer; muon: Muon for hidden matrices, AdamW for the rest",
         group="training",
         choices=("adamw", "sgd", "muon"),
     )
@@ -118,7 +120,7 @@ class RunConfig:
         0.0, "largest gradient norm of the host and of each seed; 0: unlimited", group="training", minimum=0.0
     )
     seed: int = _option(
-        0, "fixes initial weights, order and augmentation", group="training", minimum=0, maximum=2**53 - 1
+        0, "random seed of initial weights, data order and augmentation", group="training", minimum=0, maximum=2**53 - 1
     )
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", group="machine")
     amp: str = _option(
@@ -134,7 +136,7 @@ class RunConfig:
     out: str = _option("", "the run's folder; empty: runs/<host>-<task>-<n>", group="output")
     checkpoint_every: int = _option(
         0,
-        "optimizer steps between checkpoints; 0: each epoch, as far as it takes under 1% of the time",
+        "optimizer steps between checkpoints; 0: each epoch, fewer where they would take over 1% of the time",
         group="output",
         minimum=0,
     )

@@ -35,27 +35,35 @@ def _option(default: float | int, help: str, minimum: float, maximum: float | No
 class GovernorConfig:
     """When the governor steps in: options `governor.NAME` of a run. There is no option to turn it off."""
 
-    sigma: float = _option(3.0, "robust standard deviations above the moving median that are a catastrophe", 1.0, 10.0)
+    sigma: float = _option(
+        3.0, "robust standard deviations above the moving median at which the governor rolls back", 1.0, 10.0
+    )
     tight_sigma: float = _option(2.0, "the same while a seed is on probation", 1.0, 10.0)
     window: int = _option(200, "batch losses in the moving median", 10, 10_000)
-    recent: int = _option(24, "latest batch losses whose median is tested, so that bad batches are no alarm", 1, 1000)
-    streak: int = _option(8, "latest batch losses which are an alarm if every one of them is beyond the limit", 1, 1000)
+    recent: int = _option(24, "latest batch losses whose median is tested; a single bad batch is no alarm", 1, 1000)
+    streak: int = _option(8, "number of latest batch losses that raise an alarm if all are beyond the limit", 1, 1000)
     warmup: int = _option(
         40,
-        "batch losses before their own deviation is judged; until then it counts as the loss at chance or now",
+        "batch losses before their deviation is estimated; until then it is the loss at chance, or the present one",
         10,
         10_000,
     )
-    floor: float = _option(0.02, "least standard deviation, as a share of the loss at chance or now", 0.0, 1.0)
-    check_every: int = _option(25, "optimizer steps between looks at the losses on the device", 1, 1000)
-    snapshot_every: int = _option(100, "optimizer steps between snapshots, beside one at each decision", 1, 100_000)
+    floor: float = _option(
+        0.02, "smallest standard deviation, as a share of the loss at chance, or of the present one", 0.0, 1.0
+    )
+    check_every: int = _option(25, "optimizer steps between transfers of losses from the device", 1, 1000)
+    snapshot_every: int = _option(
+        100, "optimizer steps between snapshots; every decision takes one as well", 1, 100_000
+    )
     embargo: int = _option(4, "decisions for which the guilty command is refused", 1, 10_000)
-    recovery: int = _option(2, "decisions after a rollback in which nothing new should grow", 0, 10_000)
+    recovery: int = _option(2, "decisions after a rollback without new seeds", 0, 10_000)
     patience: int = _option(5, "rollbacks in a row after which the run is unrecoverable", 1, 1000)
-    pardon: int = _option(200, "optimizer steps without alarm that end such a row", 1, 1_000_000)
+    pardon: int = _option(
+        200, "optimizer steps without an alarm after which the count of rollbacks starts again", 1, 1_000_000
+    )
     settle: int = _option(
         100,
-        "optimizer steps after a structural jump in which nobody judges; a loss that is not finite still counts",
+        "optimizer steps after a structural change without checks of the loss, unless it is not finite",
         0,
         100_000,
     )
@@ -147,7 +155,7 @@ class Governor:
         self.settles_until = max(self.settles_until, step + self.config.settle)
 
     def settling(self, step: int) -> int:
-        """Optimizer steps for which nobody judges yet."""
+        """Optimizer steps left for which the loss is not checked."""
         return max(0, self.settles_until - step)
 
     def observe_validation(self, loss: float, step: int = 0) -> Alarm | None:
@@ -227,7 +235,7 @@ class Governor:
         return removals[-1] if removals else self.suspects(since, alive)
 
     def suspects(self, since: int, alive: Mapping[str, Stage]) -> dict[str, str] | None:
-        """The same, whatever withers."""
+        """The same, whether or not a seed withers."""
         recent = [command for step, command in self.commands if step >= since]
         risky = [command for command in recent if command["op"] in _RISKY]
         if risky or recent:

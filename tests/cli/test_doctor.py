@@ -38,8 +38,8 @@ def test_a_missing_package_is_named_with_the_line_that_mends_it(monkeypatch: pyt
     monkeypatch.setattr(health, "version", absent)
     found = findings()
     assert found["packages timm"].state == "absent"
-    assert found["packages timm"].mend == "pip install 'esper-core[timm]'"
-    assert found["packages pluggy"].state == "bad" and found["packages pluggy"].mend.startswith("pip install 'pluggy")
+    assert found["packages timm"].fix == "pip install 'esper-core[timm]'"
+    assert found["packages pluggy"].state == "bad" and found["packages pluggy"].fix.startswith("pip install 'pluggy")
     assert found["packages click"].state == "bad" and "0.1 is installed" in found["packages click"].text
 
 
