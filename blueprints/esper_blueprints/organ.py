@@ -97,11 +97,11 @@ class OrganSeed(nn.Module):
 
         Raises:
             UnknownName: there is no such block.
-            IllegalCommand: it has a slot already.
+            IllegalCommand: it already has a slot.
         """
         self._check(name)
         if name in self._slots:
-            raise IllegalCommand(f"point {name!r} of the organ has a slot already", "a free point")
+            raise IllegalCommand(f"point {name!r} of the organ already has a slot", "a free point")
         self._slots[name] = slot
 
     def unregister_slot(self, name: str) -> None:

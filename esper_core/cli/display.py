@@ -45,7 +45,7 @@ class Display:
             self.sinks["plain-lines"] = PlainLines(watch, sys.stdout)
 
     def notify(self, text: str) -> None:
-        """Say what the user should know; on stderr where stdout is for programs."""
+        """Print a message for the user; on stderr where stdout is for programs."""
         if self.mode == "auto":
             self.console.print(Text(text, style="dim" if self._view else ""), soft_wrap=not self._view)
         else:

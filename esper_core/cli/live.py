@@ -65,7 +65,7 @@ class LiveView:
         """Nothing is durable here."""
 
     def close(self) -> None:
-        """Draw the last frame and give the terminal back. May be called again."""
+        """Draw the last frame and restore the terminal. May be called again."""
         self._status.stop()
         if self._thread is not None and not self._stop.is_set():
             self._stop.set()

@@ -63,4 +63,4 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
         shape = "×".join(map(str, point.feature_shape))
         points.add_row(point.name, f"{point.layout} {shape}", point.role, ", ".join(sorted(point.tags)))
     console.print(points)
-    click.echo("\nnothing was trained; without --dry-run it will be")
+    click.echo("\nnothing was trained (--dry-run)")

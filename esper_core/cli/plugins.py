@@ -162,7 +162,7 @@ def new(name: str, kind: str, into: str, as_json: bool) -> None:
     kind = check_kind(kind)
     scaffold = Scaffold.named(name, kind)
     if rivals := [p for p in current_registry().specs(kind) if p.name == scaffold.part]:
-        raise BadOption(f"{rivals[0].described} has that name already", "another name", "esper plugins new NAME")
+        raise BadOption(f"{rivals[0].described} already has that name", "another name", "esper plugins new NAME")
     written = [str(path) for path in scaffold.write(Path(into))]
     if as_json:
         print_json({"distribution": scaffold.distribution, "part": scaffold.part, "kind": kind, "files": written})

@@ -42,7 +42,7 @@ def conclude(folder: Path, display: Display, seconds: float, compare: Mapping[st
         click.echo(f"no report: {error}", err=True)
     run = summarise_run(folder)
     for name in dropped_sinks(folder):
-        log = ", the event log, which is not whole" if name == "jsonl" else ""
+        log = ", the event log, which is incomplete" if name == "jsonl" else ""
         click.echo(f"warning: sink {name}{log} failed and was dropped before the end", err=True)
     if display.mode == "quiet" and report is not None:
         click.echo(report)

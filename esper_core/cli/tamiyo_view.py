@@ -49,7 +49,7 @@ class TrainingView:
             click.echo(iteration_line(record, self.training.iterations))
 
     def close(self) -> None:
-        """Give the terminal back. May be called again."""
+        """Restore the terminal. May be called again."""
         if self._live is not None:
             self._live.stop()
 

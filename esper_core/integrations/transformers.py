@@ -107,7 +107,7 @@ class GrowthCallback(TrainerCallback):
             EsperError: several devices or processes, a second `train()`, or a checkpoint without its seeds.
         """
         if self.tolaria is not None:
-            raise EsperError("this callback has grown a model already", "one callback a train()", "GrowthCallback(...)")
+            raise EsperError("this callback has already grown a model", "one callback a train()", "GrowthCallback(...)")
         if max(getattr(args, "n_gpu", 1), getattr(args, "world_size", 1)) > 1:
             raise EsperError("the trainer uses several devices", "one process and one device", "CUDA_VISIBLE_DEVICES=0")
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
@@ -166,9 +166,9 @@ class GrowthCallback(TrainerCallback):
         found = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
         if found is None:
             raise EsperError(
-                f"the trainer goes on at step {step}, and {folders[0]} holds no {_FILE}",
+                f"the trainer resumes at step {step}, but {folders[0]} holds no {_FILE}",
                 "a checkpoint that this callback wrote",
-                "train() without resume_from_checkpoint, to begin to grow anew",
+                "train() without resume_from_checkpoint, to start growing again",
             )
         return found
 
@@ -191,7 +191,7 @@ class GrowthCallback(TrainerCallback):
             targets = self.convert({name: value for name, value in given.items() if value is not None}).targets
             with torch.no_grad():
                 own = float(self.tolaria.objective.loss(pick_logits(output).detach(), targets))
-        except Exception as error:  # noqa: BLE001 - whatever a convert of one's own makes of a training batch
+        except Exception as error:  # noqa: BLE001 - `convert` is the caller's code
             self._say(f"the trainer's loss could not be compared: {type(error).__name__}: {error}")
             return
         if abs(own - loss) > _DIFFERENT * max(abs(loss), 0.1):

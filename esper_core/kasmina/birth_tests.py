@@ -44,8 +44,8 @@ def check_causal(seed: nn.Module, point: InjectionSpec, who: str) -> None:
     bound = (1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2) * float(one.float().abs().max())
     if not moved <= bound:
         raise IncompatibleSeed(
-            f"{who} at {point.name} sees the positions that follow: its first half moves by {moved:.2g}",
-            "a causal seed, since the host is causal there",
+            f"{who} at {point.name} is not causal: its first half changes with later positions, by {moved:.2g}",
+            "a causal seed, as the host is causal there",
             'excludes=("causal",) in its spec',
         )
 

@@ -109,5 +109,7 @@ def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
 
 def _composable(host: HostProtocol) -> Composable:
     if not isinstance(host, Composable):
-        raise EsperError(f"a host of type {type(host).__name__} cannot be exported", "one with `compose_with`")
+        raise EsperError(
+            f"a host of type {type(host).__name__} cannot be exported", "a host with the method `compose_with`"
+        )
     return host

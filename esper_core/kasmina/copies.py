@@ -197,7 +197,7 @@ class BlockRun:
             expected = self.view.see(did.answer)
             if answer.shape != expected.shape or not torch.allclose(answer, expected, _TOLERANCE, _TOLERANCE):
                 raise IllegalCommand(
-                    f"a copy of {source.info.path} does not compute what the block does: it depends on more than its "
+                    f"a copy of {source.info.path} computes something else than the block: it depends on more than its "
                     "arguments and weights",
                     "a block without state shared between layers",
                 )

@@ -173,11 +173,11 @@ class ModuleHost:
         """Plug `slot` in at point `name`.
 
         Raises:
-            UnknownName: no such point. IllegalCommand: the point has a slot already.
+            UnknownName: no such point. IllegalCommand: the point already has a slot.
         """
         self._check(name)
         if name in self._hooks:
-            raise IllegalCommand(f"point {name!r} has a slot already", "one slot a point", "unregister_slot first")
+            raise IllegalCommand(f"point {name!r} already has a slot", "one slot a point", "unregister_slot first")
         path = self._paths[name]
         hook, around = SlotHook(slot, self._views[name], self.module, path), find_around(self.module, path)
         handles = [_submodule(self.module, path).register_forward_hook(hook, with_kwargs=True)]

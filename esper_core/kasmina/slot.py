@@ -169,7 +169,7 @@ class SeedSlot(nn.Module):
             self.writes = True
             raise RuntimeError(f"the seed of {self.blueprint or 'a blueprint'} writes to its input")
         if s.shape != h.shape:  # it would be broadcast, and mix examples or positions
-            raise RuntimeError(f"the seed answered {tuple(h.shape)} with {tuple(s.shape)}")
+            raise RuntimeError(f"the seed maps {tuple(h.shape)} to {tuple(s.shape)}")
         return s
 
     def _ask_apart(self, h: Tensor, call: Call | None) -> Tensor:

@@ -107,4 +107,4 @@ def _walk(plane: Plane, host: BlockHost, chain: Sequence[BlockInfo], path: str) 
                     assert isinstance(block, CopiedBlock)
                     yield Source(block.module, host.blocks()[block.origin], native=False), ""
             else:
-                yield None, f"the seed at {other} ({slot.stage}) stands in between"
+                yield None, f"the seed at {other} ({slot.stage}) is in between"

@@ -12,7 +12,7 @@ _LONGEST: Final = 1000
 
 
 class EsperError(Exception):
-    """A mistake that the user can mend. The CLI prints it as one line and exits with 2.
+    """An error that the user can correct. The CLI prints it as one line and exits with 2.
 
     Args:
         given: what was given and why it cannot be used.

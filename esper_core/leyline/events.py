@@ -48,7 +48,7 @@ RENAMED: Final = MappingProxyType(
 
 
 def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record`, of whatever version, under today's names."""
+    """`record` of any version, under the present names."""
     return {RENAMED.get(key, key): value for key, value in record.items()}
 
 
@@ -59,7 +59,7 @@ def with_accuracy(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON data, whatever it is: an event that a part filled oddly must not cost the event log."""
+    """`value` as JSON data. Values of other types become text, so that no event is lost."""
     if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, float):
@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
 
 
 def _from_array(value: Any) -> Any:
-    """A scalar or an array of NumPy or torch as numbers; whatever else as its text."""
+    """A scalar or an array of NumPy or torch as numbers; anything else as text."""
     try:
         if callable(getattr(value, "tolist", None)):
             return _plain(value.tolist())

@@ -16,7 +16,7 @@ MAX_ENTRIES: Final = 100_000
 _LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
 _NO_FOLLOW: Final = _LINKS | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_WAIT: Final = getattr(os, "O_NONBLOCK", 0)
-"""Opening a pipe that nobody writes to would wait for ever."""
+"""Opening a pipe without a writer would block for ever."""
 
 
 def open_regular(
@@ -49,7 +49,7 @@ def open_append(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def make_temporary(target: Path) -> Path:
-    """An empty new file beside `target`, under a name that nobody can have prepared; its mode is the umask's.
+    """An empty new file beside `target`, under an unpredictable name; its mode is the umask's.
 
     Raises:
         OSError: the folder cannot be written to.

@@ -44,7 +44,7 @@ def list_tensors(nest: Any) -> list[Tensor]:
 
 @runtime_checkable
 class HostProtocol(Protocol):
-    """A model that can grow. Whatever implements this, Esper can train.
+    """A model that can grow. Esper can train everything that implements this.
 
     `module` is the bare model: its parameters and state_dict keys are the host's own and never change
     because a plane was attached.

@@ -15,7 +15,7 @@ class Investment:
     """A decision about money, not about slots.
 
     Attributes:
-        total: parameters of all seeds together; None for whatever the run's budget allows.
+        total: parameters of all seeds together; None for all that the run's budget allows.
         shares: region to its weight, at least 0; empty lets Narset weigh by what was measured.
     """
 

@@ -40,7 +40,7 @@ def lenient() -> Iterator[None]:
 
 
 class Tolerant(type):
-    """The class of classes that heed `lenient`. Whatever is wrong with an argument is an `EsperError`."""
+    """Metaclass of classes that `lenient` applies to; every wrong argument raises an `EsperError`."""
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:
         try:

@@ -46,7 +46,7 @@ HOST_READINGS: Final = MappingProxyType(
         "layer_loss": "⟨dL/dh, change of h⟩: to first order, what the layers before a slot do to the loss (nats)",
     }
 )
-"""Readings of a host that works on sequences; in `HostRead` events the key goes on with `.K` or `.PATH`."""
+"""Readings of a host that works on sequences; in `HostRead` events `.K` or `.PATH` is appended to the key."""
 
 SENSORS: Final = MappingProxyType({**SLOT_FIELDS, **READINGS, **HOST_READINGS})
 """Every sensor that is delivered, with its meaning."""

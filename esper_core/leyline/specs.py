@@ -121,7 +121,7 @@ class PluginSpec(metaclass=_SpecType):
         summary: one line for listings.
         factory: where the part is, as `package.module:Name`; imported only when the part is used.
         options: the options that the factory takes as keyword arguments.
-        needs: tags that whatever this is used with must have.
+        needs: tags that the parts used with this one must have.
         capabilities: tags that this offers.
         sensors: names of the sensors that make it visible to controllers, each one of `leyline.sensors.SENSORS`.
         requires: top-level modules that the factory imports beyond the core's own needs.

@@ -1,6 +1,6 @@
 """Tensors and plain data in one file: safetensors whose header carries JSON. Nothing is ever unpickled.
 
-A reader takes nothing on trust: sizes, offsets, shapes and nesting are checked before a tensor is made, so that a
+Readers check everything: sizes, offsets, shapes and nesting are checked before a tensor is made, so that a
 damaged or hostile file costs one `BadFile` and no more memory than its own length.
 Format: https://huggingface.co/docs/safetensors, an 8-byte length, a JSON header, then the tensors' bytes.
 """
@@ -245,7 +245,7 @@ def parse_json(text: str, source: object) -> Any:
 
 @contextmanager
 def expect_well_formed(source: object) -> Iterator[None]:
-    """Turn whatever malformed data provokes in the code that takes it apart into one clear error.
+    """Turn errors that malformed data cause while they are parsed into one clear error.
 
     Raises:
         BadFile: in place of a lookup, type, value or similar error.
@@ -314,7 +314,7 @@ def read_bytes(path: Path, limit: int) -> bytearray:
                 raise BadFile(f"{path} has {size:,} bytes", f"at most {limit:,}")
             data = bytearray(size)
             if file.readinto(data) != size or file.read(1):
-                raise BadFile(f"{path} changed while it was read", "a file that nobody writes to")
+                raise BadFile(f"{path} changed while it was read", "a file that is not written to meanwhile")
             return data
     except (OSError, ValueError, MemoryError) as error:
         raise BadFile(

@@ -72,5 +72,5 @@ def load_core(cls: type[Core], config_class: type[CoreConfig], path: str | Path)
     lineage = header.get("lineage")
     core.lineage = lineage if isinstance(lineage, dict) else {}
     if core.fingerprint != header.get("fingerprint"):
-        raise BadFile(f"{path} is damaged: its tensors do not match its fingerprint", "", "fetch or train it anew")
+        raise BadFile(f"{path} is damaged: its tensors do not match its fingerprint", "", "fetch or train it again")
     return core

@@ -106,7 +106,7 @@ def read_schedule(path: Path) -> tuple[tuple[ScheduledStep, ...], bool]:
         raise BadFile(f"schedule {path} cannot be read: {error}", expected) from error
     table = {"steps": content} if isinstance(content, list) else content
     if not isinstance(table, Mapping) or set(table) - {"steps", "advance"} or not isinstance(table.get("steps"), list):
-        raise BadFile(f"schedule {path} has no list of steps", "[[steps]] tables and, if wanted, `advance`")
+        raise BadFile(f"schedule {path} has no list of steps", "[[steps]] tables and, optionally, `advance`")
     return tuple(_parse_step(raw, i, path) for i, raw in enumerate(table["steps"])), bool(table.get("advance", True))
 
 

@@ -38,7 +38,7 @@ class ObjectiveConformance(Conformance):
         raise NotImplementedError("say what the objective judges: outputs and targets")
 
     def perfect(self, targets: Tensor) -> Tensor:
-        """Outputs that hit `targets` as well as can be."""
+        """The best possible outputs for `targets`."""
         raise NotImplementedError("say which outputs are right")
 
     def misfits(self) -> list[tuple[Tensor, Tensor]]:

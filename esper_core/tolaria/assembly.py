@@ -193,7 +193,9 @@ def build_controller(config: RunConfig, registry: Registry) -> Controller:
         around = {} if controller is None else {"inner": controller}
         factory = registry.load(registry.find("controller", name))
         if around and "inner" not in inspect.signature(factory).parameters:
-            raise BadOption(f"controller {name!r} stands around no other", "an overseer such as emrakul or narset")
+            raise BadOption(
+                f"controller {name!r} cannot wrap another controller", "an overseer such as emrakul or narset"
+            )
         controller = registry.build(
             "controller", name, argument, seed=config.seed, options=options_for(config, registry, "controller", name),
             **around,
@@ -272,7 +274,7 @@ def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, dev
         raise BadOption(
             f"the host cannot take the examples of task {task.name}: {type(error).__name__}: {error}",
             "a host and a task of one kind",
-            "leave out --task, and the host's own default is used",
+            "leave out --task to use the host's default",
         ) from error
     host.module.train(training)
     refuse_misfit(objective, outputs[0], batch.head(1).targets)

@@ -112,7 +112,7 @@ class Checkpoints:
             raise BadFile(
                 f"not one of the {len(steps)} checkpoints in {self.folder} can be read ({reason})",
                 "at least one; nothing was changed",
-                f"mend them and call it again, or esper resume {self.folder.parent} --from-scratch",
+                f"repair them and call it again, or esper resume {self.folder.parent} --from-scratch",
             )
         return None
 
@@ -151,7 +151,7 @@ class Checkpoints:
             raise BadFile(f"{self.folder} cannot be read: {error.strerror}", "a readable folder") from error
 
     def forget_after(self, step: int) -> None:
-        """Put checkpoints newer than `step` aside: they may be merely unreadable, and are written anew."""
+        """Rename checkpoints newer than `step`, which could not be read; they are written again."""
         for newer in [s for s in self.steps() if s > step]:
             self._set_aside(newer)
         for path in self._orphans():

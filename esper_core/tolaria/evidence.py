@@ -28,7 +28,7 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
         None where the batches cannot be had again: a loader of the caller's own may answer otherwise.
 
     Raises:
-        RunFailed: the validation data are at fault, which no rollback mends.
+        RunFailed: the validation data are at fault; a rollback would not help.
     """
     if hasattr(setup.task.train, "loader"):
         return None

@@ -1,6 +1,6 @@
 """Something raised: was it a seed, and which? Blame needs evidence: the error repeats, and only with that seed.
 
-A fault that does not repeat is nobody's: a network that hiccups or a disk that fails once costs no seed its life.
+A fault that does not repeat is attributed to no seed: a transient error of network or disk removes nothing.
 """
 
 from __future__ import annotations

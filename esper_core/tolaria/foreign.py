@@ -24,14 +24,14 @@ def alone(model: nn.Module) -> None:
         ranks = distributed.get_world_size()
         if ranks > 1:
             raise EsperError(
-                f"{ranks} ranks train together, and each would grow a model of its own", "one process", "one GPU"
+                f"{ranks} ranks train together, and each would grow a different model", "one process", "one GPU"
             )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise EsperError(f"the model is wrapped in {type(model).__name__}", "a model on one device", "model.module")
     for path, module in model.named_modules():
         if any(isinstance(hook, SlotHook) for hook in module._forward_hooks.values()):
             raise EsperError(
-                f"something grows in this model already, at {path}",
+                f"this model already has a plane: something grows at {path}",
                 "a model without slots",
                 "compose(plane), an independent model with its seeds built in",
             )

@@ -209,7 +209,10 @@ def _grow(
     hub = Hub({"record": record, **sinks}, registry)
     refusal = _refusal(setup.plane)
     if refusal is not None:
-        warnings.warn(f"no plain model will come of this: {refusal}; the plane is there all the same", stacklevel=3)
+        warnings.warn(
+            f"the grown model cannot be exported as a plain module: {refusal}; its plane can still be used",
+            stacklevel=3,
+        )
     trainer = Trainer(setup, setup.build_tolaria(hub.emit), hub, None, about={}, test=test_loader is not None)
     try:
         result = trainer.run()

@@ -38,7 +38,7 @@ def is_another_level(tolaria: Tolaria, alarm: Alarm) -> bool:
     """Whether rollbacks have led to the same alarm again and again, short of a catastrophe.
 
     A loss that stays below chance and comes back to the same height from every good state is the model's level now.
-    Another rollback would lead there once more. Where chance is unknown nobody can tell a level from a catastrophe, so
+    Another rollback would lead there once more. Where chance is unknown a new level cannot be told from a failure, so
     none is accepted. Each level takes two rollbacks of its own, so that a loss that climbs from level to level comes to
     the governor's `patience` all the same.
     """
@@ -56,7 +56,7 @@ def find_harmful(tolaria: Tolaria, alarm: Alarm) -> tuple[str, Interval] | None:
 
     A withering seed is judged at the alpha that it has left, to which the host is used: putting it back in full would
     show how far the host has moved on. Where no seed withers, one is looked for only if no command is to blame, and it
-    must account for half of the excess loss; after two rollbacks in vain, any harm that is shown is enough.
+    must account for half of the excess loss; after two rollbacks that did not help, any measured harm is enough.
     """
     fading = withering(tolaria)
     if not math.isfinite(alarm.value) or not tolaria.batches:

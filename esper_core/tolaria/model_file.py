@@ -171,7 +171,7 @@ def _check_answers(header: Mapping[str, Any], plane: Plane) -> None:
     odd = odd_ones(header.get("probes", {}), plane)
     if odd:
         names = ", ".join(f"{plane.growths[path].blueprint} at {path}" for path in odd)
-        raise BadFile(f"the grown parts answer otherwise than when they were saved: {names}")
+        raise BadFile(f"grown parts compute something else than when they were saved: {names}")
 
 
 def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plane, dict[str, Any]]:

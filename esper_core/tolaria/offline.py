@@ -93,7 +93,7 @@ def _install() -> None:
     def guarded(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             if _offline.get():
-                raise NetworkRefused("a file asked for the network, which only --download allows")
+                raise NetworkRefused("reading a file needs the network, which only --download allows")
             return function(*args, **kwargs)
 
         call.esper = True  # type: ignore[attr-defined]

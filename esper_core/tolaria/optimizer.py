@@ -1,4 +1,4 @@
-"""One optimizer for host and seeds: growth adds groups and takes them away, and touches nobody else's moments."""
+"""One optimizer for host and seeds: growth adds and removes groups, and leaves the moments of others alone."""
 
 from __future__ import annotations
 

@@ -94,19 +94,19 @@ def check_origin(
     about: Mapping[str, Any], task: TaskProtocol, plane: Plane, config: RunConfig, registry: Registry, *,
     accept_changes: bool, notify: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Refuse to go on with other data or plugins than those that a run began with.
+    """Refuse to resume with data or plugins that differ from those of the run.
 
     Raises:
         BadFile: something has changed, and that was not accepted.
     """
     if not isinstance(about.get("data"), Mapping):
-        notify("the run does not say what its data and plugins were; whether they have changed is not known")
+        notify("the run does not record its data and plugins; whether they have changed is unknown")
     changed = compare_data(about, lambda: data_of(task), parts_of(config, plane, registry))
     if not changed:
         return
     told = f"not what the run began with: {'; '.join(changed)}"
     if not accept_changes:
-        raise BadFile(told, "the same data and plugins", "put them back, or add --accept-changes")
+        raise BadFile(told, "the same data and plugins", "restore them, or add --accept-changes")
     notify(told)
 
 

@@ -41,7 +41,7 @@ class RewardBooks:
         audited: whether somebody measures what removals cost, as Emrakul does.
 
     Raises:
-        BadOption: a term is no number although everything is measured, or reads the churn where nobody measures it.
+        BadOption: a term is no number although everything is measured, or reads the churn in a run without audits.
 
     Attributes:
         deaths: rollbacks since the last decision. churn: slot to churn (nats) since then.
@@ -72,7 +72,7 @@ class RewardBooks:
             )  # fmt: skip
         if not audited and _ask(term, attrs.evolve(_WHOLE, churn={"slot": 0.5})) != value:
             raise BadOption(
-                f"reward {name!r} reads the churn of removals, which nobody measures in this run", "an auditor",
+                f"reward {name!r} reads the churn of removals, which this run does not measure", "an auditor",
                 "--overseers emrakul",
             )  # fmt: skip
         without = attrs.evolve(

@@ -28,7 +28,7 @@ def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
     tolaria.emit(GovernorAlarm(step=step, cause=alarm.cause, value=alarm.value, limit=alarm.limit))
     if snapshot.step < 0:
         raise RunFailed(
-            f"{alarm.cause}, and the model was in no good state before",
+            f"{alarm.cause}, and there is no good state to return to",
             "weights and data that are finite",
             "a lower --learning-rate",
         )
@@ -58,7 +58,7 @@ def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
     born = {entry["path"]: entry["births"] for entry in after if STAGES[Stage(entry["stage"])].occupied}
     lost = [p for p, (stage, births, *_) in before.items() if STAGES[stage].occupied and born.get(p) != births]
     audited = bool(missed) and guilty is not None and guilty["source"] == "emrakul"
-    tolaria.books.deaths += not audited  # the auditor's experiment is nobody's fault
+    tolaria.books.deaths += not audited  # an auditor's experiment is no fault of the controller's
     penalty = 0.0 if audited else governor.config.penalty
     tolaria.emit(RolledBack(step=step, to_step=snapshot.step, lost=lost, guilty=guilty, penalty=penalty))
     tell_restored(tolaria, before)
@@ -66,7 +66,7 @@ def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
         raise RunFailed(
             f"the run is unrecoverable: {alarm.cause} for {governor.hopeless} batches in a row, without any seed",
             "a host and an objective whose loss is finite",
-            "esper resume, once they are mended",
+            "fix them, then esper resume",
         )
     if governor.unrecoverable:
         raise RunFailed(

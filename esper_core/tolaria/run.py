@@ -103,7 +103,7 @@ def resume_run(
     download: bool = False,
     accept_changes: bool = False,
 ) -> RunResult:
-    """Go on with a run from its newest whole checkpoint, bit for bit as if it had not stopped.
+    """Resume a run from its newest complete checkpoint; the result is bit-identical to an uninterrupted run.
 
     A run without a checkpoint begins again; what it left is put aside, into `aside-N/` of its folder.
 
@@ -140,9 +140,7 @@ def _take_up(
     if isinstance(threads, int) and 0 < threads <= 4096 and threads != torch.get_num_threads():
         torch.set_num_threads(threads)  # another number would add in another order
     if version != torch.__version__:
-        notify(
-            f"the run began with torch {version}; with {torch.__version__} it may go on differently in the last bits"
-        )
+        notify(f"the run began with torch {version}; with {torch.__version__} results may differ in the last bits")
     with expect_well_formed(folder.path / "run.json"):
         origins = Origins.read(about.get("origins", {}))
     registry = bind(registry or load_registry(), origins)

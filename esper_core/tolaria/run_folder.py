@@ -177,7 +177,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._folder = os.open(self.path, os.O_RDONLY)
         except BlockingIOError as error:
-            raise BadFile(f"{self.path} is in use by another process", "a run that nobody trains now") from error
+            raise BadFile(f"{self.path} is in use by another process", "a run that no other process trains") from error
         except OSError as error:
             raise BadFile(f"{self.path} cannot be written to: {error.strerror}", "a writable run folder") from error
 

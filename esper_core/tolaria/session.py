@@ -1,4 +1,4 @@
-"""Growth inside a training loop, whoever wrote the loop: what happens after a step, and what happens at a decision."""
+"""Growth inside any training loop: what happens after a step, and what happens at a decision."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Tolaria:
 
     Attributes:
         examine: looks for evidence behind an alarm over a loss that is not finite, see `evidence`; called when the last
-            good state is back. None where nobody can.
+            good state is restored. None where there is no such function.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Tolaria:
         """Account for one optimizer step. Waits for the device only every `governor.check_every` steps.
 
         Args:
-            loss: the batch's mean loss, 0-dim, on the device; None where nobody knows it: the governor then goes by the
+            loss: the batch's mean loss, 0-dim, on the device; None if it is unknown: the governor then uses the
                 validation split alone.
             examples: in the batch.
 
@@ -231,7 +231,7 @@ class Tolaria:
             self.plane.rent = self._rent * abs(first)
 
     def _ask(self, view: RunView) -> list[Command]:
-        """What the controller says; nothing if it raises or says what is no command. That costs no seed its life."""
+        """The commands of the controller; none if it raises or returns something else, which removes no seed."""
         try:
             said = list(self.controller.decide(view))
             odd = next((command for command in said if not isinstance(command, Command)), None)
@@ -245,7 +245,7 @@ class Tolaria:
             return []
 
     def obey(self, command: Command) -> bool:
-        """Carry out one command; a refusal is told and changes nothing."""
+        """Carry out one command; a refusal is emitted as an event and changes nothing."""
         if command.op is Op.WAIT:
             return False
         try:
@@ -268,13 +268,13 @@ class Tolaria:
         return True
 
     def cull_faulty(self, paths: Sequence[str], error: BaseException) -> None:
-        """Remove the seeds at `paths`, which raise, and go on without them.
+        """Remove the seeds at `paths`, which raised.
 
         A blueprint of which two seeds have raised in this run is embargoed. Without paths nothing is removed: the
         error did not repeat.
         """
         if not paths:
-            self.tell_fault("training", error, "it did not repeat; nobody is to blame, and the run goes on")
+            self.tell_fault("training", error, "it did not repeat; no part is removed, and the run continues")
         for path in paths:
             blueprint = self.plane.growths[path].blueprint
             self.tell_fault(f"seed {path}", error, "the seed was culled")
@@ -284,12 +284,12 @@ class Tolaria:
                 self.tell_fault(f"blueprint {blueprint}", error, action)
 
     def tell_fault(self, where: str, error: BaseException | str, action: str) -> None:
-        """Tell what went wrong, where, and what was done about it."""
+        """Emit an event of an error, with what was done about it."""
         told = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self.emit(FaultCaught(step=self.clock.step, where=where, error=told[:500], action=action))
 
     def remove_seed(self, path: str, reason: str) -> None:
-        """Remove a seed now, whatever its stage, and keep its slot empty for a while."""
+        """Remove a seed at once, in any stage, and put its slot under embargo."""
         stage = self.plane.growths[path].stage
         if not STAGES[stage].occupied:
             return
@@ -302,9 +302,9 @@ class Tolaria:
         self.optimizer.check(self.plane)
 
     def keep(self) -> None:
-        """Take a snapshot, if the state is worth one: never while a seed withers, for it may have to come back.
+        """Take a snapshot, but not while a seed withers, since it may have to return.
 
-        Nor while the run settles: the way back leads to before the jump until it has proved itself.
+        Nor while the run settles after a structural change: until then a rollback returns to the state before it.
         """
         if self.governor.settling(self.clock.step) and self.snapshot.step >= 0:
             return
@@ -331,7 +331,7 @@ class Tolaria:
 
     @property
     def status(self) -> str:
-        """The governor's word on the run: `calm`, `watching` or `recovering`."""
+        """The state of the governor: `calm`, `watching` or `recovering`."""
         return self.governor.status(self.stages().values())
 
     # --- Inside a decision ---
@@ -342,7 +342,7 @@ class Tolaria:
         return self.clock.loss_sum / self.clock.loss_count if self.clock.loss_count else None
 
     def _drain(self) -> Alarm | None:
-        """Fetch the waiting losses from the device and show them to the governor."""
+        """Transfer the waiting losses from the device, and pass them to the governor."""
         if not self._waiting:
             return None
         values = self._losses[: self._waiting].tolist()
@@ -423,7 +423,7 @@ class Tolaria:
     # --- What is told ---
 
     def _connect_auditors(self, controller: object) -> None:
-        """Give an auditor around the controller what only the loop can measure."""
+        """Connect auditors around the controller to the measurements of the loop."""
         while controller is not None:
             if getattr(controller, "measure", self) is None:
                 controller.measure = self._churn_of  # type: ignore[attr-defined]
@@ -460,7 +460,7 @@ class Tolaria:
         )
 
     def tell_audit(self, verdict: Verdict) -> None:
-        """Emit a verdict, and have the slot remember what was useless there."""
+        """Emit a verdict, and record in the slot which family was useless there."""
         self.emit(audited(self.clock.step, verdict))
         growth = self.plane.growths[verdict.slot]
         if verdict.verdict is Op.CULL and growth.blueprint in self.plane.candidates:

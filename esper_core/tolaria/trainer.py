@@ -32,7 +32,7 @@ from esper_core.tolaria.setup import Setup
 from esper_core.tolaria.snapshot import load_random, load_training, random_tensors, training_plain, training_tensors
 
 _AFFORDABLE = 0.01
-"""Share of the time that checkpoints may take where nobody asked for a fixed interval."""
+"""Share of the time that checkpoints may take unless a fixed interval was chosen."""
 
 
 @attrs.frozen
@@ -141,7 +141,7 @@ class Trainer:
             raise self._fail(error) from error
         except PART_FAULTS as error:  # blueprints, tasks and sinks are other people's code: stop cleanly
             told = f"{type(error).__name__}: {error}"
-            raise self._fail(RunFailed(f"the run stopped: {told}", "", "esper resume, once it is mended")) from error
+            raise self._fail(RunFailed(f"the run stopped: {told}", "", "fix the cause, then esper resume")) from error
 
     def _epoch(self) -> bool:
         """Train the rest of the current epoch; False if a signal asked to stop."""
@@ -198,7 +198,7 @@ class Trainer:
             raise RunFailed(
                 f"the training data of {self.task.name} failed: {type(error).__name__}: {error}",
                 "readable data",
-                f"mend it, then esper resume {self.folder.path if self.folder else ''}",
+                f"fix it, then esper resume {self.folder.path if self.folder else ''}",
             ) from error
 
     def step(self, batch: Batch) -> None:
@@ -268,7 +268,7 @@ class Trainer:
                 raise RunFailed(
                     f"the validation data of {self.task.name} failed: {type(error.cause).__name__}: {error.cause}",
                     "readable data",
-                    f"mend it, then esper resume {self.folder.path if self.folder else ''}",
+                    f"fix it, then esper resume {self.folder.path if self.folder else ''}",
                 ) from error
         position.validation_loss, position.validation_score = measured.loss, measured.score
         return measured
@@ -426,7 +426,7 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint; if that fails, say so and go on with the earlier ones."""
+        """Write a checkpoint; if that fails, report it and keep the earlier ones."""
         if self.folder is None:
             return
         began = time.monotonic()

@@ -87,7 +87,7 @@ def test_a_broken_plugin_fails_the_doctor_and_is_named(tmp_path: Path) -> None:
     assert report["ok"] is False
     bad = {finding["name"]: finding for finding in report["findings"] if finding["state"] == "bad"}
     assert "ZeroDivisionError" in bad["crashing/plugin"]["text"]
-    assert bad["crashing/plugin"]["mend"].endswith("esper --no-plugin crashing/plugin")
+    assert bad["crashing/plugin"]["fix"].endswith("esper --no-plugin crashing/plugin")
     assert "is offered by impostor too" in bad["esper-core/conv"]["text"]
     cured = run_esper("--no-plugin", "crashing", "--no-plugin", "impostor", "doctor", "--fast", site=tmp_path)
     assert cured.returncode == 0, cured.stdout

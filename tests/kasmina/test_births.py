@@ -120,7 +120,7 @@ def test_a_seed_that_sees_the_future_is_not_born_in_a_causal_host() -> None:
     plane = planted()
     assert "causal" in plane.slots["first"].spec.tags
     for name in ("padded", "fourier-unsaid"):
-        with pytest.raises(IncompatibleSeed, match=r"sees the positions that follow.*excludes"):
+        with pytest.raises(IncompatibleSeed, match=r"is not causal.*excludes"):
             plane.germinate("first", name)
         assert plane.slots["first"].seed is None
     with pytest.raises(IllegalCommand, match="excludes causal"):

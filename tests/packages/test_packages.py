@@ -116,7 +116,7 @@ def test_a_package_that_would_hide_a_module_is_refused(name: str) -> None:
 def test_a_name_that_a_part_has_already_is_refused(tmp_path: Path) -> None:
     arguments = ["plugins", "new", "conv", "--kind", "blueprints", "--into", str(tmp_path)]
     result = CliRunner().invoke(cli, arguments, prog_name="esper")
-    assert result.exit_code == 2 and "has that name already" in result.stderr and not list(tmp_path.iterdir())
+    assert result.exit_code == 2 and "already has that name" in result.stderr and not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_callback_grows_one_model_once(tmp_path) -> None:
     made, model = train(tmp_path / "out", "tokens", growth, steps=2)
     with pytest.raises(EsperError, match="has grown a model already"):
         made.train()
-    with pytest.raises(EsperError, match="something grows in this model already"):
+    with pytest.raises(EsperError, match="this model already has a plane"):
         accompany(model, torch.optim.SGD(model.parameters(), 0.1), item("tokens"), steps=8)
 
 

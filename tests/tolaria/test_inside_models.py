@@ -160,7 +160,7 @@ class Locked(nn.Sequential):
 
 
 def test_a_model_that_cannot_be_copied_is_told_before_training_and_kept(tmp_path) -> None:
-    with pytest.warns(UserWarning, match="no plain model will come of this: Locked cannot be copied"):
+    with pytest.warns(UserWarning, match="cannot be exported as a plain module: Locked cannot be copied"):
         grown = quick(Locked(), tmp_path)
     assert grown.result.status == "finished" and grown.plane.growths["1"].births == 1
     with pytest.raises(EsperError, match="Locked cannot be copied"):
