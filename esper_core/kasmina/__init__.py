@@ -1,1 +1,1 @@
-"""Kasmina, the plane: slots over any host, isolation, blending and the parameter ledger."""
+"""Kasmina: the plane with slots over any host, isolation, blending and the parameter ledger."""

@@ -1,4 +1,4 @@
-"""What is measured of a seed before it touches the host: whether it sees the future, and whether it draws numbers."""
+"""Tests of a new seed before it is attached: whether it is causal, and whether it draws random numbers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DRAWING: Final = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.MultiheadAttentio
 
 @torch.no_grad()
 def check_causal(seed: nn.Module, point: InjectionSpec, who: str) -> None:
-    """Refuse a seed that lets a position of a causal host see what comes behind it.
+    """Refuse a seed at a causal point whose outputs depend on later positions.
 
-    A copy with noise on every parameter is asked twice, since a new seed is silent: the second time with other values
-    in the second half of the positions. The first half of its answers must not move.
+    A copy with noise on every parameter (a new seed has zero output) is run twice, the second time with other values
+    in the second half of the positions. The first half of the outputs must not change.
 
     Raises:
         IncompatibleSeed: it does.

@@ -1,4 +1,4 @@
-"""How a blend is named: a combination, a curve, or both as `combination:curve`."""
+"""Names of blends: a combination, a curve, or both as `combination:curve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiling a host block by block, so that growth does not compile anything anew.
+"""Compiles a host block by block, so that growth causes no recompilation.
 
 A compiled block is an instance of a subclass of its own class whose `forward` is compiled once for all blocks of that
 class; weights are guarded by shape and not by identity, so copies of a block share its code, and hooks stay outside.

@@ -1,4 +1,4 @@
-"""Which of a module's points stand behind whole blocks, and which blocks follow one another; measured on one example.
+"""Finds the blocks before the points of a module, and which follow one another, measured on one example.
 
 A block maps a feature to one of the same shape. Blocks form a *run* when each takes the very tensor that the one before
 gave; the run may be repeated then, or any end of it.
@@ -20,7 +20,7 @@ from esper_core.kasmina.feature_trace import feature_of
 
 @attrs.define(eq=False)
 class Pass:
-    """What one module did in the observed pass.
+    """Call and output of one module in the observed pass.
 
     Attributes:
         call: its arguments. answer: the feature that it gave, before any slot behind it saw it.
@@ -56,7 +56,7 @@ class BlockInfo:
 
 @contextmanager
 def quiet_pass(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and random numbers that are put back."""
+    """A context of eval mode without gradients, after which random states are restored."""
     modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         model.eval()
@@ -68,7 +68,7 @@ def quiet_pass(model: nn.Module) -> Iterator[None]:
 
 
 def trace_blocks(model: nn.Module, run: Callable[[], object], paths: Iterable[str]) -> dict[str, Pass]:
-    """What the modules at `paths` do while `run` has the model compute; a path that does not run is left out."""
+    """Calls and outputs of the modules at `paths` during `run`; paths that do not run are left out."""
     seen: dict[str, Pass] = {}
     with quiet_pass(model), ExitStack() as stack:
         for path in paths:

@@ -1,4 +1,4 @@
-"""A place of its own for a copied block in the cache with which a host generates text.
+"""Entries of copied blocks in the cache with which a host generates text.
 
 A cache is any object that keeps a list `layers`, one entry a block, each with `keys` and `values` (transformers'
 `Cache` is one). A block writes to the entry of its own number. A copy has the same number, so it is shown the cache

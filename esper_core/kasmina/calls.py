@@ -1,4 +1,4 @@
-"""How a host called one of its modules: what a seed that stands behind the module may need to know beside the feature.
+"""Arguments with which a host calls a module, for seeds after it that need more than the feature.
 
 A block of a transformer takes masks, rotary tables, position numbers or a cache along with its feature. Seeds that ask
 for them (`wants=("call",)` in the blueprint's spec) get them as a `Call`.

@@ -1,4 +1,4 @@
-"""Whether a model's positions see only what came before them: measured by changing the last one."""
+"""Finds causal points of a model, by changing the last token of an input."""
 
 from __future__ import annotations
 

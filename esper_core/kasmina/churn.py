@@ -1,4 +1,4 @@
-"""Churn: what the loss of a withered seed costs now, on the same validation examples, with an interval."""
+"""Churn: the increase of the loss without a withered seed, on the same validation examples, with an interval."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from esper_core.leyline.stages import STAGES
 
 @runtime_checkable
 class Composable(Protocol):
-    """A host that can be rewritten as a plain module with others built in behind its points."""
+    """A host that can be copied as a plain module with further modules built in at its points."""
 
     def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
         """An independent copy of the model, without hooks, that passes each point's feature through `grown[point]`.
@@ -30,7 +30,7 @@ class Composable(Protocol):
 
 
 class ComposedSeed(nn.Module):
-    """What one slot computes once its alpha is fixed: `combination(h, seed(h), alpha)`.
+    """One slot at a fixed alpha: `combination(h, seed(h), alpha)`.
 
     Args:
         seed: feature to delta of the same shape.
@@ -63,7 +63,7 @@ class ComposedSeed(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """What grew at one point, one upon the other."""
+    """The stacked seeds of one point."""
 
     @property
     def wants_call(self) -> bool:
@@ -78,7 +78,7 @@ class Chain(nn.Sequential):
 
 
 def compose(plane: Plane) -> nn.Module:
-    """The model as it computes now, with the seeds that contribute built in; the plane is left as it is.
+    """A plain copy of the model with its contributing seeds built in; the plane is unchanged.
 
     Raises:
         EsperError: the host, or a seed with slots of its own, cannot be rewritten as a plain module.

@@ -1,4 +1,4 @@
-"""Depth by copying: the host's own blocks, cloned with everything that they are called with.
+"""Depth by copying: clones of the host's own blocks, called with the arguments of the originals.
 
 Source: stacking: Gong et al., "Efficient Training of BERT by Progressively Stacking", 2019; Du et al., "Stacking Your
 Transformers", 2024, arXiv:2405.15319; deeper networks from identity blocks: Chen, Goodfellow & Shlens, "Net2Net", 2016,
@@ -75,7 +75,7 @@ class CopiedRun(nn.Module):
     """Clones of blocks, one after the other: feature and call in, feature out.
 
     Attributes:
-        inherits: each new parameter with the one that it is a copy of, for whoever holds the optimizer's state.
+        inherits: each new parameter with the one that it is a copy of, so that an optimizer can copy their state.
     """
 
     def __init__(self, blocks: Sequence[CopiedBlock]) -> None:

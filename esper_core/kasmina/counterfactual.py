@@ -1,4 +1,4 @@
-"""What each seed is worth: the same validation examples with and without it, paired."""
+"""Counterfactuals: the loss with and without each seed, paired over the same validation examples."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Measurement:
 
 
 def leave_one_out(paths: Sequence[str]) -> list[Mask]:
-    """One mask a slot; what is nested in its seed falls silent with it."""
+    """One mask per slot; seeds nested in its seed are muted with it."""
     return [frozenset({path}) for path in paths]
 
 
@@ -81,7 +81,7 @@ def measure_counterfactuals(
 ) -> Measurement:
     """Evaluate the model as it is, and without each of its slots, on the same examples.
 
-    The host is put into eval mode for the time being; nothing waits for the device until the end.
+    The host is in eval mode meanwhile; the device is synchronised once, at the end.
 
     Args:
         plane: the plane whose slots are muted in turn.

@@ -1,4 +1,4 @@
-"""What a model computes on one example, module by module: the measurement from which injection points are chosen.
+"""Records the features of every module of a model on one example; injection points are chosen from them.
 
 The model is run on one and on two examples, in eval mode. Where possible this happens on a copy whose weights are
 fake tensors (shapes without data), so that a large model costs no arithmetic and the model itself is not touched.
@@ -33,7 +33,7 @@ _NEVER_ENDS: Final = 2**62
 
 @attrs.define(eq=False)
 class Traced:
-    """What one module did in the pass.
+    """The record of one module.
 
     Attributes:
         path: its path in the model; empty for the model itself.
@@ -135,7 +135,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Keep torch's attention layers from the fused way that they take without gradients unless they have hooks."""
+    """Disable the fused kernels that torch's attention layers use without gradients when they have no hooks."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -151,10 +151,10 @@ def repeat_example(inputs: Inputs, count: int) -> Inputs:
 
 
 def trace_features(model: nn.Module, example: Inputs, to_logits: Any = pick_logits) -> Trace:
-    """Measure what `model` computes on the first example of `example`; the model is left as it was.
+    """Record a pass of `model` on the first example of `example`; the model is unchanged.
 
     Raises:
-        Exception: whatever the model raises on the example.
+        Exception: any that the model raises on the example.
     """
     if sum(0 if p.is_meta else p.numel() for p in model.parameters()) >= _FAKE_FROM:
         try:
@@ -180,7 +180,7 @@ def _trace_fake(model: nn.Module, example: Inputs, to_logits: Any) -> Trace:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time being, and every floating parameter requires its gradient."""
+    """A context of eval mode in which every floating parameter requires gradients."""
     modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     model.eval()

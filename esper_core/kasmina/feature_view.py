@@ -1,4 +1,4 @@
-"""How a slot sees a feature: as NCHW, NHWC or NLD, by views that copy nothing."""
+"""Views of a feature as NCHW, NHWC or NLD, without copies."""
 
 from __future__ import annotations
 

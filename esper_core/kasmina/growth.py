@@ -1,4 +1,4 @@
-"""What the plane remembers of each slot: plain data that a checkpoint can hold."""
+"""The state of each slot: plain data for checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esper_core.leyline.view import Interval
 
 @attrs.define
 class Growth:
-    """The life of a slot so far. Steps are optimizer steps, ages are decision steps.
+    """The state of a slot. Steps are optimizer steps, ages are decision steps.
 
     Attributes:
         stage: where the seed stands; `resume_stage` is where REVIVE would return to.
@@ -65,7 +65,7 @@ class Growth:
     readings: dict[str, float] = attrs.Factory(dict)
 
     def enter(self, stage: Stage) -> None:
-        """Begin `stage`: what counts within a stage starts over."""
+        """Begin `stage` with the counters of a stage at zero."""
         self.stage = stage
         self.stage_age = self.stage_steps = 0
         self.counterfactual_count = self.probation_count = 0
@@ -108,7 +108,7 @@ _Z: Final = 1.959963984540054
 
 
 def _progress_high(growth: Growth, rent: float) -> float | None:
-    """Upper end of the 95% interval of `proxy_progress`: each batch's gradient is a noisy witness of the seed."""
+    """Upper end of the 95% interval of `proxy_progress`, which is noisy from batch to batch."""
     progress = growth.readings.get("proxy_progress")
     return None if progress is None else progress + _Z * growth.readings.get("proxy_error", 0.0)
 
@@ -143,7 +143,7 @@ class StageChange:
     """A slot moved.
 
     Attributes:
-        slot: its path. before, after: stages. command: what asked for it.
+        slot: its path. before, after: stages. command: the cause.
         blueprint, blend: of the seed that moved (also of one that is gone now).
         added, removed: parameters that came to life or left the model.
         inherits: each of the added that is a copy, with the parameter that it is a copy of.

@@ -1,4 +1,4 @@
-"""Who owes what: parameters and FLOPs of the host and of every seed."""
+"""Parameters and FLOPs of the host and of every seed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def count_parameters(*modules: nn.Module) -> int:
 
 @attrs.frozen
 class Limits:
-    """What all seeds together may cost; None is unlimited. FLOPs are of one example's forward pass."""
+    """Budgets of all seeds together; None is unlimited. FLOPs are of one example's forward pass."""
 
     params: int | None = None
     flops: int | None = None

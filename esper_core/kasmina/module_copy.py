@@ -1,4 +1,4 @@
-"""An independent copy of a module, also of one that keeps what it computed."""
+"""Deep copies of modules, also of those that keep computed tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def copy_module(module: _Module, memo: Mapping[int, Any] | None = None) -> _Modu
                 known.setdefault(id(value), value.detach().clone())
     try:
         return copy.deepcopy(module, known)
-    except Exception as error:  # foreign code: whatever it raises is told in one line
+    except Exception as error:  # foreign code may raise anything
         raise EsperError(
             f"{type(module).__name__} cannot be copied: {type(error).__name__}: {error}",
             "a module that copy.deepcopy takes",

@@ -1,4 +1,4 @@
-"""Any `nn.Module` as a host: slots attach behind its submodules by forward hooks."""
+"""Any `nn.Module` as a host: slots are attached to its submodules by forward hooks."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def replace_feature(output: Any, feature: Tensor) -> Any:
 
 
 class ModuleHost:
-    """A host made of any module.
+    """A host made from any module.
 
     Args:
         module: the model; its parameters and state_dict keys stay its own.
@@ -170,7 +170,7 @@ class ModuleHost:
         return MappingProxyType(self._specs)
 
     def register_slot(self, name: str, slot: SlotModule) -> None:
-        """Plug `slot` in at point `name`.
+        """Attach `slot` at point `name`.
 
         Raises:
             UnknownName: no such point. IllegalCommand: the point already has a slot.
@@ -188,7 +188,7 @@ class ModuleHost:
         self._hooks[name] = hook, handles
 
     def unregister_slot(self, name: str) -> None:
-        """Take the slot at `name` out again; nothing happens if there is none.
+        """Detach the slot at `name`, if there is one.
 
         Raises:
             UnknownName: no such point.
@@ -207,7 +207,7 @@ class ModuleHost:
         return self._to_logits(call(self.module, inputs))
 
     def compile_blocks(self) -> list[str]:
-        """Train the submodules behind which points stand by compiled code; their paths."""
+        """Compile the submodules that points follow, for training; returns their paths."""
         return compile_blocks(self.module, self._paths.values())
 
     def blocks(self) -> Mapping[str, BlockInfo]:
@@ -292,7 +292,7 @@ class ComposedModel(nn.Module):
 
 
 def keep_unfused(model: nn.Module) -> None:
-    """Have torch's encoder layers call their parts, without gradients too: the fused way would pass by what grew there.
+    """Have torch's encoder layers call their parts, without gradients too: the fused kernel would skip grown modules.
 
     Layers with hooks are never fused; a composed model has none.
     """
@@ -403,7 +403,7 @@ def host_from_module(
     given, inputs = inputs, prepare(inputs) if prepare else inputs
     try:
         trace = trace_features(model, inputs, to_logits or pick_logits)
-    except Exception as error:  # the model is foreign code: whatever it raises is told in one line
+    except Exception as error:  # the model is foreign code and may raise anything
         raise EsperError(
             f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error}",
             "an example that the model takes",

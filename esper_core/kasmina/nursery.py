@@ -1,4 +1,4 @@
-"""Where seeds are built and checked before they touch the model."""
+"""Builds seeds, and checks them before they are attached to the model."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def build_combination(
 
 
 def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Make sure that a seed answers as its slot wants, to batches of several sizes; whether it writes to its input."""
+    """Check the outputs of a seed for batches of several sizes; returns whether it writes to its input."""
     where, writes = f"a seed of {blueprint} at {point.name}", False
     reason = unsavable(dict((*seed.named_parameters(), *seed.named_buffers())))
     if reason:
@@ -160,7 +160,7 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
 
 
 def _check_copies(seed: nn.Module, run: BlockRun, point: InjectionSpec, blueprint: str) -> bool:
-    """Try a seed that wants the host's blocks on what the host computes on its example; whether it writes to it."""
+    """Check a seed of copied blocks on the host's example; returns whether it writes to its input."""
     feature, call = run.example()
     before = feature._version
     with quiet_pass(seed):

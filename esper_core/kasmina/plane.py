@@ -38,7 +38,7 @@ from esper_core.registry import Registry
 
 
 class Plane:
-    """A host's slots and everything that grows in them.
+    """The slots of a host and the seeds that grow in them.
 
     Args:
         host: what grows.
@@ -113,7 +113,7 @@ class Plane:
         self.candidates.registry = registry
 
     def growth(self, path: str) -> Growth:
-        """What is remembered of the slot at `path`.
+        """The state of the slot at `path`.
 
         Raises:
             UnknownName: no such slot.
@@ -132,7 +132,7 @@ class Plane:
 
     @property
     def growths(self) -> Mapping[str, Growth]:
-        """What is remembered of each slot, by path, in depth order."""
+        """The state of each slot, by path, in depth order."""
         return self._territory.growths
 
     @property
@@ -151,9 +151,9 @@ class Plane:
         )
 
     def rent_of(self, path: str) -> float:
-        """What the seed at `path` pays with all that is nested in it, in nats: rent * params / host_params.
+        """The rent of the seed at `path` and of all seeds nested in it, in nats: rent * params / host_params.
 
-        An organ is judged by what its whole tree brings, so it pays for its whole tree.
+        The gain of an organ is that of its whole tree, so it pays for the whole tree.
         """
         params = self.growths[path].params + self.inner_cost(path)[0]
         return self.rent * params / max(self.host_params, 1)
@@ -178,9 +178,9 @@ class Plane:
         return {path: list(_own_parameters(slot)) for path, slot in self._slots.items() if slot.seed is not None}
 
     def contributing(self) -> list[str]:
-        """Paths of the slots whose seed shows in the model's output, in depth order.
+        """Paths of the slots whose seed contributes to the model's output, in depth order.
 
-        A seed that is nested in one that does not show does not show either, whatever its own stage.
+        A seed inside one that does not contribute does not contribute either, in any stage of its own.
         """
         shows = {p for p, g in self.growths.items() if STAGES[g.stage].contributes and g.alpha > 0}
         return [path for path in self.growths if path in shows and shows.issuperset(ancestors_of(path))]
@@ -190,7 +190,7 @@ class Plane:
         return plane_view.slot_views(self)
 
     def on_change(self, listener: Callable[[StageChange], None]) -> None:
-        """Have `listener` called after every change of a stage."""
+        """Call `listener` after every change of a stage."""
         self._listeners.append(listener)
 
     # --- Commands ---
@@ -241,7 +241,7 @@ class Plane:
         """Carry out `command` at every slot that it names, in one event; a refusal at one of them changes nothing.
 
         Returns:
-            The changes that were asked for, slot by slot; what follows by itself is told to listeners only.
+            The changes that were asked for, slot by slot; automatic transitions after them reach listeners only.
 
         Raises:
             UnknownName, IllegalCommand, IncompatibleSeed: see `apply`.
@@ -274,7 +274,7 @@ class Plane:
         growth.embargo_left = max(growth.embargo_left, decisions)
 
     def bar(self, path: str, family: str, decisions: int) -> None:
-        """Refuse germination of blueprints of `family` at `path` for that many decision steps, whoever asks."""
+        """Refuse germination of blueprints of `family` at `path` for that many decision steps, from any controller."""
         growth = self.growth(path)
         if decisions > 0:
             growth.barren = {**growth.barren, family: max(growth.barren.get(family, 0), decisions)}
@@ -282,7 +282,7 @@ class Plane:
     # --- Time ---
 
     def step(self) -> list[StageChange]:
-        """After every optimizer step: alphas move, and what is due by itself happens."""
+        """Call after every optimizer step: moves alphas, and takes the automatic transitions that are due."""
         changes: list[StageChange] = []
         for path in self._ramps.step():
             self._ramps.drop(path)
@@ -292,7 +292,7 @@ class Plane:
         return changes
 
     def decide(self) -> list[StageChange]:
-        """At every decision step: ages and embargoes move, and what is due by itself happens."""
+        """Call at every decision step: updates ages and embargoes, and takes the automatic transitions that are due."""
         changes: list[StageChange] = []
         for path, growth in list(self.growths.items()):
             growth.embargo_left = max(0, growth.embargo_left - 1)
@@ -312,7 +312,7 @@ class Plane:
         accuracy: Interval | None = None,
         readings: Mapping[str, float] | None = None,
     ) -> None:
-        """Take in what was measured of the slot at `path`; gates and views read it.
+        """Store measurements of the slot at `path`, for gates and views.
 
         Args:
             loss: validation loss without the slot minus with it (nats).
@@ -331,11 +331,11 @@ class Plane:
     # --- Structure ---
 
     def structure(self) -> list[dict[str, Any]]:
-        """What grows where, as JSON-compatible data; with `module.state_dict()` it is the plane's whole state."""
+        """The seeds and their states as JSON-compatible data; with `module.state_dict()` the plane's complete state."""
         return [{"path": path, **growth.to_dict()} for path, growth in self.growths.items()]
 
     def rebuild(self, structure: Iterable[Mapping[str, Any]]) -> None:
-        """Grow what `structure` describes, in place of what grows now; weights are initial until loaded.
+        """Replace all seeds by those that `structure` describes; weights are initial until loaded.
 
         Raises:
             UnknownName, PluginBroken, MissingDependency: a blueprint or blend is not available.
@@ -427,7 +427,7 @@ class Plane:
     def _choose_blend(
         self, command: Command, slot: SeedSlot, growth: Growth
     ) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
-        """Take up the blend that an ADVANCE into BLENDING names, if it differs from the one chosen at birth."""
+        """Change to the blend that an ADVANCE into BLENDING names, if it differs from the one chosen at birth."""
         growth.tempo = command.tempo if command.tempo is not Tempo.STANDARD else growth.tempo
         wanted = str(parse_blend(command.blend, self.registry)) if command.blend else growth.blend
         if wanted == growth.blend:
@@ -467,7 +467,7 @@ class Plane:
             self._tell(changes[-1])
 
     def _follow(self, path: str) -> None:
-        """Have `step` look at the slot at `path`, for which time does something."""
+        """Include the slot at `path` in `step`, as its alpha moves or its stage waits for steps."""
         self._ramps.follow(path, self.growths[path], self._slots[path])
 
     def _build_curve(self, growth: Growth) -> tuple[str, Callable[[float], float]]:
@@ -479,7 +479,7 @@ class Plane:
         self._slots[path].set_alpha(value)
 
     def _cull_inside(self, command: Command) -> tuple[nn.Parameter, ...]:
-        """Empty a slot; every seed nested in its own is culled too, innermost first, and told of like any other.
+        """Empty a slot; every seed nested in its own is culled too, innermost first, each with its own event.
 
         Returns:
             The parameters of the slot's own seed and blend.

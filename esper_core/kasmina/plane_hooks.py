@@ -1,4 +1,4 @@
-"""The hooks by which slots hang on a model, and how a copy of the model is freed of them."""
+"""The hooks that attach slots to a model, and their removal from copies of the model."""
 
 from __future__ import annotations
 

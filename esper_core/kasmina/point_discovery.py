@@ -1,4 +1,4 @@
-"""Chooses injection points from a measured pass. Structure, shapes and data flow decide; names of classes never do.
+"""Chooses injection points from a measured pass, by structure, shapes and data flow, never by names of classes.
 
 Terms: a *matrix* is a parameter of rank two or more; a *composite* ran with at least two of them inside; composites
 form a *chain* when each takes what the one before gave.
@@ -45,7 +45,7 @@ def discover(trace: Trace) -> list[Found]:
 
 
 def view_of(trace: Trace, traced: Traced) -> FeatureView | None:
-    """How a seed is to see the feature of `traced`; None when it cannot."""
+    """The view of the feature of `traced` for a seed; None if there is none."""
     return _Finder(trace).view(traced)
 
 

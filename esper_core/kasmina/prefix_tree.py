@@ -1,8 +1,8 @@
-"""Evaluate a host under many masks of its slots, computing what they share only once.
+"""Evaluate a host under many masks of its slots, computing shared prefixes once.
 
 Masks that first differ at some slot share everything that the network computed before it. Each further mask is a
-forward pass in which the modules that had finished by then answer from memory, so its result is the full pass's,
-bit for bit. Nothing needs to be known of the host: what ran before what is observed.
+forward pass in which the modules that had finished by then return stored outputs, so its result is the full pass's,
+bit for bit. It needs no knowledge of the host: the order of its modules is observed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What grown parts answer to a fixed input: a few numbers by which a changed implementation is found out."""
+"""Outputs of grown parts for a fixed input: a few numbers that reveal a changed implementation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOLERANCE: Final = 0.02
 
 
 def probe(plane: Plane) -> dict[str, list[list[float]]]:
-    """What each live slot answers in eval mode, by path: numbers of its seed, and of its blend at alpha 1.
+    """Summaries of the outputs of each live slot in eval mode, by path: of its seed, and of its blend at alpha 1.
 
     A slot that does not answer with finite numbers, or not without its block's other arguments, is left out.
     """
@@ -28,7 +28,7 @@ def probe(plane: Plane) -> dict[str, list[list[float]]]:
 
 
 def odd_ones(recorded: Mapping[str, Any], plane: Plane) -> list[str]:
-    """Paths of the slots that no longer answer as `recorded` says."""
+    """Paths of the slots whose outputs differ from `recorded`."""
     now = probe(plane)
     return [path for path, answers in recorded.items() if not _agree(answers, now.get(path, []))]
 

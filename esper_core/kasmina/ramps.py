@@ -1,4 +1,4 @@
-"""How alphas move: shares of the way, computed once for all slots that ramp alike, and written together."""
+"""Ramps of alpha: progress is computed once for all slots with equal ramps, and written together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW: Final = 8
 
 
 class Shares(dict[int, float]):
-    """Step of a ramp to the share of alpha's way that is behind it then; computed when first asked for.
+    """Step of a ramp to the share of the ramp that alpha has covered; computed on first use.
 
     Args:
         curve: progress in [0, 1] to share in [0, 1].
@@ -63,9 +63,9 @@ class AlphaWriter:
 
 
 class Ramps:
-    """The slots for which a step does something: those whose alpha moves, and those that wait for steps.
+    """The slots that a step affects: those whose alpha moves, and those that wait for steps.
 
-    They are found once and kept, since there may be a thousand.
+    They are kept in a table, since a plane may have a thousand slots.
 
     Args:
         curve: a slot's growth to the name of its curve and the curve.
@@ -85,7 +85,7 @@ class Ramps:
         self._moving[path] = growth, slot, None
 
     def drop(self, path: str) -> None:
-        """Stop that."""
+        """No longer do so for the slot at `path`."""
         self._moving.pop(path, None)
 
     def step(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The states of the generators from which modules on a device draw."""
+"""States of the random generators of a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def random_states(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def set_random_states(device: torch.device, states: tuple[Tensor, ...]) -> None:
-    """Put them back to what `random_states` gave."""
+    """Restore states that `random_states` returned."""
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.get_device_module(device).set_rng_state(states[1], device)

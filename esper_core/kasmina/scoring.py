@@ -1,4 +1,4 @@
-"""Objectives at work: whether one fits a model and its targets, and one made of a user's own functions."""
+"""Checks of objectives against a model and its targets, and the objective made of a user's functions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse_scores(scores: Any, count: int, where: str) -> None:
     """Make sure that `scores` are loss and metric of each of `count` examples. Looks at shapes alone.
 
     Raises:
-        BadScores: they are not; one number would be taken for everybody's.
+        BadScores: they are not. A single number would be broadcast to all examples.
     """
     if not isinstance(scores, tuple | list) or len(scores) != 2:
         raise BadScores(f"{where}: the scores are {_words(scores)}", "loss and metric of each example")
@@ -98,11 +98,11 @@ class OwnObjective:
 
     @property
     def chance(self) -> float | None:
-        """Unknown for a loss of one's own."""
+        """None: unknown for a function of the user's."""
         return self._base.chance if self._base is not None else None
 
     def check(self, outputs: Tensor, targets: Any) -> None:
-        """Whatever the functions take is fine; `refuse_misfit` calls them."""
+        """Accepts everything; `refuse_misfit` calls the functions."""
         if self._base is not None:
             self._base.check(outputs, targets)
 
@@ -124,7 +124,7 @@ class OwnObjective:
         return losses, losses if self._metric is None else _of_each(self._metric, outputs, targets)
 
     def tally(self, outputs: Tensor, targets: Any) -> None:
-        """Not counted in training: nothing is known of what the functions cost."""
+        """None: the cost of the functions is unknown."""
 
 
 def _of_each(function: Function, outputs: Tensor, targets: Any) -> Tensor:

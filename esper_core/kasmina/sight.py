@@ -1,6 +1,6 @@
-"""What a position may see: the host's masks, and what its cache holds, for seeds that mix positions.
+"""Which positions are visible to each other, from the host's masks and its cache, for seeds that mix positions.
 
-Masks are read from the call of the host's block, whatever their form: padding (N, K) or pairs (Q, K), (N, Q, K),
+Masks are read from the call of the host's block in any of these forms: padding (N, K) or pairs (Q, K), (N, Q, K),
 (N, heads, Q, K); boolean, numbers or values that are added to scores. Where sequences are packed into one, hosts hand
 on a mask of pairs, or positions that begin anew. What cannot be read is refused, since a seed that goes by it would
 compute something else for every padded batch.

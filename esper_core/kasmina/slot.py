@@ -46,7 +46,7 @@ class Probe(Protocol):
 
 
 class Interpolation(nn.Module):
-    """(1 − α)·h + α·s: how a plain blend lets in a seed that answers with a feature; exact at both ends."""
+    """(1 − α)·h + α·s: a plain blend for a seed that returns a feature; exact at both ends."""
 
     def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
         """The output, of the shape of `h`."""
@@ -54,7 +54,7 @@ class Interpolation(nn.Module):
 
 
 class OfDelta(nn.Module):
-    """Another combination for a seed that answers with a feature: its delta is s − h.
+    """Wraps a combination for a seed that returns a feature: its delta is s − h.
 
     Args:
         combination: maps (h, delta, alpha) to the output.
@@ -82,7 +82,7 @@ class SeedSlot(nn.Module):
         wants_call: the seed also takes the call of the host's block.
         writes: the seed writes to its input in place, so that it is given a copy.
         draws: the seed may draw random numbers in training; compiled code is cut around it then.
-        muted: the output is `h` whatever the stage; for counterfactuals.
+        muted: the output is `h` in every stage; for counterfactuals.
         probe: called with (slot, h, s, out) while gradients are on; None costs nothing.
         tracer: called with the slot whenever it computes; None costs nothing.
     """
@@ -120,7 +120,7 @@ class SeedSlot(nn.Module):
         alpha.fill_(value)
 
     def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
-        """The feature that the host goes on with: same shape, dtype and device as `h`.
+        """The feature that is passed on to the host: same shape, dtype and device as `h`.
 
         Args:
             h: the host's feature. call: of the host's block that gave it, for seeds that want it.
@@ -153,7 +153,7 @@ class SeedSlot(nn.Module):
         return out
 
     def _ask(self, h: Tensor, call: Call | None) -> Tensor:
-        """The seed's answer to `h`, which stays as it is: the host goes on with it.
+        """The seed's output for `h`, which must not be changed, as the host uses it.
 
         Raises:
             RuntimeError: the seed has written to `h`, or answered with another shape, as it did not when it was born.
@@ -173,7 +173,7 @@ class SeedSlot(nn.Module):
         return s
 
     def _ask_apart(self, h: Tensor, call: Call | None) -> Tensor:
-        """Ask the seed and put the random number generators back: the host draws what it would have drawn."""
+        """Run the seed and restore the random generators, so that the host draws the same numbers as without it."""
         if torch.compiler.is_compiling():
             if not self.draws:
                 return self._ask(h, call)

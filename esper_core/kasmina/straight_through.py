@@ -1,4 +1,4 @@
-"""The isolating gradient: the host is untouched, the seed learns from the task."""
+"""The straight-through gradient of isolated seeds: the host is unaffected, the seed learns from the task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where slots stand: mounted at points of the host or of a seed, stacked upon one another, in depth order."""
+"""The tree of slots: mounted at points of the host or of a seed, or stacked, in depth order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Territory:
         self._nested = 0  # slots inside seeds; most planes have none, and may have a thousand others to look through
 
     def growth(self, path: str) -> Growth:
-        """What is remembered of the slot at `path`.
+        """The state of the slot at `path`.
 
         Raises:
             UnknownName: no such slot.
@@ -44,7 +44,7 @@ class Territory:
         return self.growths[path]
 
     def mount(self, owner: HostProtocol, point: str, path: str, after: str = "") -> None:
-        """Give `owner` a slot at its `point`; it comes behind `after`, or last."""
+        """Give `owner` a slot at its `point`; it is inserted after `after`, or last."""
         slot = SeedSlot(path, owner.injection_specs[point]).to(device_of(self.host.module))
         stack = SlotStack(slot)
         owner.register_slot(point, stack)
@@ -92,7 +92,7 @@ class Territory:
             self.stack(f"{base}+{number}")
 
     def unmount(self, path: str) -> None:
-        """Take the slot at `path` away; its owner computes what it did before."""
+        """Remove the slot at `path`; its owner then computes what it did before."""
         if path in self._owners:
             owner = self._owners.pop(path)
             owner.unregister_slot(path.rsplit("/", 1)[-1])

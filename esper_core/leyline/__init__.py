@@ -1,1 +1,1 @@
-"""Leyline, the law: the contracts that every other part of Esper keeps. Imports no torch."""
+"""Leyline: the contracts between the parts of Esper. Imports no torch."""

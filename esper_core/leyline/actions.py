@@ -44,7 +44,7 @@ class Command:
         blueprint: what to grow, for GERMINATE (`name` or `distribution/name`).
         blend: how to blend, for GERMINATE and for ADVANCE into BLENDING: `combination:curve`, such as `gated:cosine`.
         tempo: how fast alpha ramps.
-        source: who asks: a controller's name, `emrakul`, `governor`, `plane` or `user`.
+        source: who issued it: a controller's name, `emrakul`, `governor`, `plane` or `user`.
         reason: why, in words for the event log.
         others: further slots to which the same happens in the same event, all of them or none.
         options: of the blueprint, for GERMINATE; they come before those of the run.
@@ -62,15 +62,15 @@ class Command:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Every slot that it is about."""
+        """Every slot that it names."""
         return (self.slot, *self.others) if self.slot else ()
 
     def each(self) -> tuple[Command, ...]:
-        """The same decision slot by slot."""
+        """One command for each slot."""
         return tuple(attrs.evolve(self, slot=slot, others=()) for slot in self.slots)
 
     def to_dict(self) -> dict[str, str]:
-        """Plain text for logs, without what was left out."""
+        """JSON-compatible data for logs, without fields at their defaults."""
         values = {name: getattr(self, name) for name in _LOGGED}
         extras = {"others": ",".join(self.others), "options": ",".join(f"{k}={v}" for k, v in self.options.items())}
         return {name: str(value) for name, value in (values | {k: v for k, v in extras.items() if v}).items()}

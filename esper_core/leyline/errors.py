@@ -1,4 +1,4 @@
-"""Errors that a user meets: what was given, what was expected, and what to type next, on one line."""
+"""Errors shown to users on one line: what was given, what was expected, and what to type next."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EsperError(Exception):
 
 
 def _tame(text: str) -> str:
-    """One line of bounded length that sends nothing to a terminal but text: it may quote a hostile file."""
+    """One line of bounded length without control characters, since it may quote a hostile file."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
 
@@ -43,7 +43,7 @@ class BadOption(EsperError):
 
 
 class UnknownName(EsperError):
-    """A plugin, slot, run or key of a name that nothing offers."""
+    """A name that no plugin, slot, run or key has."""
 
 
 class AmbiguousName(EsperError):
@@ -51,7 +51,7 @@ class AmbiguousName(EsperError):
 
 
 class PluginBroken(EsperError):
-    """A plugin that could not be loaded, named by the user."""
+    """A plugin that the user named and that could not be loaded."""
 
 
 class MissingDependency(EsperError):

@@ -93,7 +93,7 @@ def _from_array(value: Any) -> Any:
 class RunStarted(Event):
     """First event of a run. `points`: injection points as mappings, in depth order. `steps`: of the whole run.
 
-    `metric` has the fields of `leyline.objective.Metric`: what every score of the run is of.
+    `metric` has the fields of `leyline.objective.Metric`: the metric of every score of the run.
     """
 
     kind: ClassVar[str] = "run_started"
@@ -129,7 +129,7 @@ class Decided(Event):
     """A controller was asked. `train_loss` is the mean since the last decision.
 
     `rent` is lambda times `excess_params_ratio`, of all seeds; `score_minus_rent` is the validation score less the
-    rent, for scores of which higher is better. `note` is why the controller waits, if it says so.
+    rent, for scores of which higher is better. `note`: the controller's reason to wait, if it gives one.
     """
 
     kind: ClassVar[str] = "decided"
@@ -209,7 +209,7 @@ class CounterfactualMeasured(Event):
 
 @attrs.frozen(kw_only=True)
 class Audited(Event):
-    """Emrakul's verdict on a withered seed: `cull` or `revive`, and what decided it (nats).
+    """Emrakul's verdict on a withered seed: `cull` or `revive`, and the measurements behind it (nats).
 
     `revive` if `harm` exceeds `rent`. `harm` is the greater of the churn, if its interval lies above 0, and the rise of
     the loss during the audit, up to the seed's worth before it. None is unmeasured.
@@ -253,7 +253,7 @@ class RewardMeasured(Event):
 
 @attrs.frozen(kw_only=True)
 class GovernorAlarm(Event):
-    """The governor saw a catastrophe. `value` broke `limit`."""
+    """The governor raised an alarm: `value` exceeds `limit`."""
 
     kind: ClassVar[str] = "governor_alarm"
     cause: str
@@ -274,7 +274,7 @@ class RolledBack(Event):
 
 @attrs.frozen(kw_only=True)
 class FaultCaught(Event):
-    """Something failed and the run went on without it, or stopped cleanly."""
+    """A part failed; the run continued without it, or stopped cleanly."""
 
     kind: ClassVar[str] = "fault"
     where: str
@@ -304,7 +304,7 @@ EVENT_KINDS: tuple[type[Event], ...] = (
 
 
 class Sink(Protocol):
-    """A place to which events go. A sink that raises is dropped and reported; the run goes on."""
+    """Receives events. A sink that raises is dropped and reported; the run continues."""
 
     def write(self, event: Event) -> None:
         """Take one event; must return soon."""
@@ -313,4 +313,4 @@ class Sink(Protocol):
         """Make what was written durable."""
 
     def close(self) -> None:
-        """Flush and let go of resources; called once."""
+        """Flush and release resources; called once."""

@@ -1,4 +1,4 @@
-"""Files in folders that somebody else may have made: what is opened is a regular file of that folder, never a link."""
+"""Files in untrusted folders: only regular files are opened, never links."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_temporary(target: Path) -> Path:
 def refuse_links(folder: str | os.PathLike[str]) -> None:
     """Make sure that everything under `folder` is a plain folder or a regular file.
 
-    A run folder from elsewhere could otherwise have its reader write to, or read from, any place on this machine. The
+    Otherwise a run folder from elsewhere could make its reader read or write any file of this machine. The
     folder itself may be reached through a link.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The protocols through which the core meets what it trains. Annotations only: nothing here imports torch."""
+"""The protocols of hosts, batches and tasks. Annotations only: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def map_tensors(function: Callable[[Any], Any], nest: Any) -> Any:
 
 
 def list_tensors(nest: Any) -> list[Tensor]:
-    """The tensors in `nest`, in the order in which `map_tensors` meets them."""
+    """The tensors in `nest`, in the order in which `map_tensors` visits them."""
     found: list[Tensor] = []
     map_tensors(found.append, nest)
     return found
@@ -56,10 +56,10 @@ class HostProtocol(Protocol):
 
     @property
     def injection_specs(self) -> Mapping[str, InjectionSpec]:
-        """Here is where I can grow: point name to spec."""
+        """The points at which the host can grow: name to spec."""
 
     def register_slot(self, name: str, slot: SlotModule) -> None:
-        """Plug `slot` (feature → feature of the same shape) in at point `name`; one slot a point.
+        """Attach `slot` (feature → feature of the same shape) at point `name`; one slot per point.
 
         Raises:
             UnknownName: the host has no such point.
@@ -67,10 +67,10 @@ class HostProtocol(Protocol):
         """
 
     def unregister_slot(self, name: str) -> None:
-        """Take the slot at `name` out again; the host then computes what it did before."""
+        """Detach the slot at `name`; the host then computes what it did before."""
 
     def forward_with_slots(self, inputs: Inputs) -> Tensor:
-        """Run host and slots. Returns what the objective judges, examples first: (N, classes), (N, L, vocabulary), …"""
+        """Run host and slots. Returns the outputs, examples first: (N, classes), (N, L, vocabulary), …"""
 
 
 @attrs.frozen
@@ -133,7 +133,7 @@ class Split(Protocol):
 
 
 class TaskProtocol(Protocol):
-    """What is to be learnt: three splits and how a prediction is scored."""
+    """A task: three splits and a default objective."""
 
     @property
     def name(self) -> str:
@@ -141,11 +141,11 @@ class TaskProtocol(Protocol):
 
     @property
     def kind(self) -> str:
-        """What kind of learning it is, as a tag: `classification`, `language-modelling`, `regression`, …"""
+        """The kind of task, as a tag: `classification`, `language-modelling`, `regression`, …"""
 
     @property
     def objective(self) -> str:
-        """Name of the objective by which it is learnt unless the user chooses another. (API 2)
+        """Name of the default objective. (API 2)
 
         A task of API 1 has none; its kind decides: see `leyline.objective.default_objective`.
         """
@@ -160,7 +160,7 @@ class TaskProtocol(Protocol):
 
     @property
     def train(self) -> Split:
-        """The split that gradients are taken on."""
+        """The split that is trained on."""
 
     @property
     def validation(self) -> Split:

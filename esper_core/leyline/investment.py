@@ -1,4 +1,4 @@
-"""What Tamiyo tells Narset: how much all regions may cost together, and which share each region gets."""
+"""Budgets that a controller sets for Narset: the total of all regions, and the share of each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from esper_core.leyline.view import RunView
 
 @attrs.frozen
 class Investment:
-    """A decision about money, not about slots.
+    """Budgets of the regions.
 
     Attributes:
         total: parameters of all seeds together; None for all that the run's budget allows.
-        shares: region to its weight, at least 0; empty lets Narset weigh by what was measured.
+        shares: region to its weight, at least 0; if empty, Narset weighs regions by measured gains.
     """
 
     total: int | None = None
@@ -24,7 +24,7 @@ class Investment:
 
 
 class Investor(Protocol):
-    """A controller that sets budgets. Narset asks the controller inside it, if it is one."""
+    """A controller that sets budgets. Narset asks the controller that it wraps, if that is one."""
 
     def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
         """The budgets of the next decision.

@@ -1,4 +1,4 @@
-"""Specs that cannot be made, set aside: while a plugin registers, one mistake must not hide its other parts."""
+"""Invalid specs are collected while a plugin registers, so that one mistake does not hide its other parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LENIENT: ContextVar[bool] = ContextVar("lenient", default=False)
 
 @attrs.frozen
 class Malformed:
-    """What stands in place of a spec or an option that could not be made.
+    """Placeholder of a spec or option that is invalid.
 
     Attributes:
         kind: of the part; empty for an option.
@@ -31,7 +31,7 @@ class Malformed:
 
 @contextmanager
 def lenient() -> Iterator[None]:
-    """Have specs and options that cannot be made become `Malformed` instead of raising."""
+    """Within this context, invalid specs and options become `Malformed` instead of raising."""
     token = _LENIENT.set(True)
     try:
         yield
@@ -64,5 +64,5 @@ class Tolerant(type):
             raise cls.explain(told, fields) from error
 
     def explain(cls, error: EsperError, fields: dict[str, Any]) -> EsperError:
-        """The error that is told; a class of specs knows more when they were written for another version."""
+        """The error to report; classes of specs override it for specs of another API version."""
         return error

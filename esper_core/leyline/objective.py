@@ -1,4 +1,4 @@
-"""What is minimised and by what a prediction is judged. Annotations only: nothing here imports torch."""
+"""The protocol of objectives: training loss and metric. Annotations only: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BY_KIND: Final = MappingProxyType({"classification": "classification", "languag
 
 @attrs.frozen
 class Metric:
-    """How a metric is named, compared and shown.
+    """Name, direction and display of a metric.
 
     Attributes:
         name: as users read it, in lower case: `accuracy`, `mean absolute error`.
@@ -50,10 +50,10 @@ class Objective(Protocol):
 
     @property
     def chance(self) -> float | None:
-        """The loss of a model that knows nothing, or None where that cannot be known beforehand."""
+        """The loss at chance level, or None if it is unknown."""
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Refuse outputs and targets that do not belong to this objective; called once, before the first step.
+        """Check that outputs and targets fit this objective; called once, before the first step.
 
         Raises:
             EsperError: they do not fit.
@@ -68,15 +68,15 @@ class Objective(Protocol):
     def tally(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
         """Sum of the metric over the batch and the count behind it, both 0-dim, for the training split.
 
-        None where this would cost more than a small share of a training step; nothing is then reported.
+        None if it would cost more than a small share of a training step; it is then not reported.
         """
 
 
 def default_objective(task: object) -> str:
-    """Name of the objective of a task that is learnt as it wants to be.
+    """Name of the default objective of a task.
 
     Raises:
-        BadOption: the task, of API 1, names none and its kind does not tell.
+        BadOption: the task, of API 1, names none and its kind has none.
     """
     named = getattr(task, "objective", "")
     kind = str(getattr(task, "kind", ""))

@@ -22,7 +22,7 @@ class Option(metaclass=Tolerant):
     """One option of a spec.
 
     Attributes:
-        name: as typed. kind: `str`, `int`, `float` or `bool`. default: the value when not set (None: decided at use).
+        name: as typed. kind: `str`, `int`, `float` or `bool`. default: the value when not set (None: chosen at use).
         help: one line. choices: the allowed values, if few. minimum, maximum: inclusive bounds of a number.
     """
 

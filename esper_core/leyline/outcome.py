@@ -1,4 +1,4 @@
-"""What a reward term is told about one decision step of one environment."""
+"""The measurements of one decision step of one environment, for reward terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class StepOutcome:
     """The measured consequences between one decision and the next. None means unmeasured.
 
     Attributes:
-        loss_gain: validation loss of the WAIT twin minus this environment's (nats): what growing has gained by now.
+        loss_gain: validation loss of the WAIT twin minus this environment's (nats): the gain of growing so far.
         loss_gain_change: its change since the decision before.
         score_gain, score_gain_change: the same for the objective's metric; positive where this environment is better,
             in points of 1 where the metric is a share, else as a share of the twin's score.
