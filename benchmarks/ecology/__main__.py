@@ -15,10 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from benchmarks.ecology.rows import run_rows
+from benchmarks.ecology.rows import run_rows, stop_after
 from esper_core.storage.tensor_file import write_json_file
 
-PROTOCOLS = ("planted",)
+PROTOCOLS = ("planted", "fading", "bloat", "lattice", "long", "organ")
 
 
 def main() -> None:
@@ -30,10 +30,13 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=None, help="other than the protocol's own number")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds; what is not done by then is done next time")
     parser.add_argument("--small", action="store_true", help="short runs, to see that it works")
     args = parser.parse_args()
     protocol = import_module(f"benchmarks.ecology.{args.protocol}")
     stem = args.folder / (args.protocol + ("-small" if args.small else ""))
+    if args.limit:
+        stop_after(args.limit)
     rows = run_rows(stem.with_suffix(".jsonl"), protocol.jobs(args.seeds, args.small), protocol.work, args.workers)
     result = protocol.judge(rows)
     about = {

@@ -2,9 +2,9 @@
 
 - `essential`: everything that the host can know of the picture comes through it. Emrakul audits it (`audit.everyone`).
 - `useless`: pays rent for a thousandth of a tanh. Only Emrakul judges; the controller plants it and keeps it.
-- `fading`: a seed that earns, on a host that could do without it, and comes to do harm in the middle of the run.
 
-The controller is a schedule that plants one seed at a tenth of the run and never removes anything.
+The controller is a schedule that plants one seed at a tenth of the run and never removes anything. `fading`, a protocol
+of its own, plants its seed the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from esper_core.leyline.errors import RunFailed
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import start_run
 
-SEEDS: Final = {"essential": 40, "useless": 40, "fading": 20}
+SEEDS: Final = {"essential": 40, "useless": 40}
 EPOCHS: Final = 120
 _CNN: Final = {"cnn.widths": "4,8", "cnn.pool": "stride"}
 """The host of the fading seed can do without it."""
@@ -67,12 +67,6 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def has_faded(worths: Sequence[Sequence[Any]]) -> bool:
-    """Whether the seed was shown to help (its interval above zero), and at a later step to harm (below zero)."""
-    helped = [step for step, _, _, low, _ in worths if low > 0]
-    return any(high < 0 and step > helped[0] for step, _, _, _, high in worths if helped)
-
-
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts with exact intervals, and the bars."""
     found: dict[str, Any] = {}
@@ -86,18 +80,11 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[kind] = {
             "runs": len(mine), "grown": len(grown), "failed": len(failed), "culled": len(gone), "audits": audits,
             "right": right, "share": right / max(1, len(grown)), "interval": share_interval(right, len(grown)),
-            "faded": sum(has_faded(row["worths"]) for row in mine),
             "collapses": sum("collapsed" in v["reason"] for row in mine for v in row["verdicts"]),
         }  # fmt: skip
     bars = [
         ("essential: runs failed", found["essential"]["failed"], found["essential"]["failed"] == 0),
         ("essential: share kept", found["essential"]["share"], found["essential"]["share"] >= 0.98),
         ("useless: share culled by Emrakul alone", found["useless"]["share"], found["useless"]["share"] >= 0.95),
-        (
-            "fading: runs in which it helped, and then harmed",
-            found["fading"]["faded"],
-            found["fading"]["faded"] == found["fading"]["runs"],
-        ),
-        ("fading: runs failed", found["fading"]["failed"], found["fading"]["failed"] == 0),
     ]
     return {"found": found, "bars": [{"bar": b, "value": v, "met": m} for b, v, m in bars]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from esper_core.trials.intervals import paired_interval
 from esper_core.trials.jobs import run_jobs
 
 Job = Mapping[str, Any]
@@ -56,6 +59,24 @@ def run_rows(file: Path, jobs: Sequence[Job], work: Callable[[Job], Row], worker
     if broken:
         raise RuntimeError(f"{len(broken)} of {len(jobs)} runs raised; the first: {broken[0]['job']}")
     return [done[key_of(job)] for job in jobs]
+
+
+def interval(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Mean of `first` less `second`, paired, with its 95% interval."""
+    mean, low, high = paired_interval(first, second)
+    return {"mean": mean, "low": low, "high": high, "pairs": len(first)}
+
+
+def stop_after(seconds: float) -> None:
+    """End this process after so many seconds, and with it the runs that are not done; the next call runs them."""
+
+    def stop() -> None:
+        print(f"stopped after {seconds:g} s; the same command goes on", flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
 
 
 def _timed(work: Callable[[Job], Row], job: Job) -> Row:

@@ -1,0 +1,101 @@
+"""A lattice of 64 slots in eight regions: what Narset adds to a controller at an equal budget.
+
+Two hosts of 64 points (a residual network and a transformer), two controllers (the heuristic, and the core that ships),
+each with Narset and without. Runs of one seed share weights, order and budget. What is compared is the validation loss
+at the end plus the rent, in nats; the test split is read once and told beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, Final
+
+from benchmarks.ecology.books import Books
+from benchmarks.ecology.rows import interval
+from benchmarks.ecology.seeds import registry
+from esper_core.leyline.errors import RunFailed
+from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.run import start_run
+
+SEEDS: Final = 8
+LIVE: Final = 50
+HOSTS: Final = {
+    "resnet": {"host": "lattice-resnet", "blueprints": ("depthwise", "dilated"), "budget_params": "40%"},
+    "transformer": {
+        "host": "lattice-transformer",
+        "blueprints": ("norm", "bottleneck_adapter"),
+        "budget_params": "30%",
+    },
+}  # fmt: skip
+CONTROLLERS: Final = {
+    "heuristic": {"heuristic.at_once": 16, "heuristic.start": 0.1},
+    "agent": {},
+}
+
+
+def jobs(seeds: int | None, small: bool) -> list[dict[str, Any]]:
+    """One job a run, the arms of a pair side by side; `small` has a quarter of the epochs."""
+    return [
+        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else 16}
+        for seed in range(seeds or SEEDS) for host in HOSTS for controller in CONTROLLERS for arm in ("narset", "none")
+    ]  # fmt: skip
+
+
+def work(job: Mapping[str, Any]) -> dict[str, Any]:
+    """One run; what lived, and what it cost and brought."""
+    config = RunConfig(
+        **HOSTS[job["host"]], task="digits", controller=job["controller"], seed=job["seed"], epochs=job["epochs"],
+        overseers=("narset",) if job["arm"] == "narset" else (), decisions_per_epoch=3, decision_examples=128,
+        learning_rate=0.005, clip=1.0, device="cpu",
+        settings={**CONTROLLERS[job["controller"]], "plane.ramp": 0.05, "sensors.fossils": 8},
+    )  # fmt: skip
+    books = Books()
+    try:
+        result = start_run(config, {"books": books}, registry=registry(), keep=False)
+        status, test = result.status, {"test_accuracy": result.test_score, "test_loss": result.test_loss}
+    except RunFailed as error:
+        status, test = f"failed: {error}", {"test_accuracy": None, "test_loss": None}
+    last = books.curve[-1]
+    by_region: dict[str, int] = {}
+    for slot, (_, params) in books.living.items():
+        by_region[slot.rsplit(".", 1)[0]] = by_region.get(slot.rsplit(".", 1)[0], 0) + params
+    return {
+        "status": status, **test, "validation_loss": last["validation_loss"], "mass": last["ratio"],
+        "live": len(books.living), "peak": books.peak, "grown": books.grown, "fates": books.fates(),
+        "regions": books.regions, "by_region": by_region, "curve": books.curve, "flops": last["flops"],
+        "alarms": books.alarms,
+    }  # fmt: skip
+
+
+def judge(rows: Sequence[Mapping[str, Any]], rent: float = 0.05) -> dict[str, Any]:
+    """Each host and controller: seeds alive, and Narset's difference, paired by seed; positive is better with her."""
+    cells, bars = [], []
+    for host in HOSTS:
+        for controller in CONTROLLERS:
+            mine = [row for row in rows if (row["job"]["host"], row["job"]["controller"]) == (host, controller)]
+            pairs: dict[int, dict[str, Mapping[str, Any]]] = {}
+            for row in mine:
+                pairs.setdefault(row["job"]["seed"], {})[row["job"]["arm"]] = row
+            both = [pair for pair in pairs.values() if len(pair) == 2]
+            net = {
+                arm: [pair[arm]["validation_loss"] + rent * pair[arm]["mass"] for pair in both]
+                for arm in ("narset", "none")
+            }
+            gain = interval(net["none"], net["narset"])
+            live = [pair["narset"]["peak"] for pair in both]
+            cells.append({
+                "host": host, "controller": controller, "validation_and_rent": gain, "live": live,
+                "live_at_end": [pair["narset"]["live"] for pair in both],
+                "live_without": [pair["none"]["peak"] for pair in both],
+                "regions": sorted({len(pair["narset"]["regions"]) for pair in both}),
+                "mass": {arm: fmean(pair[arm]["mass"] for pair in both) for arm in net},
+                "flops": {arm: fmean(pair[arm]["flops"] for pair in both) for arm in net},
+                "test_accuracy": interval(
+                    *([pair[arm]["test_accuracy"] for pair in both] for arm in ("narset", "none"))
+                ),
+                "failed": sum(row["status"] != "finished" for row in mine),
+            })  # fmt: skip
+            bars.append((f"{host}, {controller}: least seeds alive of 64 slots", min(live), min(live) >= LIVE))
+            bars.append((f"{host}, {controller}: Narset's gain, nats after rent", gain, gain["low"] > 0))
+    return {"cells": cells, "bars": [{"bar": b, "value": v, "met": m} for b, v, m in bars]}
