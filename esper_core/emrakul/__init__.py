@@ -1,1 +1,1 @@
-"""Emrakul, the reaper: audits by withering; deletion is the side-effect of a failed test."""
+"""Emrakul: audits of seeds by withering."""

@@ -1,4 +1,4 @@
-"""Emrakul, the auditor: withers a seed slowly, measures what that cost, and culls or revives it."""
+"""Audits: a seed is withered slowly, the loss of doing so is measured, and the seed is culled or revived."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TREND = 5
 
 @attrs.frozen
 class Opening:
-    """How an audit began.
+    """The start of an audit.
 
     Attributes:
         decision: when. loss: of the validation split. worth: of the seed at full alpha.
@@ -89,7 +89,7 @@ class Auditor:
         return [c for c in grown if c.slot not in held] + verdicts + audits
 
     def collapsed(self, path: str, decision: int, rent: float, rise: float) -> None:
-        """The model collapsed while the seed at `path` withered, and stands again as before the audit.
+        """Called when the model collapsed while the seed at `path` withered; the state before the audit is restored.
 
         Args:
             decision: now. rent: what the seed pays. rise: of the training loss (nats).
@@ -102,7 +102,7 @@ class Auditor:
             self.report(Verdict(path, Op.REVIVE, None, rent, rise, worth, "the model collapsed without it"))
 
     def removed(self, path: str) -> None:
-        """The loop removed the seed at `path`, which was measured to do harm."""
+        """Called when the loop has removed the seed at `path`, which was measured to do harm."""
         self._open.pop(path, None)
         self._audits.pop(path, None)
 

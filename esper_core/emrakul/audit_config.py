@@ -1,4 +1,4 @@
-"""When Emrakul audits; apart from the audits, so that a listing of plugins need not import them."""
+"""Options of audits, in a file of their own so that listing plugins does not import the audits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import attrs
 
 @attrs.frozen
 class AuditConfig:
-    """When Emrakul audits; each is an option `--set audit.NAME=VALUE`."""
+    """When Emrakul audits; each is an option `--set emrakul.NAME=VALUE`."""
 
     start: float = attrs.field(
         default=0.3, metadata={"help": "share of the run before the first audit", "minimum": 0.0}

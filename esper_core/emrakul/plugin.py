@@ -10,7 +10,7 @@ from esper_core.leyline.specs import ControllerSpec
 
 @hookimpl
 def esper_controllers() -> list[ControllerSpec]:
-    """Emrakul. Its factory also takes `inner`, the controller that it stands around."""
+    """Emrakul. Its factory also takes `inner`, the controller that it wraps."""
     return [
         ControllerSpec(
             name="emrakul",

@@ -1,1 +1,1 @@
-"""Narset, the manager: regions of slots and their budgets."""
+"""Narset: regions of slots and their budgets."""

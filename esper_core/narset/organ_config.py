@@ -1,4 +1,4 @@
-"""How Narset shares budgets; apart from the sharing, so that a listing of plugins need not import it."""
+"""Options of budgets of regions, in a file of their own so that listing plugins does not import the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import attrs
 
 @attrs.frozen
 class OrganConfig:
-    """How budgets are shared; each is an option `--set regions.NAME=VALUE`."""
+    """How budgets are shared; each is an option `--set narset.NAME=VALUE`."""
 
     floor: float = attrs.field(
         default=0.5,

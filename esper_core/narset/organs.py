@@ -1,4 +1,4 @@
-"""Narset: gives each organ (a region of slots) its share of the budget, by what growing there has earned."""
+"""Narset: divides the budget among organs (regions of slots) by the measured gains of growing there."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class OrganManager:
     """Narset around another controller: it sees only what its organs can afford, and may spend no more.
 
     Raises:
-        BadOption: there is no `inner` controller to stand around.
+        BadOption: there is no `inner` controller.
     """
 
     def __init__(self, argument: str = "", *, seed: int = 0, inner: Controller | None = None, **options: Any) -> None:

@@ -10,7 +10,7 @@ from esper_core.narset.organ_config import OrganConfig
 
 @hookimpl
 def esper_controllers() -> list[ControllerSpec]:
-    """Narset. Its factory also takes `inner`, the controller that it stands around."""
+    """Narset. Its factory also takes `inner`, the controller that it wraps."""
     return [
         ControllerSpec(
             name="narset",

@@ -1,4 +1,4 @@
-"""Regions of any host: those that it declares where they are of use, and else parts of its depth, apart by role."""
+"""Regions of any host: those that it declares, if they are useful, and otherwise parts of its depth by role."""
 
 from __future__ import annotations
 

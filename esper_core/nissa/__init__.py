@@ -1,1 +1,1 @@
-"""Nissa, the senses: sensors, the event hub and what is drawn from its events."""
+"""Nissa: sensors, the event hub and the report."""

@@ -1,4 +1,4 @@
-"""What the host itself feels, layer by layer, on a small batch at a decision: attention entropy and layer loss.
+"""Sensors of the host, layer by layer, on a small batch at a decision: attention entropy and layer loss.
 
 Neither needs to know the model. Attention is watched where it happens, at torch's own attention and softmax functions;
 layers are what lies between two slots whose features have one shape, as on a transformer's residual stream.
@@ -32,7 +32,7 @@ _SOFTMAX: Final = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 def works_on_sequences(plane: Plane) -> bool:
-    """Whether the host has features that are sequences, so that there is something to read of it."""
+    """Whether the host has sequence features, which these sensors need."""
     return any("sequence" in slot.spec.tags for slot in plane.slots.values())
 
 

@@ -1,4 +1,4 @@
-"""Where events go: every sink, and every plugin that listens. None of them can stop or slow the run."""
+"""Passes events to sinks and to plugins that listen. None of them can stop or slow the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Hub:
-    """Hands each event to each sink, in order.
+    """Passes each event to each sink, in order.
 
     A sink with a true attribute `inline` is called in the caller's thread: that is for sinks that are as quick as
     a buffered write, whose bytes must not depend on timing. Every other sink, and every plugin's `esper_event`,
@@ -53,14 +53,14 @@ class Hub:
         return (*self._inline, *self._workers)
 
     def emit(self, event: Event) -> None:
-        """Give `event` to every sink. Never raises on a sink's behalf and never waits for a queued one."""
+        """Pass `event` to every sink. Errors of sinks are not raised, and queued sinks are not waited for."""
         self._step = event.step
         failed = self._each_inline(lambda sink: sink.write(event))
         self._each_queued(event)
         self._drop_all(failed)
 
     def flush(self) -> None:
-        """Make durable what inline sinks wrote; ask the others to do so when they get there."""
+        """Flush inline sinks; queue a flush for the others."""
         failed = self._each_inline(lambda sink: sink.flush())
         self._each_queued(None)
         self._drop_all(failed)
@@ -74,7 +74,7 @@ class Hub:
         return {n: s.position() for n, s in self._inline.items() if hasattr(s, "position")}
 
     def rewind(self, positions: Mapping[str, int], step: int = 0) -> None:
-        """Take back what was written after `positions`.
+        """Discard what was written after `positions`.
 
         A sink that is not in it keeps what it holds and goes on behind that, and a `FaultCaught` says so: it was
         dropped before the checkpoint was taken, or is new.
@@ -97,7 +97,7 @@ class Hub:
         for name, worker in self._workers.items():
             try:
                 worker.restart()
-            except Exception as error:  # noqa: BLE001 - a sink's fault, whatever it is, must not end the run
+            except Exception as error:  # noqa: BLE001 - a failing sink must not end the run
                 failed[name] = error
         self._drop_all(failed)
         for name in lost:
@@ -119,7 +119,7 @@ class Hub:
         for name, sink in self._inline.items():
             try:
                 call(sink)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a sink does must not end the run
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a failing sink must not end the run
                 failed[name] = error
         return failed
 

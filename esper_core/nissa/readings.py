@@ -1,4 +1,4 @@
-"""How sums over batches become readings; what each reading means is in `leyline.sensors`.
+"""Computes readings from sums over batches; `leyline.sensors` documents each reading.
 
 Shapes: `h` is the host's feature at a slot, `s` the seed's output, `g` the gradient of the batch's mean loss with
 respect to the slot's output; all (N, …).
@@ -43,7 +43,7 @@ class Counts:
     known: int = 0
 
     def begin_interval(self) -> None:
-        """Count from zero; what belongs to the seed stays."""
+        """Reset counts of the interval; those of the seed stay."""
         self.calls = self.seeded = self.first = self.gradients = self.updates = 0
 
 

@@ -1,6 +1,6 @@
-"""What each slot feels while the model trains, gathered on the device and read at a decision.
+"""Sensors of slots during training, accumulated on the device and read at decisions.
 
-Nothing here waits for the device before `read`. Names and meanings of the readings are in `leyline.sensors`.
+Only `read` synchronises with the device. Names and meanings of the readings are in `leyline.sensors`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SensorArray:
             self._sample(self._batch % self.every == 0)
 
     def detach(self) -> None:
-        """Stop to measure; the slots compute as if there had never been a sensor."""
+        """Remove the sensors; slots compute the same without them."""
         self._attached = False
         self._sample(False)
 
@@ -84,7 +84,7 @@ class SensorArray:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Take in how far the optimizer moved each seed."""
+        """Accumulate the optimizer's update of each seed."""
         if not self._before:
             return
         groups, moved = self.plane.seed_groups(), []
@@ -103,7 +103,7 @@ class SensorArray:
     # At a decision ----------------------------------------------------------------------------------------------
 
     def read(self) -> dict[str, dict[str, float]]:
-        """Readings by slot since the last call; a missing key is unmeasured. The one place that waits."""
+        """Readings by slot since the last call; a missing key is unmeasured. Synchronises with the device."""
         table: list[list[float]] = self._sums.tolist()
         growths = self.plane.growths
         readings = {
@@ -115,16 +115,16 @@ class SensorArray:
         return readings
 
     def forget_batch(self) -> None:
-        """Forget what was felt of a batch whose pass broke off."""
+        """Discard the measurements of a batch whose pass was aborted."""
         self._calls.clear()
 
     def clear(self) -> None:
-        """Forget what was gathered since the last reading, as after a rollback, which may have made slots anew."""
+        """Discard all measurements since the last reading, as after a rollback."""
         self._newcomers = True
         self._begin_interval()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-compatible data from which a resumed run goes on as if it had not stopped."""
+        """JSON-compatible data; a resumed run continues from it bit for bit."""
         table: list[list[float]] = self._sums.tolist()
         slots = {
             path: {"sums": [repr(v) for v in table[row]], **attrs.asdict(self._counts[path])}
@@ -295,7 +295,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _length(value: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
-    """The norm over `axes`, all of them if None, in float32 whatever the model computes in."""
+    """The norm over `axes`, all of them if None, in float32 for any dtype of the model."""
     exact = torch.promote_types(value.dtype, torch.float32)  # torch narrows none: a float64 is summed as it is
     return torch.linalg.vector_norm(value, dim=axes, dtype=exact).float()  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""A thread that serves one sink, so that a slow sink costs the run nothing."""
+"""A thread for one sink, so that a slow sink does not delay the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SinkWorker:
         self._thread.start()
 
     def restart(self) -> None:
-        """Have a sink that can do so take back what an earlier process wrote; before the first event only."""
+        """Have the sink discard what an earlier process wrote, if it can; before the first event only."""
         restart = getattr(self._sink, "restart", None)
         if restart is not None:
             restart()
@@ -71,7 +71,7 @@ class SinkWorker:
             self._thread.join(timeout=min(0.05, patience))
 
     def abandon(self) -> None:
-        """Leave the thread to itself: it ends after the event that it is at. It is a daemon and holds up no exit."""
+        """Stop waiting for the thread. It ends after its present event, and as a daemon does not delay an exit."""
         self._abandoned = True
         while True:
             try:
@@ -92,7 +92,7 @@ class SinkWorker:
                     self._sink.flush()
                 elif isinstance(item, Event) and not self._abandoned:
                     self._sink.write(item)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a sink does must not end the run
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a failing sink must not end the run
                 self._error = error if isinstance(error, Exception) else RuntimeError(f"it calls exit({error.code!r})")
                 with suppress(Exception, SystemExit):  # it failed already; this only frees what it may hold
                     self._sink.close()

@@ -1,1 +1,1 @@
-"""Tamiyo, the builder: controllers, from heuristic to learned."""
+"""Tamiyo: controllers, from heuristic to learned."""

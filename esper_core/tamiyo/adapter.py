@@ -1,4 +1,4 @@
-"""Adapters: a domain's dialect on a frozen core, added to the outputs of its linear maps and taken off again exactly.
+"""Adapters of a frozen core to a domain: deltas on the outputs of its linear maps, removable without a trace.
 
 The core's weights are never touched while an adapter is attached, so that detaching restores every bit. Several
 domains live side by side; one is active. `merge` writes a domain into a core of its own, with a fingerprint of its own.
@@ -26,7 +26,7 @@ FORMAT = "esper-adapter-1"
 
 
 class Adapter(nn.Module):
-    """What every kind of adapter is: a module that adds a delta to the outputs of some linear maps of the core.
+    """Base of all adapters: a module that adds a delta to the outputs of some linear maps of the core.
 
     A kind subclasses it, sets `targets` in its constructor and implements `delta`; `weight_delta` makes it mergeable.
 
@@ -75,7 +75,7 @@ class Adapter(nn.Module):
 
 @attrs.frozen
 class AdapterFile:
-    """An adapter as it lies on disk: tensors by name and the header's facts."""
+    """The content of an adapter file: tensors by name, and the header."""
 
     path: str
     kind: str
@@ -154,7 +154,7 @@ def attach(core: TamiyoCore, adapter: Adapter | AdapterFile, domain: str | None 
 
 
 def activate(core: TamiyoCore, domain: str | None) -> None:
-    """Let `domain`'s adapter speak, or none at all; the others stay attached.
+    """Use the adapter of `domain`, or none; the others stay attached.
 
     Raises:
         UnknownName: no adapter of that domain is attached.
@@ -171,7 +171,7 @@ def activate(core: TamiyoCore, domain: str | None) -> None:
 
 
 def detach(core: TamiyoCore, domain: str | None = None) -> None:
-    """Take off one domain's adapter, or all; without any, the core's parameters may train again."""
+    """Detach the adapter of one domain, or all; without any, the core's parameters may train again."""
     if domain is not None and domain not in core.adapters:
         raise UnknownName(f"no adapter for {domain!r} is attached", ", ".join(core.adapters) or "no domain")
     activate(core, None)

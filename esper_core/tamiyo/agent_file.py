@@ -1,4 +1,4 @@
-"""The agent as a product: one `.safetensors` file with its lineage, configuration and fingerprint in the header."""
+"""Agent files: one `.safetensors` file with lineage, configuration and fingerprint in the header."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Core = TypeVar("Core", bound="TamiyoCore")
 
 
 def fingerprint_of(core: TamiyoCore) -> str:
-    """SHA-256 over configuration, names, shapes and bytes; equal fingerprints decide equally."""
+    """SHA-256 over configuration, names, shapes and bytes; cores with equal fingerprints decide equally."""
     digest = hashlib.sha256(json.dumps([attrs.asdict(core.config), core.features]).encode())
     for name, tensor in sorted(core.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -1,4 +1,4 @@
-"""What a blend is, found by trying it: where its curve runs and what its combination does to the host's feature."""
+"""Descriptors of blends, measured: values of the curve, and what the combination keeps of the host's feature."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Memory(nn.Module):
 
 @attrs.frozen
 class Decision:
-    """What the heads answered for one decision of N environments.
+    """The outputs of the heads for one decision of N environments.
 
     Attributes:
         actions: (N, K, 5) indices in the order of `FIELDS`; rows after a WAIT are WAIT.
@@ -224,13 +224,13 @@ class TamiyoCore(nn.Module):
         save_core(self, path)
 
     def attach(self, adapter: Adapter | AdapterFile, domain: str | None = None) -> Adapter:
-        """Put `adapter` on this core under a domain name and make it the active one; see `tamiyo.adapter`."""
+        """Attach `adapter` under a domain name and make it the active one; see `tamiyo.adapter`."""
         from esper_core.tamiyo.adapter import attach
 
         return attach(self, adapter, domain)
 
     def detach(self, domain: str | None = None) -> None:
-        """Take one domain's adapter off, or all of them; the core then computes what it did before, bit for bit."""
+        """Detach the adapter of one domain, or all; the core then computes what it did before, bit for bit."""
         from esper_core.tamiyo.adapter import detach
 
         detach(self, domain)
@@ -304,7 +304,7 @@ class _Heads:
 
     def _choose(self, head: str, logits: Tensor, allowed: Tensor, active: Tensor, given: Tensor | None) -> Tensor:
         """Indices (N,): given, sampled or likeliest; where `active` is false, the index counts for nothing."""
-        allowed = allowed | ~allowed.any(-1, keepdim=True)  # a head that nobody asks still needs a distribution
+        allowed = allowed | ~allowed.any(-1, keepdim=True)  # an unused head still needs a distribution
         log_probs = logits.masked_fill(~allowed, _NEVER).log_softmax(-1)
         if given is not None:
             index = given[:, FIELDS.index(head)]

@@ -1,4 +1,4 @@
-"""When depth should double, given what is left of a budget of FLOPs.
+"""Plans when depth doubles, by what is left of a budget of FLOPs.
 
 A network is worth its FLOPs if it sees enough targets (tokens of a text, examples of a class) before the budget is
 spent: see `leyline.scaling`. So the last doubling is the last one after which about as many can still be seen.
@@ -40,7 +40,7 @@ class Deepening:
     """One event that doubles the depth.
 
     Attributes:
-        slots: where copies are born. blueprint: what copies. blocks: its option, how many end at each slot.
+        slots: of the copies. blueprint: of the copies. blocks: its option, how many end at each slot.
         params, flops: of all copies; flops of one example's forward pass.
     """
 
@@ -89,7 +89,7 @@ def blocks_below(path: str) -> int:
 
 
 def doublings_left(view: RunView, deepening: Deepening, last: float) -> int:
-    """How many doublings what is left of the budget can still feed.
+    """How many doublings the rest of the budget allows.
 
     Args:
         view: of a run with a course. deepening: the next one. last: share of the budget at which the last one is due.

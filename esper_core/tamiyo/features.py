@@ -1,4 +1,4 @@
-"""What Tamiyo sees: every feature written once; encoders and docs/observation.md derive from it.
+"""The features of an observation, each defined once; encoders and docs/observation.md derive from them.
 
 Raw values are float; NaN stands for unknown and becomes a mask bit beside a zero (see `normaliser`).
 Nothing is hashed by name: blueprints and blends are seen by descriptors, so that new ones can be judged.
@@ -37,7 +37,7 @@ GOVERNOR_STATES: Final = ("calm", "watching", "recovering")
 
 
 class Transform(StrEnum):
-    """How a raw reading becomes a feature, before the running normaliser."""
+    """Maps a raw reading to a feature, before the running normaliser."""
 
     FLAG = "flag"  # 0 or 1, always known, not normalised
     SHARE = "share"  # about 0 to 1, left as it is
@@ -58,7 +58,7 @@ class Transform(StrEnum):
 
     @property
     def normalised(self) -> bool:
-        """Whether a running mean and deviation are taken."""
+        """Whether a running mean and deviation are kept."""
         return self in (Transform.LOG, Transform.COUNT, Transform.SIGNED)
 
 

@@ -1,4 +1,4 @@
-"""The heuristic Tamiyo: grows early where the host is pulled hardest, and keeps what earns its rent.
+"""The heuristic controller: grows early where gradients ask for it most, and keeps seeds that earn their rent.
 
 Everything it knows is in the `RunView` and in a small JSON state (what each seed was last measured to gain).
 It never waits for a plateau: it plants as soon as the start of the run allows, and every stage has a patience.
@@ -153,7 +153,7 @@ class HeuristicController:
         return Investment(None if earns else view.seed_params, shares)
 
     def state_dict(self) -> dict[str, object]:
-        """Measured gains, failures, what lived at the last decision and the number of seeds planted."""
+        """Measured gains, failures, the seeds of the last decision, and the number of germinations."""
         return {
             "gains": self._gains,
             "measured": self._measured,
@@ -305,7 +305,7 @@ class HeuristicController:
     def _tempo(self, view: RunView) -> Tempo:
         if view.governor == "recovering" or view.rollbacks > 0:
             return Tempo.SLOW
-        return Tempo.FAST  # seeds are born silent: a slow blend protects nobody and wastes the seed's time
+        return Tempo.FAST  # new seeds have zero output: a slow blend protects nothing and delays the seed
 
     @staticmethod
     def _why(offer: Offer) -> str:

@@ -28,7 +28,7 @@ SHIPPED_ADAPTERS = ("language", "vision")
 
 @contextmanager
 def agent_path(path: str) -> Iterator[Path]:
-    """`path` itself, or where the shipped core lies if `path` is empty.
+    """`path`, or the path of the shipped core if it is empty.
 
     Raises:
         BadFile: none is shipped with this installation.
@@ -105,7 +105,7 @@ class LearnedController:
 
     @torch.no_grad()
     def decide(self, view: RunView) -> Sequence[Command]:
-        """See `Controller.decide`. The last decision of a run can change nothing any more, and waits."""
+        """See `Controller.decide`. It waits at the last decision of a run, which has no effect."""
         if view.decision + 1 >= view.decisions:
             return ()
         seen = observe(view, self._probe.descriptors(view.blends))

@@ -1,4 +1,4 @@
-"""A view as arrays, a batch of them as tensors, and the running normaliser that makes features comparable.
+"""Views as arrays, batches of them as tensors, and the running normaliser of features.
 
 Shapes: S slots, B blueprints that a slot may grow, C blends, O operations, F features of a table.
 """
@@ -187,7 +187,7 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def update(self, raw: Tensor) -> None:
-        """Take rows (N, F) into mean and deviation (Chan, Golub & LeVeque 1979); NaN counts for nothing."""
+        """Update mean and deviation with rows (N, F) (Chan, Golub & LeVeque 1979); NaN is ignored."""
         rows = self._chosen(raw).double()
         known = ~rows.isnan()
         rows = rows.nan_to_num(0.0)

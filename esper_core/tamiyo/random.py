@@ -1,4 +1,4 @@
-"""The random controller: the control that a controller with judgement must beat."""
+"""The random controller, a baseline for all others."""
 
 from __future__ import annotations
 

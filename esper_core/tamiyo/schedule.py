@@ -1,4 +1,4 @@
-"""A fixed schedule read from a file: what grows where and when, decided beforehand.
+"""A fixed schedule of growth, read from a file.
 
 TOML or JSON; in TOML:
 

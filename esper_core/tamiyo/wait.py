@@ -1,4 +1,4 @@
-"""The controller that never acts: the control against which every growth decision is paired."""
+"""The controller that never acts, the baseline of every paired difference."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Tolaria trains: the loop, the governor, snapshots and checkpoints."""
+"""Tolaria: the training loop, the governor, snapshots and checkpoints."""

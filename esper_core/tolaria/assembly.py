@@ -1,4 +1,4 @@
-"""From a configuration to its parts, built through the registry: task, host, plane and what watches them."""
+"""Builds the parts that a configuration names, through the registry: task, host, plane, controller and rewards."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def task_reference(config: RunConfig, registry: Registry) -> str:
-    """The task of a run as the user would have typed it: what `config` names, or else its host's default."""
+    """The task of a run in the form in which it is typed: what `config` names, or else its host's default."""
     if config.task:
         return config.task
     spec = registry.find("host", split_reference(config.host)[0]).spec
@@ -123,7 +123,7 @@ def task_reference(config: RunConfig, registry: Registry) -> str:
 
 
 def build_task(config: RunConfig, registry: Registry) -> tuple[TaskProtocol, str]:
-    """The task of a run, and its name as the user would have typed it."""
+    """The task of a run, and its name in the form in which it is typed."""
     name = task_reference(config, registry)
     kind, argument = split_reference(name)
     options = options_for(config, registry, "task", kind)
@@ -259,7 +259,7 @@ def parse_budget(name: str, text: str, whole: int) -> int | None:
 
 
 def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, device: torch.device) -> int:
-    """Forward FLOPs of the host for one example of the validation split, on which the objective is tried too.
+    """Forward FLOPs of the host for one example of the validation split, on which the objective is checked too.
 
     Raises:
         EsperError: the host cannot take such examples, or the objective cannot judge its outputs.
@@ -282,7 +282,7 @@ def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, dev
 
 
 def compile_host(host: HostProtocol) -> None:
-    """Train the host's blocks by compiled code.
+    """Compile the host's blocks for training.
 
     Raises:
         BadOption: the host does not say what its blocks are.
@@ -294,7 +294,7 @@ def compile_host(host: HostProtocol) -> None:
 
 
 def make_deterministic(seed: int) -> None:
-    """Seed torch and have it compute the same each time, as far as it can; it warns where it cannot."""
+    """Seed torch and use deterministic algorithms; torch warns where there is none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(seed)
     torch.set_deterministic_debug_mode("warn")  # its twin, use_deterministic_algorithms, imports the compiler: seconds

@@ -1,4 +1,4 @@
-"""The param groups of someone else's optimizers: which of them a seed takes its rate from, and what else."""
+"""Param groups of the caller's optimizers: from which of them a seed takes its learning rate and other settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def family_of(optimizer: torch.optim.Optimizer | None) -> str:
 
 
 def kind_for(optimizers: Sequence[torch.optim.Optimizer]) -> str:
-    """The optimizer for seeds beside the caller's: of the kind of the caller's, for rates mean nothing to another kind.
+    """The optimizer for seeds beside the caller's: of the caller's kind, since learning rates differ between kinds.
 
     `adamw` wins where there are several kinds: its rate fits any seed.
     """
@@ -40,7 +40,7 @@ def kind_for(optimizers: Sequence[torch.optim.Optimizer]) -> str:
 
 
 def adopted(options: Mapping[str, Any]) -> list[str]:
-    """What seeds take from the caller's group, given what the user has set by hand."""
+    """Settings that seeds take from the caller's group: those that the user has not set."""
     return [key for key, option in ADOPTED.items() if option not in options]
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints: one tensor file and one manifest a step; the manifest is written last, so it never names half a file.
+"""Checkpoints: one tensor file and one manifest per step. The manifest is written last and names only complete files.
 
-Names are made from the step number alone: nothing that a file says is ever used as a path.
+Names are made from the step number alone: no content of a file is ever used as a path.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Checkpoints:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], validation_loss: float | None
     ) -> None:
-        """Write the checkpoint of `step`, unless it is there, then delete those that are no longer wanted.
+        """Write the checkpoint of `step`, unless it is there, then delete those beyond `keep`.
 
         Raises:
             OSError: it could not be written, or not be read back; earlier ones are untouched.
@@ -90,7 +90,7 @@ class Checkpoints:
     def newest(
         self, note: Callable[[str], None] = lambda text: None
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and plain state of the newest checkpoint that is whole, or None if no manifest exists.
+        """Tensors and plain state of the newest complete checkpoint, or None if no manifest exists.
 
         Args:
             note: told of each checkpoint that is passed over, and why.

@@ -1,4 +1,4 @@
-"""Everything that a run can be told: each option is declared, bounded and explained once, here.
+"""The options of a run: each is declared, bounded and documented once, here.
 
 `esper run --help`, TOML files and `run.json` are all derived from `RunConfig`.
 """

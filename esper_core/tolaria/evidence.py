@@ -1,4 +1,4 @@
-"""After an alarm over a loss that is not finite: were it the data, or is there evidence against a seed?"""
+"""Finds the cause of a loss that is not finite: the data, or a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grown models for elsewhere: one plain program with the seeds built in, no hooks, and no need of Esper.
+"""Exports grown models: one plain program with the seeds built in, without hooks, that does not need Esper.
 
 Formats: `torch` writes source and weights, `model.py` beside `model.safetensors`, that need torch alone; `torch-export`
 writes a `.pt2` for `torch.export.load`; `onnx` writes an `.onnx`. All three come from the same traced program, and each

@@ -1,4 +1,4 @@
-"""Something raised: was it a seed, and which? Blame needs evidence: the error repeats, and only with that seed.
+"""Finds the seed that caused an error: the error repeats with that seed and not without it.
 
 A fault that does not repeat is attributed to no seed: a transient error of network or disk removes nothing.
 """

@@ -1,4 +1,4 @@
-"""Runs that end when a number of FLOPs is spent, in place of a number of epochs.
+"""Runs whose length is a number of FLOPs instead of epochs.
 
 Training, probes and growth all count. The share of the budget that is spent takes the place of the share of steps that
 are done: the learning rate, the decisions and the end of the run go by it, so that a network that grows has the
@@ -33,7 +33,7 @@ _TRIAL_SECONDS: Final = 1.5
 
 
 def budget_of(config: RunConfig) -> float | None:
-    """FLOPs that the whole run may spend; None where it goes by epochs.
+    """FLOPs that the whole run may spend; None if its length is in epochs.
 
     Raises:
         BadOption: no positive number.
@@ -52,14 +52,14 @@ def budget_of(config: RunConfig) -> float | None:
 
 
 def budget_of_minutes(config: RunConfig, speed: float) -> tuple[RunConfig, str]:
-    """The configuration with its minutes as FLOPs at a speed (FLOP/s), and what the user should know of it."""
+    """The configuration with its minutes as FLOPs at a speed (FLOP/s), and a note for the user."""
     config = attrs.evolve(config, budget_total=f"{60 * config.minutes * speed:.3g}")
     told = f"--minutes {config.minutes:g} at {speed / 1e9:,.3g} GFLOP/s: a budget of {config.budget_total} FLOP"
     return config, told
 
 
 def resolve_budget(config: RunConfig, host_flops: int, steps_per_epoch: int) -> tuple[RunConfig, list[str]]:
-    """The configuration with what follows from a budget, and what the user should know of it.
+    """The configuration with what follows from a budget, and a note for the user.
 
     Epochs become as many as the host alone would take, which is the most that there can be; fewer validation examples
     are read at decisions if they would take more than a hundredth of the budget.
@@ -94,7 +94,7 @@ def fit_to_budget(config: RunConfig, spec: HostSpec, start: Callable[[float], Ma
 
 
 def suit_budget(config: RunConfig, host: HostProtocol) -> tuple[RunConfig, list[str]]:
-    """The configuration where what the user left as it is suits a budget, and what the user should know of that.
+    """The configuration where what the user left as it is suits a budget, and a note for the user.
 
     A constant rate that falls at the end; the host's own blocks as what grows, where they can be copied; no other limit
     on parameters and no other rent than the FLOPs that they cost.

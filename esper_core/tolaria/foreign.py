@@ -1,4 +1,4 @@
-"""Growth in a process and on a model of someone else: what it refuses to start with, and what it puts back."""
+"""Growth inside a process and a model of the caller's: what is refused, and which global settings are restored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def alone(model: nn.Module) -> None:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """Put back what a run sets for the whole process: seeds, determinism, cuDNN's choices and the environment."""
+    """Restore the global settings that a run changes: seeds, determinism, cuDNN's choices and the environment."""
     mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

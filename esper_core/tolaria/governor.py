@@ -1,6 +1,6 @@
-"""The governor: sees catastrophes in the run's own figures, and remembers who is to blame.
+"""The governor: raises alarms from the losses of a run, and records which command may have caused them.
 
-Growth never runs without it. It knows nothing of tensors. `Tolaria` asks it, and does what it says.
+Growth never runs without it. It handles no tensors; `Tolaria` carries out its decisions.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class GovernorConfig:
 
 @attrs.frozen
 class Alarm:
-    """A catastrophe: `value` broke `limit`."""
+    """An alarm: `value` exceeds `limit`."""
 
     cause: str
     value: float
@@ -82,11 +82,11 @@ class Alarm:
 
 @attrs.define
 class Governor:
-    """Judges losses, keeps the record of risky commands, and holds embargoes.
+    """Checks losses, records risky commands, and holds embargoes.
 
     Attributes:
         config: thresholds.
-        chance: the loss of a model that knows nothing; None where that is unknown. Collapse to chance is then no
+        chance: the loss at chance level; None if it is unknown. Collapse to chance is then no
             alarm, and deviations are measured by the running loss instead.
         rollbacks: so far. strikes: of these, in a row.
         levels: in that row, new levels of the loss that were accepted. heights: losses of its latest alarms.
@@ -123,7 +123,7 @@ class Governor:
     # --- What it sees ---
 
     def observe(self, losses: Iterable[float], step: int) -> Alarm | None:
-        """Take in batch losses, the last of which belongs to optimizer step `step`; the first catastrophe, if any."""
+        """Check batch losses, the last of which belongs to optimizer step `step`; returns the first alarm, if any."""
         values = list(losses)
         if all(map(math.isfinite, values)):
             self.hopeless = 0
@@ -151,7 +151,7 @@ class Governor:
         return alarm
 
     def hold_still(self, step: int) -> None:
-        """Hold still for a while from `step` on: blocks were copied in, and the loss jumps before it falls."""
+        """Suspend checks for a while from `step` on: after blocks were copied, the loss rises before it falls."""
         self.settles_until = max(self.settles_until, step + self.config.settle)
 
     def settling(self, step: int) -> int:
@@ -159,7 +159,7 @@ class Governor:
         return max(0, self.settles_until - step)
 
     def observe_validation(self, loss: float, step: int = 0) -> Alarm | None:
-        """Take in the validation loss of a decision at optimizer step `step`."""
+        """Check the validation loss of a decision at optimizer step `step`."""
         if not math.isfinite(loss):
             return Alarm("validation loss is not finite", loss, math.inf)
         if self.settling(step):
@@ -171,18 +171,18 @@ class Governor:
         return None
 
     def calm(self) -> bool:
-        """Whether the latest losses are ordinary, so that this state is worth keeping."""
+        """Whether the latest losses are within the limits, so that a snapshot of this state is useful."""
         if not self.losses:
             return True
         centre, deviation = self._level()
         return median(self._latest(self.config.streak)) <= centre + deviation
 
     def watch(self, stages: Iterable[Stage]) -> None:
-        """Set how tight the watch is from here on, by the stages that are present."""
+        """Choose the limit from here on, by the stages of the seeds."""
         self.tight = any(stage.spec.tight for stage in stages)
 
     def status(self, stages: Iterable[Stage]) -> str:
-        """`calm`, `watching` (a seed is being let in) or `recovering`. Changes nothing."""
+        """`calm`, `watching` (a seed is on trial) or `recovering`. Changes nothing."""
         if self.recovering > 0:
             return "recovering"
         return "watching" if any(stage.spec.watched for stage in stages) else "calm"
@@ -217,7 +217,7 @@ class Governor:
     # --- Whom it blames ---
 
     def note(self, command: Command, step: int) -> None:
-        """Remember a command that was carried out."""
+        """Record a command that was carried out."""
         if command.op is not Op.WAIT:
             self.commands.append((step, command.to_dict()))
             del self.commands[:-64]
@@ -264,7 +264,7 @@ class Governor:
             self.offences[guilty["slot"]] = self.offences.get(guilty["slot"], 0) + 1
 
     def settle(self) -> None:
-        """Forget the level of the losses: the model is another one, and its loss finds its own level."""
+        """Forget the past losses: the model has changed, and its loss may settle at another level."""
         self.losses.clear()
         self.best_validation = math.inf
         self.recovering = self.config.recovery
@@ -276,7 +276,7 @@ class Governor:
 
     @property
     def unrecoverable(self) -> bool:
-        """Whether too many rollbacks came in a row."""
+        """Whether there were too many rollbacks in a row."""
         return self.strikes > self.config.patience
 
     def embargo_left(self, op: Op, slot: str) -> int:
@@ -284,7 +284,7 @@ class Governor:
         return self.embargoes.get(f"{op} {slot}", 0)
 
     def note_fault(self, blueprint: str) -> bool:
-        """Remember that a seed of `blueprint` raised; whether that was its second, so that it is embargoed from now."""
+        """Record that a seed of `blueprint` raised; returns whether it was the second, which starts an embargo."""
         self.faults[blueprint] = self.faults.get(blueprint, 0) + 1
         if self.faults[blueprint] < _FAULTS:
             return False
@@ -296,7 +296,7 @@ class Governor:
         return self.blueprint_embargoes.get(blueprint, 0)
 
     def note_batch(self, fine: bool) -> bool:
-        """Remember whether a batch was finite; False if so many in a row were not that training makes no sense."""
+        """Record whether a batch was finite; returns False after too many in a row that were not."""
         self.skipped_in_a_row = 0 if fine else self.skipped_in_a_row + 1
         self.skipped += not fine
         return self.skipped_in_a_row <= self.config.streak
@@ -306,7 +306,7 @@ class Governor:
         self.hopeless = self.hopeless + batches if batches else 0
 
     def decided(self) -> None:
-        """A decision step is over: embargoes and recovery move on."""
+        """Count down embargoes and recovery at the end of a decision step."""
         self.recovering = max(0, self.recovering - 1)
         self.embargoes = {key: left - 1 for key, left in self.embargoes.items() if left > 1}
         self.blueprint_embargoes = {key: left - 1 for key, left in self.blueprint_embargoes.items() if left > 1}

@@ -1,4 +1,4 @@
-"""Growth for models and loops of other people: `grow` for a whole training run, `accompany` beside one's own loop."""
+"""Growth of any model: `grow` runs a whole training, `accompany` works inside the caller's loop."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ class LoaderTask:
 
 @attrs.frozen
 class Grown:
-    """What `grow` answers with.
+    """The result of `grow`.
 
     Attributes:
-        plane: where everything stands. result: how the run ended. events: everything that happened.
+        plane: with the host and its seeds. result: how the run ended. events: everything that happened.
         objective: what it was trained and judged by.
         composed: the model with its seeds built in, or why there is none.
     """
@@ -252,7 +252,7 @@ def accompany(
     registry: Registry | None = None,
     **options: Any,
 ) -> Tolaria:
-    """Growth beside a training loop of one's own, whose optimizer keeps the host's parameters and is left as it is.
+    """Growth inside the caller's own training loop, whose optimizer updates the host and is not changed.
 
         tolaria = accompany(model, optimizer, first_batch, steps=len(loader) * epochs)
         for inputs, targets in loader:

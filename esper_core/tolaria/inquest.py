@@ -1,4 +1,4 @@
-"""Whose fault an alarm is, as far as the validation split can show it, before anything is rolled back.
+"""Finds the seed behind an alarm on the validation split, before anything is rolled back.
 
 Two kinds of seed are behind an alarm that no command explains: one that withers and is missed, and one that has come
 to do harm. The first returns with the state from before its audit. The second is removed, since a rollback would bring
@@ -35,7 +35,7 @@ def withering(tolaria: Tolaria) -> list[str]:
 
 
 def is_another_level(tolaria: Tolaria, alarm: Alarm) -> bool:
-    """Whether rollbacks have led to the same alarm again and again, short of a catastrophe.
+    """Whether rollbacks have led to the same alarm repeatedly, at a loss below chance level.
 
     A loss that stays below chance and comes back to the same height from every good state is the model's level now.
     Another rollback would lead there once more. Where chance is unknown a new level cannot be told from a failure, so
@@ -109,7 +109,7 @@ def answer_alarm(tolaria: Tolaria, alarm: Alarm) -> None:
 
 
 def auditors(controller: Any) -> Iterator[Any]:
-    """Every controller around the controller that audits."""
+    """Every overseer around the controller that audits."""
     while controller is not None:
         if hasattr(controller, "collapsed"):
             yield controller

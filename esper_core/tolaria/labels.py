@@ -1,4 +1,4 @@
-"""Batches out of what other people's loaders yield, with labels where the model's own loss compares them."""
+"""Batches from the items of any loader, with labels aligned as in the model's own loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 def to_batch(item: Any, *, shifted: bool | None = None) -> Batch:
-    """What a loader yields, as a batch: `(inputs, …, targets)`, or a mapping with `labels`.
+    """Convert an item of a loader to a batch: `(inputs, …, targets)`, or a mapping with `labels`.
 
     Several inputs go to the model as its positional arguments.
 

@@ -1,4 +1,4 @@
-"""What a decision measures on the validation split: figures, counterfactuals, and what all seeds bring together."""
+"""Measurements of a decision on the validation split: loss, score, counterfactuals, and the gain of all seeds."""
 
 from __future__ import annotations
 

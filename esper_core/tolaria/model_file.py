@@ -33,7 +33,7 @@ GROWTH_FORMAT: Final = "esper-growth-1"
 
 
 def describe_origin(config: RunConfig, task: TaskProtocol) -> dict[str, Any]:
-    """What is needed to build the bare host again, without the task's data."""
+    """The data needed to rebuild the bare host without the task's data."""
     return {
         "config": attrs.evolve(config, out="").to_mapping(),
         "task": {
@@ -57,7 +57,7 @@ def save_model(plane: Plane, path: Path, about: Mapping[str, Any]) -> None:
 
 
 def save_growth(plane: Plane, path: str | Path) -> None:
-    """Write the seeds of a plane, without its host, for a model that someone else builds and saves.
+    """Write the seeds of a plane, without its host, for a model that is built and saved elsewhere.
 
     Raises:
         OSError: it could not be written.
@@ -67,7 +67,7 @@ def save_growth(plane: Plane, path: str | Path) -> None:
 
 
 def origins_of(registry: Registry, config: RunConfig, task: str, plane: Plane) -> dict[str, dict[str, dict[str, str]]]:
-    """Whose parts a run is made of: distribution and version by kind and name, every blueprint that may grow included.
+    """Distribution and version of every part of a run, by kind and name, blueprints that may grow included.
 
     Args:
         task: as the user named it, or its default.
@@ -99,7 +99,7 @@ def bind(registry: Registry, origins: Origins) -> Registry:
 
 
 def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
-    """Structure of the seeds, whose parts they are, and what they answer to a fixed input."""
+    """Structure of the seeds, origins of their parts, and their outputs for a fixed input."""
     live = [growth for growth in plane.growths.values() if STAGES[growth.stage].occupied]
     names = [("blueprint", growth.blueprint) for growth in live]
     if config is not None and config.host != "model":
@@ -122,7 +122,7 @@ def _found(
 
 
 def load_growth(plane: Plane, path: str | Path) -> None:
-    """Grow on `plane` what `save_growth` wrote; the host's weights are the caller's affair.
+    """Grow on `plane` the seeds that `save_growth` wrote; the host's weights are not touched.
 
     Raises:
         BadFile: damaged, or made for another host.
@@ -153,7 +153,7 @@ def _options_in(structure: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, A
 
 @contextmanager
 def _as_written(source: object, origins: Origins, registry: Registry) -> Iterator[None]:
-    """Have a file that no longer fits say which packages have changed since it was written.
+    """If a file no longer fits, name the packages that have changed since it was written.
 
     Raises:
         BadFile: in place of what malformed data provokes.

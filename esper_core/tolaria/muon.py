@@ -99,7 +99,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def hidden_matrices(module: nn.Module) -> frozenset[int]:
-    """The `id`s of the parameters of `module` that Muon serves: the weights of linear layers inside the network.
+    """The `id`s of the parameters of `module` that Muon updates: the weights of linear layers inside the network.
 
     Embeddings are left out, and so are the last linear layer, which is the head, and weights that these share.
     """

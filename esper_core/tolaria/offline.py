@@ -1,4 +1,4 @@
-"""What a file says never makes this process reach for the network: only what the user types does.
+"""Files never cause network access: only options that the user types do.
 
 A run folder or a model file may come from elsewhere, and its configuration names hosts and tasks that can fetch.
 """

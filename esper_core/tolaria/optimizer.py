@@ -80,7 +80,7 @@ class GrowthOptimizer:
             self.host_group = self._add(host)
 
     def follow(self, plane: Plane) -> None:
-        """Track what lives on `plane`, now and from now on."""
+        """Track the seeds of `plane` from now on."""
         matrices = {id(p) for p in plane.host.module.parameters() if p.dim() == 2}
         self._not_hidden = frozenset(matrices - hidden_matrices(plane.host.module))
         self._plane = plane
@@ -88,7 +88,7 @@ class GrowthOptimizer:
         self.sync(plane)
 
     def on_stage_change(self, change: StageChange) -> None:
-        """Take up the parameters that a change brought to life, and drop those that it removed."""
+        """Add the parameters that a change created, and drop those that it removed."""
         gone = {id(p) for p in change.removed}
         for path, seed in list(self.seeds.items()):
             left = [p for p in seed.group["params"] if id(p) not in gone]
@@ -130,7 +130,7 @@ class GrowthOptimizer:
                 self.seeds[path] = self._seed_group(path, trainable, plane.slots[path].whole)
 
     def check(self, plane: Plane) -> None:
-        """Make sure that every live parameter is updated by someone.
+        """Make sure that every live parameter is updated by an optimizer.
 
         Raises:
             UntrackedParameter: one is not.
@@ -277,7 +277,7 @@ class GrowthOptimizer:
 
 
 def state_keys(optimizer: torch.optim.Optimizer) -> frozenset[str]:
-    """What an optimizer of this kind may remember of a parameter."""
+    """The state that an optimizer of this kind keeps for a parameter."""
     if isinstance(optimizer, torch.optim.SGD):
         return frozenset({"momentum_buffer"})
     return frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})

@@ -1,4 +1,4 @@
-"""What a run was made of: fingerprints of its data and of its plugins, so that a change does not go unnoticed."""
+"""Fingerprints of the data and plugins of a run, so that changes are noticed."""
 
 from __future__ import annotations
 

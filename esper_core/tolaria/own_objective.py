@@ -1,4 +1,4 @@
-"""The objective of a model and loaders of one's own: what the user names, or what the targets tell."""
+"""The objective for the caller's own model: the one that is named, or the one that fits the targets."""
 
 from __future__ import annotations
 

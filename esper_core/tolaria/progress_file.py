@@ -1,4 +1,4 @@
-"""Growth beside a loop of one's own as one file: the seeds, how far they are, and how their optimizer stands.
+"""Progress of growth inside the caller's loop in one file: seeds, stages, and the state of their optimizer.
 
 The host's weights, its optimizer and the learning-rate schedule are the loop's own affair; their checkpoint belongs
 beside this file.
@@ -17,7 +17,7 @@ from esper_core.tolaria.snapshot import load_training, training_plain, training_
 
 
 def save_progress(tolaria: Tolaria, path: str | Path) -> None:
-    """Write what `resume` needs. `load_growth` reads such a file too, for a model that is only used.
+    """Write a file for `resume`. `load_growth` reads it too, for a model that is only used.
 
     Raises:
         OSError: it could not be written.
@@ -33,7 +33,7 @@ def save_progress(tolaria: Tolaria, path: str | Path) -> None:
 
 
 def resume(tolaria: Tolaria, path: str | Path) -> None:
-    """Go on from what `save_progress` wrote, after the loop has loaded its own checkpoint.
+    """Resume from a file of `save_progress`, after the loop has loaded its own checkpoint.
 
         tolaria = accompany(model, optimizer, first_batch, steps=steps)
         model.load_state_dict(...)

@@ -1,4 +1,4 @@
-"""What the rewards of a run are told at each decision, and what they say; one that cannot be measured is refused."""
+"""The inputs and values of a run's rewards at each decision; rewards that cannot be measured are refused."""
 
 from __future__ import annotations
 

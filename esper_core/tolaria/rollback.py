@@ -1,4 +1,4 @@
-"""The way back to the last good state: who is blamed for it, what is told of it, and what the blamed seed loses."""
+"""Rollback to the last good state: the command held responsible, its events, and the embargo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
-    """Return to the last good state, tell of all that changed, and bar the guilty command.
+    """Return to the last good state, emit events of all changes, and put the guilty command under embargo.
 
     Raises:
         RunFailed: unrecoverable.

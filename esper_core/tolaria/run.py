@@ -105,7 +105,7 @@ def resume_run(
 ) -> RunResult:
     """Resume a run from its newest complete checkpoint; the result is bit-identical to an uninterrupted run.
 
-    A run without a checkpoint begins again; what it left is put aside, into `aside-N/` of its folder.
+    A run without a checkpoint starts again; its files are moved to `aside-N/` of its folder.
 
     Args:
         from_scratch: begin again although there are checkpoints.
@@ -233,7 +233,7 @@ def eval_run(
 
 @attrs.frozen
 class Plan:
-    """What a run would be. FLOPs are of one example's forward pass; bytes are estimates for training.
+    """A run before it starts. FLOPs are of one example's forward pass; bytes are estimates for training.
 
     Attributes:
         points: where seeds may grow. budgets: parameters and FLOPs that all seeds together may have.

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, who may write to it, and how a new one is named."""
+"""The folder of a run: its files, its lock, and the name of a new one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """Where the folder is now: it may be renamed, and the process may change its working directory, in mid-run.
+        """The present path of the folder, which may be renamed during the run, as may the working directory.
 
         Raises:
             OSError: it was moved while it was held, and cannot be found.
@@ -93,7 +93,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> tuple[RunFolder, RunConfig, dict[str, Any]]:
-        """An existing run: folder, configuration, and what else `run.json` says.
+        """An existing run: folder, configuration, and the rest of `run.json`.
 
         Raises:
             BadFile: no run is there, it holds links to elsewhere, or its `run.json` is damaged.
@@ -127,7 +127,7 @@ class RunFolder:
             raise BadFile(f"{self.path} cannot be written to: {error.strerror}", "a writable run folder") from error
 
     def result(self) -> dict[str, Any]:
-        """How the run ended; empty while it has not."""
+        """The result of the run; empty before its end."""
         path = self.path / "result.json"
         data = read_json_file(path) if path.is_file() else {}
         return data if isinstance(data, dict) else {}
@@ -141,7 +141,7 @@ class RunFolder:
         (self.path / "result.json").unlink(missing_ok=True)
 
     def set_aside(self) -> Path | None:
-        """Move what an attempt left into `aside-N/`, so that the run can begin again; None if it left nothing.
+        """Move files of an earlier attempt into `aside-N/`; None if there are none.
 
         Raises:
             BadFile: it cannot be moved.

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of progress, so that a resumed run and a seed born late follow the same course."""
+"""Learning rates as pure functions of progress, so that resumed runs and later seeds follow the same schedule."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ from esper_core.tolaria.viewing import controller_view
 
 @attrs.define
 class Clock:
-    """Where a run stands. Steps are optimizer steps; FLOPs are the run's total, probes and isolated seeds included.
+    """Counters of a run. Steps are optimizer steps; FLOPs are the run's total, probes and isolated seeds included.
 
     Targets are those of all training examples seen: one of a classified example, one a position of a text.
     """
@@ -70,9 +70,9 @@ class Clock:
 
 
 class Tolaria:
-    """Grows what stands on a plane while someone trains it, under a governor.
+    """Grows the seeds of a plane during training, under a governor.
 
-    `budget`: FLOPs of the whole run, or None where it goes by epochs.
+    `budget`: FLOPs of the whole run, or None if its length is in epochs.
 
     In a loop: `after_backward()`, the optimizer's step, `after_step(loss)`; and now and then `decide(batches)`.
 
@@ -138,12 +138,12 @@ class Tolaria:
     # --- In the loop ---
 
     def after_backward(self, loss_scale: float | Tensor = 1.0) -> None:
-        """Let the sensors see the gradients."""
+        """Read sensors of gradients; call it before the optimizer's step."""
         if self.sensors is not None:
             self.sensors.after_backward(loss_scale)
 
     def step(self, loss: Tensor | None, examples: int) -> None:
-        """Everything that belongs to one batch, where the caller's own optimizer updates the host.
+        """All the work of one batch, where the caller's own optimizer updates the host.
 
         Call it between the optimizer's `step()` and `zero_grad()`. Arguments and errors are `after_step`'s.
         """
@@ -187,7 +187,7 @@ class Tolaria:
                 self.keep()
 
     def decide(self, batches: Iterable[Batch], epoch: float) -> Measurement:
-        """One decision step: measure, ask the controller, and do what it says as far as it is legal.
+        """One decision step: measure, ask the controller, and carry out its legal commands.
 
         Args:
             batches: validation batches; read at least once.
@@ -482,7 +482,7 @@ class Tolaria:
     # --- State ---
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-compatible state of everything here but the tensors."""
+        """JSON-compatible state, without tensors."""
         return {
             "clock": attrs.asdict(self.clock),
             "governor": self.governor.state_dict(),

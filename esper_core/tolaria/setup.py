@@ -1,4 +1,4 @@
-"""Everything that a run is before its first step, built from its configuration. The only set-up, the only validator.
+"""Builds a run from its configuration. This is the only set-up and the only validator.
 
 `esper run`, `grow`, `accompany`, the gym and the arms of a comparison all begin here; `assembly` builds the parts.
 """
@@ -53,12 +53,12 @@ def _silent(text: str) -> None:
 
 @attrs.frozen
 class Setup:
-    """What a run is before its first step.
+    """A run before its first step.
 
     Attributes:
-        config: with what follows from a budget filled in.
-        device: where everything is. precision: what it computes in.
-        task_name: the task as the user would have typed it.
+        config: with the values that follow from a budget.
+        device: where everything is. precision: of the computation.
+        task_name: the task in the form in which it is typed.
         plane: over the host, which is in training mode on the device.
     """
 
@@ -78,7 +78,7 @@ class Setup:
         return GrowthOptimizer(self.plane.host.module.parameters(), self.config, options)
 
     def build_tolaria(self, emit: Callable[[Event], None], *, optimizer: GrowthOptimizer | None = None) -> Tolaria:
-        """Growth with everything that watches it. `optimizer`: None for one that updates the host as well."""
+        """Growth with its governor, sensors and controller. `optimizer`: None for one that updates the host as well."""
         config, registry, timetable = self.config, self.registry, self.timetable
         sensing = assembly.part_config(config, "sensors", assembly.SensorConfig)
         tolaria = Tolaria(
@@ -182,7 +182,7 @@ def _build_host(
 
 @attrs.frozen(kw_only=True)
 class OwnModel:
-    """A caller's own module and what it is judged by.
+    """A caller's own module and its objective.
 
     Attributes:
         module: where it will be trained. points: paths of submodules behind which to grow; None to find them.
@@ -234,7 +234,7 @@ def set_up_module(
 def check_settings(
     config: RunConfig, registry: Registry, *, objective: str = "", lenient: bool = False, gym: bool = False
 ) -> None:
-    """Make sure that every setting reaches something, and that rewards can be read.
+    """Make sure that every setting has an effect, and that rewards can be parsed.
 
     Args:
         objective: of the run, where it is known; otherwise settings of any objective pass.

@@ -1,4 +1,4 @@
-"""The state of a run's model: gathered by name, copied into buffers that stay, and put back."""
+"""The state of a run's model: collected by name, copied into persistent buffers, and restored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def random_tensors(device: torch.device) -> dict[str, Tensor]:
 
 
 def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put generators back to `random_tensors()`."""
+    """Restore generators from `random_tensors()`."""
     torch.set_rng_state(tensors["random.cpu"].cpu())
     if device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"].cpu(), device)
@@ -91,7 +91,7 @@ def training_tensors(plane: Plane, optimizer: GrowthOptimizer) -> dict[str, Tens
 
 
 def training_plain(plane: Plane, optimizer: GrowthOptimizer) -> dict[str, Any]:
-    """What goes with `training_tensors`: the structure of the seeds and their ages, JSON-compatible."""
+    """The data beside `training_tensors`: the structure of the seeds and their ages, JSON-compatible."""
     return {"structure": plane.structure(), "ages": optimizer.ages()}
 
 
@@ -144,7 +144,7 @@ class Snapshot:
         return {f"snapshot.{name}": tensor for name, tensor in self.tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], plane: Plane) -> None:
-        """Take over what `state_tensors()` and (`plain`, `step`) saved."""
+        """Restore from `state_tensors()` and (`plain`, `step`)."""
         live = model_tensors(plane)
         saved = {n.removeprefix("snapshot."): t for n, t in tensors.items() if n.startswith("snapshot.")}
         device = next(iter(plane.host.module.parameters())).device

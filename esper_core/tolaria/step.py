@@ -20,7 +20,7 @@ from esper_core.tolaria.optimizer import GrowthOptimizer
 
 @attrs.frozen
 class Precision:
-    """Where and in what dtype a run computes. `dtype`: of autocast; None for full precision."""
+    """Device and dtype of a run's computation. `dtype`: of autocast; None for full precision."""
 
     device: torch.device
     dtype: torch.dtype | None = None
@@ -127,7 +127,7 @@ class TrainingStep:
         return loss.detach()
 
     def update(self, rate: float, *, drop: Iterable[nn.Parameter] = ()) -> None:
-        """Update what has gradients and forget these.
+        """Update the parameters that have gradients, and reset gradients.
 
         Args:
             drop: parameters that are not updated this time, such as those of a host that is computed elsewhere.

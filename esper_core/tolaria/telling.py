@@ -1,4 +1,4 @@
-"""What happened to a slot, as events."""
+"""Events of slots: changes of stages and results of audits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When things happen in a run: its length, learning rates, decisions, sensor samples and validation examples.
+"""The timetable of a run: its length, learning rates, decisions, sensor samples and validation examples.
 
 This is the only definition of each. A run goes by steps, or by FLOPs where it has a budget of them.
 """
@@ -22,7 +22,7 @@ _LEAST_DECISIONS: Final = 24
 
 @attrs.frozen(kw_only=True)
 class Timetable:
-    """The course of one run.
+    """The timetable of one run.
 
     Attributes:
         epochs: of the run. epoch_steps: optimizer steps in each.
@@ -82,7 +82,7 @@ class Timetable:
         return min(wanted, max(1, self.steps // (2 * self.decisions)))
 
     def ramp_steps(self, share: float) -> int:
-        """Optimizer steps of a ramp that takes that share of the run."""
+        """Optimizer steps of a ramp of that share of the run."""
         return max(1, round(share * self.steps))
 
 

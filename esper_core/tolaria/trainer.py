@@ -37,7 +37,7 @@ _AFFORDABLE = 0.01
 
 @attrs.frozen
 class RunResult:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         folder: of the run.
@@ -69,7 +69,7 @@ class RunResult:
 
 @attrs.define
 class Position:
-    """Where in the data a run stands: `batch` batches of `epoch` were trained on."""
+    """The position of a run in its data: `batch` batches of `epoch` were trained on."""
 
     epoch: int = 0
     batch: int = 0
@@ -79,7 +79,7 @@ class Position:
 
 
 class Trainer:
-    """Trains what stands on a plane, decides when it is time, saves, and ends as it should.
+    """Trains a plane's model, with decisions, checkpoints and an orderly end.
 
     Args:
         setup: what the run is. tolaria: growth, with plane, optimizer, controller and governor.
@@ -117,7 +117,7 @@ class Trainer:
         """Train to the end, or until a signal asks to stop.
 
         Raises:
-            RunFailed: the run cannot go on; the last good model was saved.
+            RunFailed: the run cannot continue; the last good model was saved.
         """
         with self._signals():
             result = self._run()

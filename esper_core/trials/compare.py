@@ -1,4 +1,4 @@
-"""The arms that growing must beat, on the same data with paired seeds, one file each so that nothing is run twice.
+"""Arms of a comparison with growing, on the same data with paired seeds, one file each so that none is trained twice.
 
 `grown` is the run itself; `host` never grows; `host@FLOPs` neither, and trains until it has spent what the grown run
 spent; `static` has the grown run's final architecture from the first step
@@ -60,7 +60,7 @@ _AFTER_GROWN: Final = ("host@FLOPs", "static", "static@FLOPs", "random search")
 
 @attrs.frozen
 class CompareConfig:
-    """What to compare.
+    """Options of a comparison.
 
     Attributes:
         seeds: how many, from the run's own on.
@@ -96,7 +96,7 @@ class Unit:
 
     @property
     def file(self) -> Path:
-        """Where its outcome is written when it is done."""
+        """The file of its outcome."""
         return self.folder / f"{self.arm.replace(' ', '-').replace('@', '-at-')}-{self.seed}.json"
 
     @property
@@ -151,7 +151,7 @@ def compare_run(
 
 
 def summarise_arms(beside: Path, run: RunConfig, config: CompareConfig) -> dict[str, Any]:
-    """The table of arms from the files of every unit that is done."""
+    """The table of arms, from the files of finished units."""
     arms = []
     judge, key = Metric(), "accuracy"
     for arm in ARMS:

@@ -22,7 +22,7 @@ from esper_core.tolaria.timetable import Timetable
 
 @attrs.frozen
 class StaticSeed:
-    """A seed of a fixed architecture: what stands in the slot at `path`, and how it is combined."""
+    """A seed of a fixed architecture: slot, blueprint and blend."""
 
     path: str
     blueprint: str
@@ -31,7 +31,7 @@ class StaticSeed:
 
 @attrs.frozen
 class StaticResult:
-    """What a fixed architecture reached. Losses in nats, accuracies as shares of 1; FLOPs are those of training."""
+    """The result of a fixed architecture. Losses in nats, accuracies as shares of 1; FLOPs are those of training."""
 
     validation_loss: float
     validation_score: float
@@ -50,7 +50,7 @@ def step_flops(setup: Setup) -> float:
 
 
 def organs_of(structure: Sequence[Mapping[str, Any]]) -> tuple[StaticSeed, ...]:
-    """The seeds that show in the output of a saved model's structure."""
+    """The contributing seeds of a saved model's structure."""
     return tuple(
         StaticSeed(str(entry["path"]), str(entry["blueprint"]), str(entry["blend"]))
         for entry in structure

@@ -83,7 +83,7 @@ def _embed(data: dict[str, Any]) -> str:
 
 
 def _finite(value: Any, depth: int = 0) -> Any:
-    """`value` with NaN, infinities and whatever lies deeper than 40 levels turned into text."""
+    """`value` with NaN, infinities and values deeper than 40 levels turned into text."""
     if isinstance(value, dict):
         return {str(k): _finite(v, depth + 1) for k, v in value.items()} if depth < 40 else "…"
     if isinstance(value, list):

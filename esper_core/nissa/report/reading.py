@@ -45,7 +45,7 @@ Columns = dict[str, list[float | None]]
 
 
 def read_json(path: Path) -> Any:
-    """The file's JSON, or None when it is missing, damaged or nested beyond reading."""
+    """The file's JSON, or None when it is missing, damaged or nested too deeply."""
     try:
         with open_text(path) as file:
             text = file.read(MAX_JSON + 1)
@@ -74,7 +74,7 @@ def read_lines(path: Path, skip: re.Pattern[str] | None = None) -> Iterator[dict
 def read_events(path: Path, kinds: frozenset[str] | None = None) -> Iterator[dict[str, Any] | None]:
     """Each line of an `events.jsonl` as a mapping; None for a line that is damaged, such as a truncated last one.
 
-    With `kinds`, events of other kinds are passed over, most of them without being parsed.
+    With `kinds`, events of other kinds are skipped, most of them unparsed.
     """
     skip = re.compile(rf'\{{"kind":"(?!(?:{"|".join(kinds)})")\w+"') if kinds else None
     for event in read_lines(path, skip):
@@ -82,7 +82,7 @@ def read_events(path: Path, kinds: frozenset[str] | None = None) -> Iterator[dic
 
 
 def dropped_sinks(folder: Path) -> list[str]:
-    """Names of the sinks that failed before the run's end, by its `result.json`; what they wrote is not whole."""
+    """Names of the sinks that failed before the run's end, by its `result.json`; their output is incomplete."""
     result = read_json(folder / "result.json")
     names = result.get("dropped_sinks") if isinstance(result, dict) else None
     return [printable(name) for name in names] if isinstance(names, list) else []

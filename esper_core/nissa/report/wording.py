@@ -1,4 +1,4 @@
-"""Events and figures in words, for the report, the live view and the plain lines. Takes events as read from JSON."""
+"""Text of events and figures, for the report, the live view and plain lines. Takes events as read from JSON."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CONTROLS: Final = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT
 
 
 def printable(value: object) -> str:
-    """`value` as text without control characters, so that no name from a file can steer a terminal."""
+    """`value` as text without control characters, so that names from files cannot control a terminal."""
     return str(value).translate(_CONTROLS)
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite float, or None for whatever is not one (text such as `"nan"` included)."""
+    """`value` as a finite float, or None for other values (text such as `"nan"` included)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -81,7 +81,7 @@ def show_score(value: object, metric: Metric, digits: int = 1) -> str:
 
 
 def nats(value: object) -> str:
-    """A loss or a difference of losses with enough digits to tell it from nothing."""
+    """A loss or a difference of losses with enough digits to differ from zero."""
     x = number(value)
     return "unknown" if x is None else f"{x:.3f}" if abs(x) >= 0.1 or x == 0 else f"{x:.2g}"
 

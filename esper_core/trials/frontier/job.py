@@ -1,4 +1,4 @@
-"""One training run beside others at a budget of FLOPs: a static network, or one that grows."""
+"""One training run at a budget of FLOPs: a static network, or one that grows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from esper_core.tolaria.run import eval_run, start_run
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """A run, and what it is for.
+    """A run and its purpose.
 
     Attributes:
         arm: its name in tables. stage: what it is for, such as `tune` or `final`.
@@ -133,7 +133,7 @@ def _steps(job: Job) -> list[dict[str, Any]]:
 
 
 def run_job(job: Job, base: Mapping[str, Any], scratch: Path | None = None) -> dict[str, Any]:
-    """Train, read the whole validation text at the end, and describe what came of it.
+    """Train, read the whole validation text at the end, and return the result.
 
     Returns:
         The job, with `loss` (nats a token on the whole validation text), `test_loss` (None unless asked for), `params`

@@ -33,7 +33,7 @@ def compare_frontier(
     workers: int = 2,
     notify: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Train what is not trained yet, and write `frontier.json` into the run's folder.
+    """Train the networks that are missing, and write `frontier.json` into the run's folder.
 
     Args:
         path: a finished run with a budget of FLOPs, of a host that says which options set its size.
@@ -77,7 +77,7 @@ def frontier_of(run: RunConfig, budget: float, registry: Registry, seeds: int) -
     return Frontier(
         name=spec.name, base=base, budget=budget, sizes=sizes_around(host), host=host, options=spec.sizes,
         grown=(grown,), rates=(rate, 2 * rate, rate / 2), decays=(0.4, 0.2), finalists=1, seeds=seeds, tune_seed=1000,
-        margin=0.15,  # nobody knows how well the run's rate suits other sizes
+        margin=0.15,  # the best rate of other sizes is unknown
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def sizes_around(host: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def plan_of_run(frontier: Frontier, rows: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
-    """The frontier's own jobs; when these are done, those that tell what a token and a FLOP were worth."""
+    """The frontier's own jobs; then those that measure the value of a token and of a FLOP."""
     done = {row["key"] for row in rows}
     waiting = False
     for job in frontier.plan(rows):
@@ -138,7 +138,7 @@ def _flops_a_step(job: Job, found: Mapping[str, Mapping[str, Any]]) -> float | N
 
 
 def describe_frontier(frontier: Frontier, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary with what a FLOP and a token were worth; the parts that were not run are None."""
+    """The summary with the value of a FLOP and of a token; parts that were not run are None."""
     summary = summarise_frontier(frontier, rows)
     found = {row["key"]: row for row in rows}
     if any(arm.key not in found for arm in frontier.arms()):

@@ -1,4 +1,4 @@
-"""What is run against the compute frontier, and in which order: every arm is tuned on validation, then tested.
+"""The jobs of a compute frontier and their order: every arm is tuned on validation, then tested.
 
 Stages, each a function of the rows so far, so that a queue can be cut off anywhere and go on:
 
@@ -75,7 +75,7 @@ class Frontier:
         ]
 
     def plan(self, rows: Rows) -> Iterator[Job]:
-        """The jobs that are to be done next, most important first."""
+        """The next jobs, most important first."""
         found = {row["key"]: row for row in rows}
         arms = self.arms()
         if any(arm.key not in found for arm in arms):

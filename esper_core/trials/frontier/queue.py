@@ -1,6 +1,6 @@
 """A resumable queue of jobs: several processes, one row a finished job, appended to a JSONL.
 
-A job whose key has a row is never run again, so a queue goes on where it stopped. A job is not begun when it would, at
+A job whose key has a row is never run again, so an interrupted queue resumes. A job is not begun when it would, at
 the speed that its kind of device has shown, outlast the limit.
 """
 
@@ -40,7 +40,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line, whoever else adds at the same time."""
+    """Append one line; other processes may append at the same time."""
     with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(row) + "\n")

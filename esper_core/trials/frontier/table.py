@@ -1,4 +1,4 @@
-"""What was found at the compute frontier: arms on fresh seeds beside the best static network, the isoFLOP curve."""
+"""Results at the compute frontier: arms on fresh seeds, the best static network, and the isoFLOP curve."""
 
 from __future__ import annotations
 
