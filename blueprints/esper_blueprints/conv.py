@@ -14,7 +14,7 @@ from esper_core.leyline.injection import InjectionSpec
 
 
 class ConvSeed(MapSeed):
-    """One convolution; the only layer is the quiet one, so that it learns from the first step on.
+    """One convolution; its only layer has zero weights, and learns from the first step on.
 
     Args:
         point: a map.

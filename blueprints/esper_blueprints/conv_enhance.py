@@ -1,4 +1,4 @@
-"""The heavy one: two full convolutions with a wide middle, norm → k×k (C → e·C) → SiLU → k×k (e·C → C).
+"""Two full convolutions with a wide middle, norm → k×k (C → e·C) → SiLU → k×k (e·C → C).
 
 Source: He et al., "Identity Mappings in Deep Residual Networks", 2016, arXiv:1603.05027; the widening is Zagoruyko &
 Komodakis, "Wide Residual Networks", 2016, arXiv:1605.07146. Here one norm stands before both layers (see `layout`).

@@ -1,4 +1,4 @@
-"""What every seed shares: how it meets its feature's layout, a norm that never erases a feature, a quiet last layer.
+"""Base classes of seeds: layouts, norms that keep features of one channel, and the initialisation of the last layer.
 
 A seed maps a feature to a *delta* of the same shape and dtype. Four rules make sure that it can learn from its
 first step on:

@@ -93,7 +93,7 @@ class OrganSeed(nn.Module):
         return MappingProxyType(self._specs)
 
     def register_slot(self, name: str, slot: SlotModule) -> None:
-        """Plug `slot` in behind block `name`.
+        """Attach `slot` after block `name`.
 
         Raises:
             UnknownName: there is no such block.
@@ -105,7 +105,7 @@ class OrganSeed(nn.Module):
         self._slots[name] = slot
 
     def unregister_slot(self, name: str) -> None:
-        """Take the slot behind block `name` out again."""
+        """Detach the slot after block `name`."""
         self._check(name)
         self._slots.pop(name, None)
 

@@ -114,7 +114,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 def resolve_config(given: Mapping[str, Any], settings: tuple[str, ...], file: str | None) -> RunConfig:
-    """The configuration from a TOML file, the options typed and `--set`, the later of which win."""
+    """The configuration from a TOML file, the options typed and `--set`, later ones take precedence."""
     overrides = {**given, "settings": parse_settings(settings)}
     return RunConfig.from_file(file, overrides) if file else RunConfig.from_mapping(overrides)
 

@@ -1,4 +1,4 @@
-"""The table of arms in the terminal: what growing gained over each alternative, with intervals."""
+"""The table of arms in the terminal: differences of growing from each alternative, with intervals."""
 
 from __future__ import annotations
 

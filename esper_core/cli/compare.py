@@ -51,7 +51,7 @@ def compare(
 
 
 def print_frontier(run: str, seeds: int, workers: int, *, as_json: bool) -> None:
-    """Sweep static sizes beside a run, and print what was found."""
+    """Sweep static sizes at the FLOPs of a run, and print the result."""
     from esper_core.cli.context import current_registry
     from esper_core.trials.frontier.of_run import compare_frontier
     from esper_core.trials.frontier.table import show_frontier

@@ -1,4 +1,4 @@
-"""What the options before the verb set, and the registry that they lead to."""
+"""Options before the verb, and the registry that follows from them."""
 
 from __future__ import annotations
 

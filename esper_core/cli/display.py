@@ -1,4 +1,4 @@
-"""How a run is shown while it trains: live, as plain lines, as JSON lines, or not at all."""
+"""Display of a run during training: live, plain lines, JSON lines, or nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Display:
         return self
 
     def close(self) -> None:
-        """Give the terminal back. May be called again."""
+        """Restore the terminal. May be called again."""
         if self._view is not None:
             self._view.close()
 

@@ -1,4 +1,4 @@
-"""`esper doctor`: is everything here that a run needs, and what to type if not."""
+"""`esper doctor`: checks the installation, and prints how to fix it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `esper doctor` looks to people."""
+"""The output of `esper doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`esper eval`: measure a grown model."""
+"""`esper eval`: evaluate a grown model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `esper doctor` finds out: versions, devices, plugins and data folders, each with the command that fixes it."""
+"""The checks of `esper doctor`: versions, devices, plugins and data folders, each with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOST_FILES = 20_000
 
 @attrs.frozen
 class HealthItem:
-    """One line of the doctor's answer.
+    """One line of `esper doctor`.
 
     Attributes:
         section: `system`, `packages`, `devices`, `plugins` or `data`.
@@ -65,49 +65,30 @@ def _system() -> Iterator[HealthItem]:
 
 def _packages() -> Iterator[HealthItem]:
     """Every package that the core requires, then those that its extras add."""
+    from packaging.requirements import Requirement
+
     try:
         requirements = requires(CORE_DISTRIBUTION) or []
     except PackageNotFoundError:
         yield HealthItem("packages", CORE_DISTRIBUTION, "bad", "runs from a folder, not installed", "pip install -e .")
         return
-    for requirement in sorted(requirements, key=lambda text: ("extra" in text, text)):
-        wanted, _, marker = requirement.partition(";")
-        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", marker)
+    for text in sorted(requirements, key=lambda text: ("extra" in text, text)):
+        wanted = Requirement(text)
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", str(wanted.marker))
         if extra and extra[1] in _COLLECTIONS:
             continue
-        name, bounds = re.match(r"\s*([\w.-]+)(.*)", wanted, re.DOTALL).groups()  # type: ignore[union-attr]
-        fix = f"pip install '{CORE_DISTRIBUTION}[{extra[1]}]'" if extra else f"pip install '{wanted.strip()}'"
+        name, bounds = wanted.name, wanted.specifier
+        fix = f"pip install '{CORE_DISTRIBUTION}[{extra[1]}]'" if extra else f"pip install '{name}{bounds}'"
         try:
             found = version(name)
         except PackageNotFoundError:
             text = f"not installed (extra {extra[1]})" if extra else "not installed"
             yield HealthItem("packages", name, "absent" if extra else "bad", text, fix)
             continue
-        if fits(found, bounds):
+        if bounds.contains(found, prereleases=True):
             yield HealthItem("packages", name, "ok", found)
         else:
-            yield HealthItem("packages", name, "bad", f"{found} is installed, {bounds.strip()} is needed", fix)
-
-
-def fits(found: str, bounds: str) -> bool:
-    """Whether a version keeps bounds such as `>=1.5,<2`; only numbers are compared, other operators pass.
-
-    >>> fits("2.15.0+cpu", ">=2.11"), fits("2.0", "<2,>=1.5"), fits("1.10", ">=1.9")
-    (True, False, True)
-    """
-    have = _numbers(found)
-    for operator, limit in re.findall(r"(>=|<=|<|>)\s*([\w.]+)", bounds):
-        want = _numbers(limit)
-        width = max(len(have), len(want))
-        a, b = have + (0,) * (width - len(have)), want + (0,) * (width - len(want))
-        if not {">=": a >= b, "<=": a <= b, "<": a < b, ">": a > b}[operator]:
-            return False
-    return True
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    release = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(int(part) for part in release[0].split(".")) if release else ()
+            yield HealthItem("packages", name, "bad", f"{found} is installed, {bounds} is needed", fix)
 
 
 def _devices(fast: bool) -> Iterator[HealthItem]:

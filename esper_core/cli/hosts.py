@@ -1,4 +1,4 @@
-"""`esper hosts show`: where a host can grow, and what it costs."""
+"""`esper hosts show`: the injection points of a host, with sizes and costs."""
 
 from __future__ import annotations
 

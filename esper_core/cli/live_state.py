@@ -1,4 +1,4 @@
-"""What the terminal shows of a run, gathered from its events: figures, slots, and the lines worth a record."""
+"""The state of the live view, built from events: figures, slots and log lines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SlotLine:
 
 
 def is_record(event: Event) -> bool:
-    """Whether an event deserves a line of its own in the scrollback: growth, governor and faults."""
+    """Whether an event gets a line in the scrollback: growth, governor and faults."""
     if event.kind in ("run_started", "run_ended", "epoch_ended"):
         return False
     group = GROUPS.get(event.kind)
@@ -70,7 +70,7 @@ class LiveState:
         self.started_at = self.seen_at = 0.0
 
     def take(self, event: Event) -> str | None:
-        """Note `event`; its phrase, if it deserves a line of its own."""
+        """Process `event`; returns its line for the scrollback, if it gets one."""
         if not self.started_at:
             self.started_at, self.first_step = time.monotonic(), event.step
             if self._log is not None:
@@ -83,7 +83,7 @@ class LiveState:
         return describe_event(event.to_dict(), self.told) if is_record(event) else None
 
     def replay(self, records: Iterable[Mapping[str, Any] | None]) -> None:
-        """Take up what a resumed run logged before, without repeating its lines."""
+        """Process the earlier log of a resumed run, without repeating its lines."""
         for record in records:
             handler = getattr(self, f"_on_{record['kind']}", None) if record else None
             if handler is not None:

@@ -1,4 +1,4 @@
-"""Where a part is defined, found without importing it."""
+"""Finds the definition of a part without importing it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class PlainLines:
         self.watch, self.stream = watch, stream
 
     def write(self, event: Event) -> None:
-        """Print `event`, if it deserves a line."""
+        """Print `event`, if it gets a line."""
         phrase = self.watch.take(event)
         if event.kind in ("run_started", "epoch_ended", "command_refused"):
             phrase = describe_event(event.to_dict(), self.watch.told)
@@ -48,7 +48,7 @@ class JsonLinesView:
         self.stream.write(event.to_json() + "\n")
 
     def flush(self) -> None:
-        """Hand what was printed to the reader."""
+        """Flush the stream."""
         self.stream.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""`esper run --dry-run`: what a run would be, before anything is trained."""
+"""`esper run --dry-run`: the resolved plan of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`esper plugins`: what is installed, what each part takes, and whether all of it can be imported."""
+"""`esper plugins`: lists, describes and checks installed parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InOrder(click.Group):
 
 @click.group(cls=InOrder)
 def plugins() -> None:
-    """List, explain and check what can be used."""
+    """List, describe and check plugins."""
 
 
 def _complete_kinds(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -93,7 +93,7 @@ def list_parts(kind: str | None, capability: str | None, as_json: bool) -> None:
 @_kind
 @_json
 def info(name: str, kind: str | None, as_json: bool) -> None:
-    """Explain the part NAME: options, needs, sensors, where it is, how to use it."""
+    """Describe the part NAME: options, needs, sensors, where it is, how to use it."""
     registry = current_registry()
     parts = registry.named(name, None if kind is None else check_kind(kind))
     if as_json:
@@ -108,7 +108,7 @@ def info(name: str, kind: str | None, as_json: bool) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete_parts)
 @_json
 def check(names: tuple[str, ...], as_json: bool) -> None:
-    """Import every part for real, or only the parts and packages NAME, and say what is broken.
+    """Import every part for real, or only the parts and packages NAME, and print what is broken.
 
     Parts are imported in a process of their own. Exits with 1 if anything is broken.
     """

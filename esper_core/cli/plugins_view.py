@@ -1,4 +1,4 @@
-"""How `esper plugins` looks to people."""
+"""The output of `esper plugins`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BAD, _ODD, _GOOD = Text("✗ ", "red"), Text("! ", "yellow"), Text("✓ ", "gre
 
 
 def show_list(registry: Registry, parts: Sequence[Registered], broken: Sequence[Broken]) -> None:
-    """Print parts by kind, then what cannot be used, then what is odd."""
+    """Print parts by kind, then faults, then notes."""
     console = make_console()
     name_width = max((len(_label(registry, part)) for part in parts), default=0)
     for kind, group in groupby(parts, key=lambda part: part.kind):

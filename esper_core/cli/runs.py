@@ -1,4 +1,4 @@
-"""`esper runs`: list runs, and put two of them side by side."""
+"""`esper runs`: list runs, or compare two."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _scored(summary: Mapping[str, Any]) -> str:
 
 
 def summarise_run(folder: Path) -> dict[str, Any]:
-    """What a run came to, from its `run.json` and events; None where it is unknown."""
+    """The results of a run, from its `run.json` and events; None where unknown."""
     from esper_core.nissa.report.reading import RunDigest, read_json
     from esper_core.nissa.report.wording import metric_of, number, printable
 

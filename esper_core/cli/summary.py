@@ -1,4 +1,4 @@
-"""What is said when a run is over: what it reached, what grew, what it cost, where the report is."""
+"""The summary at the end of a run: results, growth, costs, and the path of the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STOPPED = 130
 
 
 def conclude(folder: Path, display: Display, seconds: float, compare: Mapping[str, Any] | None = None) -> int:
-    """Write the report and say how the run ended.
+    """Write the report and print the summary.
 
     Returns:
         The exit code: 0, or 130 for a run that was stopped and can be resumed.
@@ -104,7 +104,7 @@ def show(
 
 
 def last_note(folder: Path) -> str:
-    """What the controller said at its last decision about waiting, such as why it grows no deeper; else nothing."""
+    """The controller's note at its last decision, such as why it grows no deeper; else empty."""
     note = ""
     for event in read_events(folder / "events.jsonl", frozenset({"decided"})):
         note = printable((event or {}).get("note") or "")

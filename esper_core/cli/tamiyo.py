@@ -1,4 +1,4 @@
-"""`esper tamiyo`: train a growth controller, measure it against its controls, show it, adapt it to a domain."""
+"""`esper tamiyo`: train a controller, evaluate it against baselines, show it, or adapt it to a domain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How trainings, evaluations and products of `esper tamiyo` are shown."""
+"""The output of `esper tamiyo`."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _interval(difference: Any) -> Text:
 
 
 def describe_product(path: Path) -> dict[str, Any]:
-    """What an agent or adapter file says of itself.
+    """The header of an agent or adapter file.
 
     Raises:
         BadFile: it is neither, or damaged.

@@ -1,4 +1,4 @@
-"""Finds plugins, names what they offer and reports on what is wrong with them. Imports no torch."""
+"""Finds plugins, lists their parts, and reports faults. Imports no torch."""
 
 from esper_core.registry.record import Broken, Plugin, Registered
 from esper_core.registry.registry import Registry, load_registry, split_reference

@@ -22,7 +22,7 @@ from esper_core.registry.registry import Registry, load_registry
 
 @attrs.frozen
 class PluginFault:
-    """What is wrong with one part that registered well; an empty `error` means nothing.
+    """The result of checking one registered part; an empty `error` means that it can be used.
 
     Attributes:
         part: what was checked.

@@ -1,4 +1,4 @@
-"""Imports `package.module:Name` so that whatever goes wrong becomes one clear error."""
+"""Imports `package.module:Name`; every failure becomes one clear error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGE_OF: Final = MappingProxyType(
 
 
 def import_object(reference: str, owner: str, distribution: str, install: str = "", *, function: bool = False) -> Any:
-    """What `reference` names.
+    """The object that `reference` names.
 
     Args:
         reference: `package.module` or `package.module:Name`.
@@ -107,7 +107,7 @@ def install_line(distribution: str, module: str, install: str = "") -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception on one line: its type, its words, and where in a file for a syntax error."""
+    """An exception on one line: its type, its text, and the position of a syntax error."""
     text = " ".join(str(error).split())
     if isinstance(error, EsperError):
         return text

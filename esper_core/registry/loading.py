@@ -1,4 +1,4 @@
-"""Loads one plugin in isolation: what it offers, what is odd about it, and what is wrong with it."""
+"""Loads one plugin in isolation: its parts, notes and faults."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _KINDS: Final = {f"esper_{spec.kind}s": spec for spec in SPEC_KINDS}
 
 
 class Manager(pluggy.PluginManager):
-    """pluggy's manager, less slow: its thorough look at every name of a module took a quarter of a long listing."""
+    """pluggy's manager with a faster search: inspecting every name of a module took a quarter of a long listing."""
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         """The marks of a hook implementation; in a module only functions can have them."""

@@ -1,4 +1,4 @@
-"""Whose part a name meant when a file was written: recorded beside it, and looked up again whatever is installed."""
+"""The distribution of each named part of a file, recorded with it and found again when the file is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Owner:
 
 @attrs.frozen
 class Origins:
-    """What the names of one file mean.
+    """The parts that the names of one file refer to.
 
     Attributes:
         owners: by (kind, name).
@@ -97,13 +97,13 @@ def describe_parts(parts: Iterable[tuple[str, str, Registered]]) -> dict[str, di
 
 
 def newer(origins: Origins, versions: Mapping[str, str]) -> str:
-    """What to say of distributions that changed since a file was written; empty if none did."""
+    """A message about distributions that changed since a file was written; empty if none did."""
     changed = origins.changed(versions).values()
     return ", ".join(f"{owner.distribution} was {owner.version} and is {now} here" for owner, now in changed)
 
 
 def not_as_written(given: str, origins: Origins, versions: Mapping[str, str], error: type[EsperError]) -> EsperError:
-    """The error of a file that no longer gives what it gave, with the versions that changed since."""
+    """The error of a file whose content differs now, with the versions that changed since."""
     changed = origins.changed(versions).values()
     told = newer(origins, versions)
     lines = " ".join(owner.hint for owner, _ in changed)

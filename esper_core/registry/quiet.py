@@ -1,4 +1,4 @@
-"""Keeps standard output for the command's own answer while other people's modules are imported."""
+"""Keeps standard output free of what plugins print while they are imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the registry knows of a plugin, of a part that it offers, and of what is wrong with it."""
+"""Records of the registry: a plugin, a part that it offers, and a fault."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Registered:
 
     @property
     def qualified(self) -> str:
-        """`distribution/name`, which names it whatever else is installed."""
+        """`distribution/name`, which is unique among all that is installed."""
         return f"{self.distribution}/{self.spec.name}"
 
     @property
@@ -95,7 +95,7 @@ class Broken:
 
     @property
     def cause(self) -> str:
-        """What is wrong, and what would mend it, on one line."""
+        """The fault and its remedy on one line."""
         return str(self.error)
 
     @property

@@ -73,7 +73,7 @@ class Registry:
 
     @property
     def origins(self) -> Origins | None:
-        """What names mean here, in a registry that is bound to a file."""
+        """The meanings of names in a registry that is bound to a file."""
         return self._origins
 
     def bound(self, origins: Origins) -> Registry:
@@ -112,7 +112,7 @@ class Registry:
         return missing_modules(part.spec.requires)
 
     def install_line(self, part: Registered) -> str:
-        """What to type to install what the part misses; empty if nothing is missing."""
+        """The command that installs what the part lacks; empty if nothing is missing."""
         missing = self.missing(part)
         return install_line(part.distribution, missing[0], part.spec.install) if missing else ""
 
@@ -240,7 +240,7 @@ class Registry:
             raise self.broken[before].error
 
     def admit(self, plugin: Plugin, target: object = None) -> None:
-        """Load one plugin and record the outcome; whatever it does, this raises nothing."""
+        """Load one plugin and record the outcome. Raises nothing."""
         loaded, parts, broken = load_plugin(self._manager, plugin, target)
         self.plugins.append(loaded)
         self.broken += broken

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them, however that one ends."""
+"""Worker processes that end when the process that started them ends for any reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ABANDONED: Final = 3
 def end_with(parent: int) -> None:
     """Have this process end soon after the process `parent`, its own parent, is gone; a thread watches.
 
-    A parent that is killed tells nobody, and a worker would train on for hours beside whatever comes next.
+    Without it, the workers of a killed parent would train on for hours.
     """
 
     def watch() -> None:
@@ -31,7 +31,7 @@ def end_with(parent: int) -> None:
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """Let Python processes started within not look for modules in the working directory, whatever lies there."""
+    """A context in which new Python processes do not import modules from the working directory."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:

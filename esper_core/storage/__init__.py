@@ -1,1 +1,1 @@
-"""Files: tensors, JSON and TOML, read with suspicion and written as a whole or not at all."""
+"""Files of tensors, JSON and TOML, checked when they are read and written atomically."""

@@ -96,14 +96,14 @@ def assert_moved(modules: list[nn.Module], before: list[dict[str, Tensor]], poin
 
 
 def answer(module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """What a module answers, with the same random numbers each time: dropout is no difference."""
+    """The output of a module, with the same random numbers each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return module(*inputs)
 
 
 def disturb(module: nn.Module) -> nn.Module:
-    """Add noise to every parameter, so that a silent seed speaks; the same noise each time."""
+    """Add noise to every parameter, so that a seed with zero output has another; the same noise each time."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in module.parameters():

@@ -1,4 +1,4 @@
-"""Conformance of controllers: subclass, set `spec`, and pytest drives them over a real plane and made-up readings."""
+"""Conformance of controllers: subclass, set `spec`, and pytest runs them over a real plane with synthetic readings."""
 
 from __future__ import annotations
 

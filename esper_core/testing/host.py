@@ -32,7 +32,7 @@ Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
 
 class RecordingSlot(nn.Module):
-    """A slot that hands its feature back and notes what it saw.
+    """A slot that returns its feature and records it.
 
     Args:
         log: takes (name, feature) at every call. change: what to answer with; None for the feature itself.

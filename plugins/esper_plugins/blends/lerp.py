@@ -1,4 +1,4 @@
-"""(1 − w)·h + w·s with w = α·share: what the seed gains, the host's path gives up.
+"""(1 − w)·h + w·s with w = α·share: the weights of host and seed add up to 1.
 
 `share` lies strictly between 0 and 1. With a share of 1 the host's own path would be gone at α = 1: all gradient
 upstream would have to pass through the seed, and a seed of small output would freeze the host and blank its feature.

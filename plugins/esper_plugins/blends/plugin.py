@@ -43,7 +43,7 @@ BLENDS: Final = (
         source="Loshchilov & Hutter 2016, arXiv:1608.03983", factory="esper_plugins.blends.curves:Cosine",
     ),
     BlendSpec(
-        name="sigmoid", part="curve", summary="alpha moves slowly at both ends and quickly in between",
+        name="sigmoid", part="curve", summary="alpha moves slowly at both ends and quickly in the middle",
         source="the logistic function, exact at both ends", factory="esper_plugins.blends.curves:Sigmoid",
         options=(Option("steepness", "float", 10.0, "how quick the middle is", minimum=0.1, maximum=100),),
     ),

@@ -1,4 +1,4 @@
-"""Numbers: what a model predicts, and how far it is off."""
+"""Regression: errors of predicted numbers."""
 
 from __future__ import annotations
 

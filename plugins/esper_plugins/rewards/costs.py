@@ -1,4 +1,4 @@
-"""What growing costs: `rent`, `flops_rent`, `churn` and `governor_death`. None of them is ever above zero."""
+"""Costs of growing: `rent`, `flops_rent`, `churn` and `governor_death`. Each is at most zero."""
 
 from __future__ import annotations
 

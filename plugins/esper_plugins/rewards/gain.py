@@ -1,4 +1,4 @@
-"""What growing has gained over the twin that only waited: `accuracy`, `loss` and `terminal`.
+"""Gains over the twin that only waits: `accuracy`, `loss` and `terminal`.
 
 A level that is paid at every step can be farmed by holding, and a bonus for each rise can be farmed by falling and
 rising again. So a gain is paid as the difference of a potential (Ng, Harada, Russell 1999, "Policy invariance under

@@ -1,4 +1,4 @@
-"""From images and labels to a task: what is held out, what stays in memory, what is streamed."""
+"""Builds tasks of images and labels: held-out splits, in memory or streamed."""
 
 from __future__ import annotations
 

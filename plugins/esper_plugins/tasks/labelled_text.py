@@ -121,8 +121,8 @@ def _table(path: Path, text: str, label: str) -> tuple[list[str], list[str], lis
     notes = []
     if left_out := len(pairs) - len(kept):
         notes.append(f"{path}: {left_out} of {len(pairs)} rows have no {text} or no {label}, and are left out")
-    if mended := sum("\ufffd" in words for words in texts):
-        notes.append(f"{path}: {mended} texts hold half a character, which is read as U+FFFD")
+    if repaired := sum("\ufffd" in words for words in texts):
+        notes.append(f"{path}: {repaired} texts hold half a character, which is read as U+FFFD")
     return texts, labels, notes
 
 

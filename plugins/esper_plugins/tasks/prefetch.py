@@ -1,4 +1,4 @@
-"""A thread that works some items ahead of its consumer, and goes away with it."""
+"""A thread that prepares some items ahead of its consumer, and ends with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of tables of other people's: what is a text, what is a label, and which rows cannot be trusted."""
+"""Rows of tables: texts, labels, and malformed rows."""
 
 from __future__ import annotations
 
