@@ -1,4 +1,4 @@
-"""Kills runs at random moments and resumes them: not one bit may differ from the run that nobody killed.
+"""Kills runs at random moments and resumes them: not one bit may differ from an uninterrupted run.
 
 `python -m benchmarks.kills [--kills 200] [--into runs/kills]` goes on where it stopped: each configuration's reference
 is kept, and every run that was killed and got through is a line in `kills.jsonl`. It ends with 1 at the first

@@ -3,7 +3,7 @@
     python -m benchmarks.startup [--runs 15] [--json]
 
 Every command runs once in turn, over and over, so that a busy moment of the machine slows all of them alike; compiled
-bytecode is cached, as it is for whoever uses `esper` twice. The ratio of medians must be at most 1.6.
+bytecode is cached, as on every call but the first. The ratio of medians must be at most 1.6.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def start(name: str, check: Check) -> Child:
     os.dup2(sink, 2)
     try:
         result = {"ok": True, **check(name)}
-    except BaseException as error:  # noqa: BLE001 - whatever happens in the child is its result
+    except BaseException as error:  # noqa: BLE001 - every error of the child is its result
         where = traceback.extract_tb(error.__traceback__)
         own = [f"{Path(f.filename).name}:{f.lineno}" for f in where[-3:]]
         stage = getattr(error, "stage", "")

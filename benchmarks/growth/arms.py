@@ -29,7 +29,7 @@ _SEPARATORS = re.compile(r"\W+")
 
 @attrs.frozen
 class Bar:
-    """Something that must show. `met` reads the table of arms and answers with the figure and whether it suffices."""
+    """A bar of a protocol. `met` reads the table of arms and returns the figure and whether it meets the bar."""
 
     text: str
     met: Callable[[Mapping[str, Any]], tuple[float, bool]]

@@ -3,7 +3,7 @@
 The constitution: a short horizon under rent favours depthwise, a long one with free compute conv_enhance. The host is
 its network at a quarter of its widths (8, 16, 32) on 6,000 images of Fashion-MNIST, with one slot behind the last
 block; there conv_enhance has 5.9 times the host's parameters and depthwise 0.22 times. Both are offered to the
-heuristic with its defaults and without a budget; the one that it does not choose is then grown in its stead, by a
+heuristic with its defaults and without a budget; the one that it does not choose is then grown instead, by a
 schedule, at the same decision. What is right is the one with the lower validation loss at the end, rent included
 (nats). Both horizons are also judged under the other price, so that horizon and rent can be told apart. The sizes were
 set on seed 100, which is not among those reported.

@@ -60,7 +60,7 @@ class TokenBlock(nn.Module):
 class OrganSeed(nn.Module):
     """A seed with injection points `block0`, `block1`, …; implements `leyline.host.HostProtocol`.
 
-    Slots are not submodules: parameters and state_dict keys stay the organ's own whatever grows inside.
+    Slots are not submodules: parameters and state_dict keys stay the organ's own when seeds grow inside.
 
     Args:
         point: any point.

@@ -48,7 +48,7 @@ class Auditor:
     is called off, or of which nothing could be measured, shows nothing, and the seed returns.
 
     Seeds of one stack, and a seed and those nested in it, stand in for one another. So they are audited one after the
-    other, with a rest in between in which the rest of the stack is measured without the one that went.
+    other, with a pause after each, in which the others are measured without the one that was removed.
 
     Args:
         argument, seed: unused.

@@ -31,12 +31,12 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, s: Tensor) -> Tensor:
-        return h.clone()  # a copy, since hosts may go on with an in-place activation
+        return h.clone()  # a copy, since hosts may apply an in-place activation
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         h, s = inputs
-        ctx.save_for_backward(s, size_of(h))  # not h: whoever made it may go on to work on it in place
+        ctx.save_for_backward(s, size_of(h))  # not h, which may be changed in place afterwards
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,5 +124,5 @@ def _child(order: dict[str, Any], answers: int) -> None:
 
 if __name__ == "__main__":
     reserved = os.dup(1)
-    os.dup2(2, 1)  # whatever the parts print goes to stderr
+    os.dup2(2, 1)  # parts may print; that goes to stderr
     _child(json.load(sys.stdin), reserved)

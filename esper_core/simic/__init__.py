@@ -1,1 +1,1 @@
-"""Simic, the gym: the population engine, rewards, PPO and the curriculum."""
+"""Simic: the population engine, rewards, PPO and curricula."""

@@ -29,7 +29,7 @@ def split_fingerprint(split: Split) -> str:
     """Twelve hexadecimal digits over the number and content of a split's examples, in their own order.
 
     A split may have `fingerprint() -> str`, which knows better where to look. The empty string if it cannot be read
-    now: whoever trains on it says so.
+    now: training on it reports the error.
     """
     try:
         own = getattr(split, "fingerprint", None)

@@ -1,4 +1,4 @@
-"""Other sizes for a transformers configuration, whatever its fields are called."""
+"""Other sizes for a transformers configuration, for any names of its fields."""
 
 from __future__ import annotations
 

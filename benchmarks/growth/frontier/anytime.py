@@ -1,4 +1,4 @@
-"""P10: nobody knows the budget. What is the loss, at each of six, of a network that may be asked for at any time?
+"""P10: the budget is unknown. What is the loss, at each of six, of a network that may be asked for at any time?
 
 Every arm is one trunk at a constant rate with a branch at each budget in which the rate decays over the budget's last
 two fifths. A trunk does not depend on what is to come, so a branch is the run with that budget whose growth happens at

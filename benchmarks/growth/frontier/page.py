@@ -13,7 +13,7 @@ TITLES: Final = {
     "p9-quick": "P9 in its quick form",
     "p11": "P11: a vision transformer on Fashion-MNIST",
     "p8": "P8: a byte-level GPT on Debian's documentation, on a GPU",
-    "p10": "P10: a budget that nobody knows",
+    "p10": "P10: an unknown budget",
     "ablation": "What of growing by copies it is that pays",
 }
 

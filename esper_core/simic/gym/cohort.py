@@ -67,7 +67,7 @@ class Cohort:
             self._part(member)
 
     def observe(self, batches: Iterable[Batch], epoch: float) -> list[RunView]:
-        """What every member sees at a decision; the trunk, if anybody needs it, has its own beside them.
+        """The views of all members at a decision; the trunk measures its own, if it is needed.
 
         Raises:
             RunFailed: the trunk, which grows nothing, is unrecoverable.
@@ -89,7 +89,7 @@ class Cohort:
         return views
 
     def act(self, k: int, commands: Iterable[Command]) -> list[Command]:
-        """Have member k carry out what is legal of `commands`; the commands that were."""
+        """Carry out the legal ones of `commands` in member k, and return them."""
         done = self.members[k].act(commands)
         self._part(self.members[k])
         return done

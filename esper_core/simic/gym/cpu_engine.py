@@ -61,16 +61,16 @@ def _serve(pipe: Connection, parent: int) -> None:
         task, arguments = message
         try:
             answer = (True, task(state, *arguments))
-        except Exception as error:  # noqa: BLE001 - whatever a task raises belongs to the caller, in its own process
+        except Exception as error:  # noqa: BLE001 - errors of a task are passed to the caller's process
             answer = (False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         try:
             pipe.send(answer)
-        except BrokenPipeError:  # whoever asked was killed
+        except BrokenPipeError:  # the caller was killed
             return
 
 
 class WorkerPool:
-    """Processes that carry out tasks in the order in which they were asked.
+    """Processes that run tasks in the order of requests.
 
     Args:
         workers: how many; 0 for one a core.
@@ -155,7 +155,7 @@ class WorkerPool:
 
 
 class Inline:
-    """A pool of one worker that is this process: the same answers as `WorkerPool.run`, without starting another."""
+    """A pool of one worker that is this process: the same results as `WorkerPool.run`, without another process."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def make_pool(workers: int = 0) -> Inline | WorkerPool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One intra-op thread, as workers have it: another number sums in another order."""
+    """A context with one intra-op thread, as in workers: other numbers sum in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

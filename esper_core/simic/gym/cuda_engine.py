@@ -216,7 +216,7 @@ class StackedPopulation:
         self._settle()
 
     def synchronise(self) -> None:
-        """Let every plane live through the steps that its weights have taken since the last time."""
+        """Advance every plane by the optimizer steps since the last call."""
         for _ in range(self._unsynced):
             for plane in self.planes:
                 plane.step()

@@ -29,7 +29,7 @@ from esper_core.tolaria.setup import Setup, set_up
 
 @attrs.frozen
 class Ground:
-    """What all environments of a group start from.
+    """The common start of all environments of a group.
 
     Attributes:
         setup: of the run; its host has its initial weights, and is copied for each environment, never trained itself.
@@ -49,7 +49,7 @@ class Ground:
 
     @property
     def config(self) -> RunConfig:
-        """The run that every environment is."""
+        """The configuration of every environment."""
         return self.setup.config
 
     @property
@@ -59,7 +59,7 @@ class Ground:
 
     @property
     def decisions(self) -> int:
-        """Decision steps of the whole run; the last one, at its end, changes nothing any more."""
+        """Decision steps of the whole run; the last one, at its end, has no effect."""
         return self.setup.timetable.decisions
 
     def member(self) -> Member:
@@ -87,12 +87,12 @@ class Ground:
                 yield batch, rate, epoch + number / timetable.epoch_steps, number in timetable.due
 
     def validation(self) -> list[Batch]:
-        """The validation batches that a decision reads, large ones: nothing is learnt from them."""
+        """The validation batches that a decision reads, in large batches, as they are not trained on."""
         return list(self.setup.validation(min(self.config.decision_examples or 512, 512)))
 
 
 def refuse_outside_of_worlds(config: RunConfig) -> None:
-    """Refuse what a world of a curriculum would ignore.
+    """Refuse options that a world of a curriculum would ignore.
 
     Raises:
         BadOption: the configuration asks for a device, overseers, sinks, a folder or a budget of FLOPs.
@@ -145,7 +145,7 @@ class EpisodeGroup:
         self._decision = 0
 
     def advance(self) -> tuple[list[RunView], list[Paid]]:
-        """Train up to the next decision; what every environment sees there, and what the time until there paid."""
+        """Train up to the next decision; returns the views and rewards of all environments."""
         epoch = 0.0
         for batch, rate, epoch, due in self._batches:  # noqa: B007 - where the last batch stood is used below
             self.cohort.step(batch, rate)
@@ -159,7 +159,7 @@ class EpisodeGroup:
         return views, [self._pay(k, twin) for k in range(len(self._accounts))]
 
     def act(self, k: int, commands: Sequence[Command]) -> list[Command]:
-        """Have environment k carry out what is legal of `commands`."""
+        """Carry out the legal ones of `commands` in environment k."""
         member, account = self.cohort.members[k], self._accounts[k]
         worth = {path: g.loss.mean for path, g in member.plane.growths.items() if g.loss is not None}
         done = self.cohort.act(k, commands)

@@ -23,7 +23,7 @@ from esper_core.tolaria.step import TrainingStep
 
 
 class Puppet:
-    """A controller that only looks: the population's caller decides later, by `Member.act`."""
+    """A controller that keeps the view and waits; commands come later, by `Member.act`."""
 
     view: RunView | None = None
 
@@ -55,7 +55,7 @@ class LentSensors(SensorArray):
 
 
 class LentTolaria(Tolaria):
-    """Tolaria of a member that may be told what the trunk read of the validation split."""
+    """A Tolaria that can take the trunk's measurement of the validation split."""
 
     lent: Measurement | None = None
 
@@ -64,7 +64,7 @@ class LentTolaria(Tolaria):
             return self.lent
         measured = measure_counterfactuals(
             self.plane, batches, self.objective, count_cost=False
-        )  # nobody here asks for FLOPs
+        )  # FLOPs are not needed here
         for path, worth in measured.worth.items():
             self.plane.record(path, loss=worth.loss, accuracy=worth.score)
         return measured
@@ -104,7 +104,7 @@ class Member:
     # --- Training ---
 
     def train(self, batch: Batch, rate: float) -> None:
-        """One optimizer step, all by itself: exactly what a run of one does."""
+        """One optimizer step of this environment alone, as in a run."""
         self.backward(batch)
         self.move(rate)
         self.after_step(batch.size)
@@ -143,7 +143,7 @@ class Member:
         self.step.update(rate * self.tolaria.governor.caution, drop=host)
 
     def after_step(self, examples: int) -> None:
-        """Let everyone who watches know of the step that was taken."""
+        """Update clock, governor and sensors after a step."""
         try:
             self.tolaria.after_step(self.loss, examples)
         except RunFailed as error:
@@ -158,7 +158,7 @@ class Member:
 
     @torch.no_grad()
     def copy_host(self, trunk: Member) -> None:
-        """Take over the trunk's host: weights, buffers, the optimizer's moments and the random state."""
+        """Copy the trunk's host: weights, buffers, the optimizer's moments and the random state."""
         ours, theirs = _tensors(self), _tensors(trunk)
         torch._foreach_copy_(ours, theirs)
         host = {name: t for name, t in trunk.optimizer.named_state().items() if name.startswith("host.")}
@@ -175,7 +175,7 @@ class Member:
     # --- Decisions ---
 
     def observe(self, batches: Iterable[Batch], epoch: float) -> RunView:
-        """Take in the validation split and everything else that a decision rests on."""
+        """Measure the validation split; returns the view of a decision."""
         puppet = Puppet()
         self.tolaria.controller = puppet
         decision = self.tolaria.clock.decision
@@ -200,7 +200,7 @@ class Member:
         self._epochs = int(epoch)
 
     def act(self, commands: Iterable[Command]) -> list[Command]:
-        """Carry out what is legal; the commands that were."""
+        """Carry out the legal commands, and return them."""
         return [command for command in commands if self.tolaria.obey(command)]
 
     def deaths(self) -> int:

@@ -36,17 +36,17 @@ class Population(Protocol):
         """Every environment trains on `batch`. May return before they have."""
 
     def observe(self, epoch: float) -> list[RunView]:
-        """What every environment sees now, on the validation split; a decision step."""
+        """The views of all environments on the validation split: a decision step."""
 
     def act(self, k: int, commands: Sequence[Command]) -> list[Command]:
-        """Have environment k carry out what is legal of `commands`; the commands that were."""
+        """Carry out the legal ones of `commands` in environment k, and return them."""
 
     def close(self) -> None:
         """Let go of resources."""
 
 
 class LocalPopulation:
-    """A population in this process: one cohort, whose trunk is computed for as long as somebody shares it.
+    """A population in this process: one cohort, whose trunk is computed as long as a member shares it.
 
     Args:
         config: the run that every environment is. size: N.
@@ -128,12 +128,12 @@ class ProcessPopulation:
             self._owed[worker] = 0
 
     def observe(self, epoch: float) -> list[RunView]:
-        """What every environment sees now, on the validation split."""
+        """The views of all environments on the validation split."""
         self.wait()
         return [view for views in self.pool.everywhere(_observe, epoch) for view in views]
 
     def act(self, k: int, commands: Sequence[Command]) -> list[Command]:
-        """Have environment k carry out what is legal of `commands`; the commands that were."""
+        """Carry out the legal ones of `commands` in environment k, and return them."""
         self.wait()
         worker, number = self._places[k]
         self.pool.send(worker, _act, number, list(commands))

@@ -33,7 +33,7 @@ def compute_shaped_reward(
 
 @attrs.frozen
 class Standing:
-    """Where one environment stands on the validation split, and what its seeds weigh.
+    """Validation figures of one environment, and the size of its seeds.
 
     Attributes:
         loss, score: validation loss (nats) and score by the objective's metric; None when unmeasured.
@@ -48,7 +48,7 @@ class Standing:
 
 @attrs.define
 class OutcomeMeter:
-    """Turns an environment's standing and its twin's into outcomes, one a decision step.
+    """Computes outcomes from an environment's standing and its twin's, one per decision step.
 
     The gain starts at zero, where both are equal, so the changes of an episode sum to its last gain. A change is
     taken since the last *measured* gain: nothing is lost or counted twice over a step that was not measured.
@@ -102,7 +102,7 @@ class OutcomeMeter:
 
 
 def slot_credits(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """What each slot has earned between two decisions: the change of its own counterfactual (nats).
+    """Credit of each slot between two decisions: the change of its own counterfactual (nats).
 
     A slot that no longer contributes gives back what it had been credited, so credits sum to what stands at the end
     and growing, culling and growing again earns nothing.

@@ -1,4 +1,4 @@
-"""Layers that vmap would not compute as each environment alone does: batch norm, and convolutions under autocast.
+"""Layers that compute something else under vmap than for one environment: batch norm, convolutions under autocast.
 
 Shapes: N lanes, B examples of a batch, C channels.
 """

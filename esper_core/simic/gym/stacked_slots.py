@@ -116,7 +116,7 @@ class Point:
 
     Attributes:
         buckets: one for each blueprint and blend that grows here; their lanes follow one another.
-        of: (C,) the environment that each lane serves; an empty lane computes for nobody.
+        of: (C,) the environment that each lane serves; the result of an empty lane is unused.
         select: (N,) where each environment's answer stands among [its own feature, lane, lane, …].
         muted: the slots are the identity.
     """

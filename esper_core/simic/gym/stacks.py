@@ -1,4 +1,4 @@
-"""Modules of one structure, stacked along a lane dimension in one flat memory, and the optimizer that moves them.
+"""Modules of one structure, stacked along a lane dimension in one flat memory, and their optimizer.
 
 Every trainable element of every stack lies in one flat tensor, so that a step is a fixed handful of kernels however
 many modules there are. Lanes: L over all stacks; one stack holds a run of them.

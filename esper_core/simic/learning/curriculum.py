@@ -1,4 +1,4 @@
-"""What Tamiyo trains on: stages of worlds, written as TOML and shipped with the package, or of one's own.
+"""Curricula: worlds to train Tamiyo on, as TOML files shipped with the package or written by users.
 
 A world is a family of runs: fields of `RunConfig`, and under `vary` lists from which each episode draws. `blueprints`
 may be a table `{pool, least, most}`: each episode offers a random subset, so that no blueprint is learnt by heart.
@@ -119,7 +119,7 @@ def stages() -> list[str]:
 
 
 def load_curriculum(name: str) -> Curriculum:
-    """A curriculum that ships with Esper, by name, or one's own, by the path of its TOML file.
+    """A curriculum that ships with Esper, by name, or by the path of a TOML file.
 
     Raises:
         UnknownName: no such stage and no such file.

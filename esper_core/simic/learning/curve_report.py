@@ -32,7 +32,7 @@ td:first-child { color: var(--soft); }
 
 
 def write_curve_report(path: str | Path, lineage: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Path:
-    """Write the report; a reader never sees half of it.
+    """Write the report atomically.
 
     Args:
         lineage: of the agent or adapter. records: the lines of `curves.jsonl`.

@@ -1,4 +1,4 @@
-"""Is an agent better than its controls? Contests on the same hosts, batches and order, and paired 95% intervals."""
+"""Comparison of agents and baselines: contests on the same hosts, batches and order, with paired 95% intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from esper_core.trials.intervals import paired_interval
 
 @attrs.frozen(kw_only=True)
 class EvaluationPlan:
-    """What is played.
+    """Options of an evaluation.
 
     Attributes:
         groups: contests; each draws a world, a host and batches, the same for all contenders.
@@ -84,7 +84,7 @@ def evaluate(
 
 
 def summarise_contests(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each contender: mean return, gain, weight, what it grew and did, and its paired difference from every other.
+    """For each contender: mean return, gain, weight, seeds and commands, and its paired difference from every other.
 
     A difference is `(mean, low, high)` of a 95% interval by Student's t over contests; of one contest it has no ends.
     """

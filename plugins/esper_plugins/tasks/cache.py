@@ -25,7 +25,7 @@ def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     A folder that cannot be written to only costs the time of making it again.
 
     Args:
-        name: of the file; whatever changes the result belongs into it.
+        name: of the file; it must contain everything that changes the result.
     """
     path = cache_folder() / f"{name}.safetensors"
     with suppress(OSError, SafetensorError):

@@ -20,7 +20,7 @@ _SIXTEEN_BITS = ("PNG", "PPM", None)
 """Formats whose integers Pillow gives from 0 to 65,535 where it calls the mode `I`; None is an array's."""
 
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, whatever a file is called. Not among them: EPS, for which Pillow starts Ghostscript."""
+"""The formats that are decoded, for any file name. Not among them: EPS, for which Pillow starts Ghostscript."""
 
 MAX_PIXELS: Final = 89_478_485
 """Where Pillow itself begins to warn."""
@@ -56,7 +56,7 @@ def is_deep(path: str) -> bool:
         with Image.open(path, formats=FORMATS) as image:
             return image.mode[:2] in ("I", "I;", "F")
     except _FAULTS:
-        return False  # whoever reads it says what is wrong with it
+        return False  # the reader reports the error
 
 
 def _grey(image: Image.Image) -> Image.Image:

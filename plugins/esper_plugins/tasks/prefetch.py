@@ -42,7 +42,7 @@ def prefetch(make: Callable[[], Iterator[T]], ahead: int) -> Iterator[T]:
             for item in source:
                 if not put(item):
                     break
-        except BaseException as caught:  # noqa: BLE001 - whatever it is, the consumer's thread raises it
+        except BaseException as caught:  # noqa: BLE001 - raised again in the consumer's thread
             error = caught
         finally:
             close = getattr(source, "close", None)

@@ -28,9 +28,9 @@ _OBJECTIVES = {
 
 @attrs.frozen
 class Task:
-    """A finished task (see `leyline.host.TaskProtocol`). `notes` are said aloud when a run begins.
+    """A finished task (see `leyline.host.TaskProtocol`). `notes` are printed when a run begins.
 
-    Its objective is the one that its kind is learnt by.
+    Its default objective follows from its kind.
 
     Attributes:
         tokens: what a token of a language task is: `byte`, or how text is cut otherwise; empty if that is unknown.
@@ -117,8 +117,8 @@ class CountedSplit(Split):
 class ExampleSplit(CountedSplit, ABC):
     """Examples with targets.
 
-    With `shuffle=True` a split shows its training face: shuffled by (seed, epoch), augmented by (seed, epoch,
-    position). Otherwise examples come in order and as they are.
+    With `shuffle=True` examples are shuffled by (seed, epoch) and augmented by (seed, epoch, position), for training.
+    Otherwise they come in order and unchanged.
 
     Args:
         targets: (N, …), such as int64 (N,) of classes or float32 (N, 1) of numbers.
