@@ -9,7 +9,7 @@ from pathlib import Path
 import esper_core
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
-from esper_core.leyline.sensors import HOST_READINGS, READINGS, SLOT_FIELDS
+from esper_core.leyline.sensors import HOST_READINGS, READINGS, SLOT_FIELDS, TREE_READINGS
 from esper_core.leyline.specs import BlendSpec, BlueprintSpec, PluginSpec
 from esper_core.leyline.stages import STAGES, TRANSITIONS, diagram
 from esper_core.nissa.host_sensors import EXAMPLES
@@ -71,6 +71,11 @@ def sensors_page() -> str:
             "| reading | |",
             "|---|---|",
             *(f"| `{name}` | {meaning} |" for name, meaning in READINGS.items()),
+            "\n## At a slot whose seed has seeds inside it\n",
+            "In the same events: the readings of an organ and of all that grows inside it, summed up.\n",
+            "| reading | |",
+            "|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in TREE_READINGS.items()),
             "\n## Of a host that works on sequences (`HostRead` events)\n",
             f"Once an epoch, on {EXAMPLES} examples, in evaluation mode: one forward and one backward pass, which no",
             "gradient, buffer or random state remembers.\n",

@@ -1,8 +1,9 @@
 """An organ: a seed that is a host itself, with injection points of its own at which further seeds may grow.
 
 norm → entry (C → w) → a few residual blocks, an injection point behind each → exit (w → C, quiet). Blocks are
-depthwise-separable on maps and feed-forward on sequences, hence causal. The seed implements `HostProtocol`, so that a
-plane can mount slots inside it as it does in any host, to any depth.
+depthwise-separable on maps and feed-forward on sequences, hence causal; with `attention`, each of them attends over all
+positions first, under the point's causality and the host's masks. The seed implements `HostProtocol`, so that a plane
+can mount slots inside it as it does in any host, to any depth.
 
 Source: Esper's constitution, phase 6 (recursion); blocks within a grown block as in Wei et al., "Network Morphism",
 2016, arXiv:1603.01670.
@@ -13,12 +14,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper_blueprints import attention as attending
 from esper_blueprints import cost
 from esper_blueprints.layout import norm_for, quiet
 from esper_core.kasmina.calls import Call
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from esper_core.leyline.host import SlotModule
 
 KERNEL = 3
+ATTENTION: Final = MappingProxyType({"heads": 4, "grid": 8, "init": "informed"})
+"""Options of the attention inside: its exit is not silent, since the organ's own exit is."""
 
 
 class MapBlock(nn.Module):
@@ -57,6 +61,24 @@ class TokenBlock(nn.Module):
         return x_NLD + self.down(F.gelu(self.up(x_NLD)))
 
 
+class AttentionBlock(nn.Module):
+    """block(x + attention(x)).
+
+    Args:
+        inner: the point behind the block, inside the organ. block: what follows.
+    """
+
+    wants_call = True
+
+    def __init__(self, inner: InjectionSpec, block: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.block = attending.build(inner, **ATTENTION), block
+
+    def forward(self, x: Tensor, call: Call | None = None) -> Tensor:
+        """Feature in, feature of the same shape out."""
+        return self.block(x + self.attention(x, call))  # type: ignore[no-any-return]
+
+
 class OrganSeed(nn.Module):
     """A seed with injection points `block0`, `block1`, …; implements `leyline.host.HostProtocol`.
 
@@ -67,20 +89,25 @@ class OrganSeed(nn.Module):
         blocks: number of blocks, and of injection points.
         expansion: width w of the inside beside C.
         init: of the exit, see `layout.quiet`.
+        attention: each block attends over all positions first.
     """
 
-    def __init__(self, point: InjectionSpec, *, blocks: int, expansion: float, init: str) -> None:
+    def __init__(
+        self, point: InjectionSpec, *, blocks: int, expansion: float, init: str, attention: bool = False
+    ) -> None:
         super().__init__()
         channels, width = point.channels, cost.scaled(point.channels, expansion)
         is_map = point.layout != "NLD"
         self._channels_at_end = point.layout == "NHWC"
         self.norm = norm_for(point)
         self.entry: nn.Module = nn.Conv2d(channels, width, 1) if is_map else nn.Linear(channels, width)
-        self.blocks = nn.ModuleList(MapBlock(width) if is_map else TokenBlock(width) for _ in range(blocks))
+        self._specs = {f"block{order}": _inner(point, order, width) for order in range(blocks)}
+        plain = [MapBlock(width) if is_map else TokenBlock(width) for _ in range(blocks)]
+        inner = self._specs.values()
+        self.blocks = nn.ModuleList(map(AttentionBlock, inner, plain) if attention else plain)
         self.exit: nn.Module = quiet(nn.Conv2d(width, channels, 1) if is_map else nn.Linear(width, channels), init)
         self._slots: dict[str, SlotModule] = {}
         self._grown = nn.ModuleDict()  # what is built in behind blocks, in a composed organ
-        self._specs = {f"block{order}": _inner(point, order, width) for order in range(blocks)}
 
     @property
     def module(self) -> nn.Module:
@@ -123,7 +150,7 @@ class OrganSeed(nn.Module):
         """Feature in, delta of the same shape and dtype out; runs the slots inside, which see the host's masks too."""
         x = self.entry(self.norm(h.permute(0, 3, 1, 2) if self._channels_at_end else h))
         for name, block in zip(self._specs, self.blocks, strict=True):
-            x = block(x)
+            x = block(x, call) if getattr(block, "wants_call", False) else block(x)
             slot = self._grown[name] if name in self._grown else self._slots.get(name)
             if slot is not None:
                 grown: Any = slot
@@ -156,7 +183,7 @@ def _inner(point: InjectionSpec, order: int, width: int) -> InjectionSpec:
 build = OrganSeed
 
 
-def estimate(point: InjectionSpec, *, blocks: int, expansion: float, init: str) -> cost.Cost:
+def estimate(point: InjectionSpec, *, blocks: int, expansion: float, init: str, attention: bool = False) -> cost.Cost:
     """Parameters and forward FLOPs of one example, with nothing grown inside."""
     positions, channels, width = point.positions, point.channels, cost.scaled(point.channels, expansion)
     if point.layout == "NLD":
@@ -164,6 +191,8 @@ def estimate(point: InjectionSpec, *, blocks: int, expansion: float, init: str) 
     else:
         first = cost.convolution(positions, width, width, KERNEL**2, groups=width)
     block = cost.total(first, cost.linear(positions, width, width))
+    if attention:
+        block = cost.total(block, attending.estimate(_inner(point, 0, width), **ATTENTION))
     return cost.total(
         cost.linear(positions, channels, width), *(block,) * blocks, cost.linear(positions, width, channels)
     )

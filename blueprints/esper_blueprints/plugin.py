@@ -145,7 +145,8 @@ BLUEPRINTS: Final = (
         "organ", "organ", ANY, "a small host of its own, inside which further seeds may grow",
         "Esper's constitution, phase 6; Wei et al. 2016, arXiv:1603.01670",
         Option("blocks", "int", 2, "blocks, and injection points, inside", minimum=1, maximum=16),
-        _expansion(0.5), INIT, wants=("call",),
+        _expansion(0.5), INIT, Option("attention", "bool", False, "each block attends over all positions first"),
+        wants=("call",),
     ),
 )  # fmt: skip
 

@@ -23,7 +23,8 @@ def probe(plane: Plane) -> dict[str, list[list[float]]]:
 
     A slot that does not answer with finite numbers, or not without its block's other arguments, is left out.
     """
-    found = {path: _answer(slot) for path, slot in plane.slots.items() if slot.seed is not None}
+    with eval_mode(plane.module):  # all of it: what grows inside a seed is no submodule of that seed
+        found = {path: _answer(slot) for path, slot in plane.slots.items() if slot.seed is not None}
     return {path: answers for path, answers in found.items() if answers}
 
 
@@ -47,7 +48,7 @@ def _answer(slot: SeedSlot) -> list[list[float]]:
     noise = torch.Generator().manual_seed(0)
     h = torch.randn(1, *slot.spec.feature_shape, generator=noise).to(device=like.device, dtype=like.dtype)
     try:
-        with torch.random.fork_rng(devices=[]), eval_mode(slot.seed), eval_mode(slot.combination):
+        with torch.random.fork_rng(devices=[]):
             s = slot.seed(h.clone()).to(h.dtype)
             out = slot.combination(h, s, torch.ones((), device=h.device, dtype=h.dtype))
     except Exception:  # noqa: BLE001 - such a seed wants more than its feature, which only the host can give

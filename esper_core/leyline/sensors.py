@@ -40,6 +40,17 @@ READINGS: Final = MappingProxyType(
 )
 """Keys of `SlotView.readings` that are gathered while the model trains. All but the first two need a seed."""
 
+TREE_READINGS: Final = MappingProxyType(
+    {
+        "tree_seeds": "seeds in the slot's tree: its own, and all that grow inside it",
+        "tree_params": "parameters of these seeds, on which the tree pays rent",
+        "tree_flops": "forward FLOPs of these seeds for one example",
+        "tree_gradient_norm": "norm of the gradient of all their parameters",
+        "tree_not_finite": "how many of their readings were infinite or not a number",
+    }
+)
+"""Readings of a seed inside which others grow, summed up its tree at every decision."""
+
 HOST_READINGS: Final = MappingProxyType(
     {
         "attention_entropy": "mean entropy (nats) of the host's K-th attention, or of one in the seed at a path",
@@ -48,7 +59,7 @@ HOST_READINGS: Final = MappingProxyType(
 )
 """Readings of a host that works on sequences; in `HostRead` events `.K` or `.PATH` is appended to the key."""
 
-SENSORS: Final = MappingProxyType({**SLOT_FIELDS, **READINGS, **HOST_READINGS})
+SENSORS: Final = MappingProxyType({**SLOT_FIELDS, **READINGS, **TREE_READINGS, **HOST_READINGS})
 """Every sensor that is delivered, with its meaning."""
 
 

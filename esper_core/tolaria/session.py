@@ -35,6 +35,7 @@ from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
+from esper_core.nissa.trees import tree_readings
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
 from esper_core.tolaria.finite import find_not_finite, model_is_finite
 from esper_core.tolaria.governor import Alarm, Governor
@@ -356,8 +357,10 @@ class Tolaria:
     def _read_sensors(self) -> None:
         if self.sensors is None:
             return
-        for path, readings in self.sensors.read().items():
-            growth = self.plane.growths[path]
+        read = self.sensors.read()
+        trees = tree_readings(self.plane, read)
+        for path, own in read.items():
+            growth, readings = self.plane.growths[path], {**own, **trees.get(path, {})}
             self.plane.record(path, readings=readings)
             self.emit(
                 SlotRead(

@@ -235,6 +235,7 @@ class RunDigest:
             "decisions": _columns(("step", *_DECISION_FIELDS), _thin(self.decisions, MAX_POINTS)),
             "slots": [self._slot_dict(slot) for slot in sorted(self.slots.values(), key=lambda s: s.point["order"])],
             "regions": self.regions[:MAX_SLOT_POINTS],
+            "trees": self._trees()[:MAX_SLOT_POINTS],
             "marks": self.marks[-MAX_LOG:],
             "log": _shorten_log(self.log),
             "total": self.total,
@@ -249,6 +250,26 @@ class RunDigest:
                        for stage, spec in STAGES.items()},
         }  # fmt: skip
 
+    def _trees(self) -> list[list[Any]]:
+        """Every organ that lives, followed by what lives inside it, in depth order.
+
+        A row: slot, depth in the tree, stage, blueprint, its parameters, seeds of its tree, their parameters, worth and
+        rent (nats). Worth and rent are those of the last counterfactual, which is measured with all that is nested.
+        """
+        lives = {n: s.segments[-1] for n, s in self.slots.items() if s.segments and _is_occupied(s.segments[-1][2])}
+        trees = {name: [other for other in lives if other == name or other.startswith(name + "/")] for name in lives}
+        rows = []
+        for name in sorted(lives, key=lambda n: (self.slots[n.split("/", 1)[0]].point["order"], n)):
+            if len(trees[name.split("/", 1)[0]]) > 1 and name.split("/", 1)[0] in lives:
+                _, _, stage, blueprint, params, _ = lives[name]
+                worth = self.slots[name].counterfactual[-1] if self.slots[name].counterfactual else None
+                mass = sum(lives[member][4] or 0 for member in trees[name])
+                rows.append([
+                    name, name.count("/"), stage, blueprint, params, len(trees[name]), mass,
+                    worth and worth[1], worth and worth[-1],
+                ])  # fmt: skip
+        return rows
+
     def _slot_dict(self, slot: SlotHistory) -> dict[str, Any]:
         measured = _thin(slot.counterfactual, MAX_SLOT_POINTS)
         return {
@@ -258,6 +279,10 @@ class RunDigest:
             "readings": _columns(("step", *_READING_FIELDS), _thin(slot.readings, MAX_SLOT_POINTS)),
             "audits": _columns(("step", *_AUDIT_FIELDS), slot.audits[-MAX_SLOT_POINTS:]),
         }
+
+
+def _is_occupied(stage: str) -> bool:
+    return any(known.value == stage and spec.occupied for known, spec in STAGES.items())
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Columns:
