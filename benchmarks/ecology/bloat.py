@@ -79,7 +79,7 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     failed = [row for row in rows if row["status"] != "finished"]
     at = [{int(epoch): ratio for epoch, ratio in row["mass"].items()} for row in mine]
     peak = [max(mass.values(), default=0.0) for mass in at]
-    clean = [row["job"]["gone"] not in mass for mass, row in zip(at, mine, strict=True)]
+    clean = [not mass.get(row["job"]["gone"]) for mass, row in zip(at, mine, strict=True)]
     finished = [row for row in mine if row["status"] == twins[row["job"]["seed"]]["status"] == "finished"]
     beside = [twins[row["job"]["seed"]] for row in finished]
     accuracy, loss = (

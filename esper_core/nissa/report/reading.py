@@ -258,9 +258,10 @@ class RunDigest:
         """
         lives = {n: s.segments[-1] for n, s in self.slots.items() if s.segments and _is_occupied(s.segments[-1][2])}
         trees = {name: [other for other in lives if other == name or other.startswith(name + "/")] for name in lives}
+        rooted = {name: name.split("/", 1)[0] for name in lives if name.split("/", 1)[0] in lives}
         rows = []
-        for name in sorted(lives, key=lambda n: (self.slots[n.split("/", 1)[0]].point["order"], n)):
-            if len(trees[name.split("/", 1)[0]]) > 1 and name.split("/", 1)[0] in lives:
+        for name in sorted(rooted, key=lambda n: (self.slots[rooted[n]].point["order"], n)):
+            if len(trees[rooted[name]]) > 1:
                 _, _, stage, blueprint, params, _ = lives[name]
                 worth = self.slots[name].counterfactual[-1] if self.slots[name].counterfactual else None
                 mass = sum(lives[member][4] or 0 for member in trees[name])
