@@ -30,6 +30,7 @@ class Investor(Protocol):
         """The budgets of the next decision.
 
         Args:
+            view: in which `slot.spec.region` is the region that Narset gave the slot.
             efficiency: region to nats gained per host of parameters, shrunk towards the common figure; None where
                 nothing was measured anywhere.
         """

@@ -77,7 +77,9 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
         for name, (gain, weight) in sums.items()
     }
     if investor is not None:
-        investment = investor.invest(view, {name: merit if mass else None for name, merit in merits.items()})
+        investment = investor.invest(
+            _charted(view, names), {name: merit if mass else None for name, merit in merits.items()}
+        )
         total = total if investment.total is None else min(total, investment.total)
         merits = {name: max(0.0, investment.shares.get(name, merit)) for name, merit in merits.items()}
     flops_total = None if view.flops_left is None else view.flops_left + view.seed_flops
@@ -116,6 +118,12 @@ def _pool(
         if name != best:
             organs[name] = attrs.evolve(organs[name], budget=organs[name].budget - organs[name].left)
     organs[best] = attrs.evolve(organs[best], budget=organs[best].budget + spare)
+
+
+def _charted(view: RunView, regions: Mapping[str, str]) -> RunView:
+    """The view in which every slot's point names its region here."""
+    slots = (attrs.evolve(slot, spec=attrs.evolve(slot.spec, region=regions[slot.path])) for slot in view.slots)
+    return attrs.evolve(view, slots=tuple(slots))
 
 
 def _measured(members: Sequence[SlotView], host_params: int) -> tuple[float, float]:

@@ -205,6 +205,19 @@ class TamiyoCore(nn.Module):
         value = self.value_head(hidden).squeeze(-1)
         return Decision(torch.stack(heads.rows, 1), heads.log_prob, heads.entropy, heads.asked, value, hidden)
 
+    def wishes(self, batch: ObservationBatch, hidden: Tensor) -> Tensor:
+        """How the wish to germinate is spread over the slots: (N, S), 0 where it is illegal, sum 1 or 0.
+
+        Args:
+            batch: what N environments see. hidden: (N, D) memory after the decision before; it does not move.
+        """
+        tokens, summary = self.perceive(batch)
+        context = self.memory(summary, hidden)
+        query = self.slot_query(context + self.ops.weight[_GERMINATE])  # (N, D)
+        pointers = torch.einsum("nd,nsd->ns", query, self.slot_key(tokens)) / math.sqrt(self.config.width)
+        legal = batch.legal[..., _GERMINATE]
+        return pointers.masked_fill(~legal, _NEVER).softmax(-1) * legal
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over configuration, names, shapes and bytes of the core's own state; adapters do not change it."""

@@ -12,6 +12,7 @@ import torch
 
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
+from esper_core.leyline.investment import Investment
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
 from esper_core.registry import Registry, load_registry
@@ -114,6 +115,22 @@ class LearnedController:
         reason = f"expected return from here {decision.value.item():+.3f}"
         rows = decision.actions[0].tolist()
         return [seen.command(row, "agent", reason) for row in rows if OPS[row[FIELDS.index("op")]] is not Op.WAIT]
+
+    @torch.no_grad()
+    def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
+        """For Narset: shares by where the core wishes to germinate, times what each region has earned.
+
+        The core has no head for a total, so the total is the run's own budget.
+        """
+        batch = collate([observe(view, self._probe.descriptors(view.blends))])
+        shares = dict.fromkeys(efficiency, 0.0)
+        for slot, wish in zip(view.slots, self.core.wishes(batch, self.hidden)[0].tolist(), strict=True):
+            shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish
+        if not any(shares.values()):
+            return Investment()
+        earned = {region: 1.0 if value is None else max(0.0, value) for region, value in efficiency.items()}
+        weighed = {region: share * earned.get(region, 1.0) for region, share in shares.items()}
+        return Investment(None, weighed if any(weighed.values()) else shares)
 
     def state_dict(self) -> dict[str, object]:
         """Memory, and the generator's state if it draws."""

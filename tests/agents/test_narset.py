@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from lab import CONV, NORM, Lab
 
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.investment import Investment
-from esper_core.leyline.stages import Op
+from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import Interval, RunView
 from esper_core.narset.organs import OrganConfig, OrganManager, allot
 from esper_core.narset.regions import chart
@@ -170,3 +171,27 @@ def test_a_budget_of_flops_is_shared_and_kept() -> None:
     assert [organ.flops_budget for organ in organs.values()] == [CONV.flops, CONV.flops]
     commands = OrganManager(inner=HeuristicController(), floor=1.0).decide(attrs.evolve(view, decision=30))
     assert len([c for c in commands if c.op is Op.GERMINATE]) <= 2
+
+
+def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned() -> None:
+    from esper_core.tamiyo.learned import LearnedController
+
+    lab = lattice(3, 2, 600)
+    agent = LearnedController()
+    before = agent.hidden.clone()
+    even = {"o0": None, "o1": None, "o2": None}
+    view = attrs.evolve(
+        lab.view(), slots=tuple(attrs.evolve(s, spec=attrs.evolve(s.spec, region=s.path[:2])) for s in lab.view().slots)
+    )
+    wish = agent.invest(view, even)
+    assert wish.total is None and sum(wish.shares.values()) == pytest.approx(1) and min(wish.shares.values()) > 0
+    earned = agent.invest(view, {"o0": 2.0, "o1": -1.0, "o2": 1.0}).shares
+    assert earned["o0"] == pytest.approx(2 * wish.shares["o0"]) and earned["o1"] == 0.0
+    for slot in lab.slots[:2]:  # nothing may germinate in a full region: no wish, no share
+        slot.blueprint, slot.stage = CONV, Stage.FOSSILIZED
+    full = attrs.evolve(view, slots=tuple(
+        attrs.evolve(new, spec=old.spec) for new, old in zip(lab.view().slots, view.slots, strict=True)
+    ))  # fmt: skip
+    assert agent.invest(full, even).shares["o0"] == 0.0 and torch.equal(agent.hidden, before)
+    shares = allot(lab.view(), OrganConfig(floor=0.0), investor=agent)
+    assert sum(o.budget for o in shares.values()) <= 600
