@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ATTENTION: Final = (functional.scaled_dot_product_attention, functional.multi_head_attention_forward)
 _SOFTMAX: Final = (functional.softmax, torch.softmax, Tensor.softmax)
-_FAKE_FROM: Final = 50_000_000
+FAKE_FROM: Final = 50_000_000
 """Parameters from which on a pass over fake tensors is cheaper than a real one."""
 _NEVER_ENDS: Final = 2**62
 """Later than any sequence number."""
@@ -156,7 +156,7 @@ def trace_features(model: nn.Module, example: Inputs, to_logits: Any = pick_logi
     Raises:
         Exception: any that the model raises on the example.
     """
-    if sum(0 if p.is_meta else p.numel() for p in model.parameters()) >= _FAKE_FROM:
+    if sum(0 if p.is_meta else p.numel() for p in model.parameters()) >= FAKE_FROM:
         try:
             return _trace_fake(model, example, to_logits)
         except Exception:  # noqa: BLE001 - foreign code that needs values, or cannot be copied: run it for real

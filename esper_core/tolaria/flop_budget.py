@@ -29,7 +29,7 @@ DECISIONS: Final = 50
 
 _PROBES: Final = 0.01
 """Share of the budget that reading the validation split at decisions may take."""
-_TRIAL_SECONDS: Final = 1.5
+TRIAL_SECONDS: Final = 1.5
 
 
 def budget_of(config: RunConfig) -> float | None:
@@ -152,7 +152,7 @@ def measure_speed(
         train_once()
         _wait(device)
         began, count = clock(), 0
-        while clock() - began < _TRIAL_SECONDS:
+        while clock() - began < TRIAL_SECONDS:
             train_once()
             count += 1
             _wait(device)

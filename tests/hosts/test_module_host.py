@@ -230,7 +230,7 @@ class TestDiscovery:
         for model, example in ((small_cnn(), torch.randn(1, 3, 16, 16)), (Transformer(), TOKENS)):
             real = host_from_module(model, example=example).injection_specs
             with monkeypatch.context() as patch:
-                patch.setattr(feature_trace, "_FAKE_FROM", 0)
+                patch.setattr(feature_trace, "FAKE_FROM", 0)
                 assert dict(host_from_module(model, example=example).injection_specs) == dict(real)
 
 

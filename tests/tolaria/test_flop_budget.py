@@ -73,7 +73,7 @@ def test_measuring_the_speed_leaves_no_trace(tmp_path):
         return BUDGET / 60
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flop_budget, "_TRIAL_SECONDS", 0.01)
+        patch.setattr(flop_budget, "TRIAL_SECONDS", 0.01)
         patch.setattr(setup, "measure_speed", measured)
         config = ground.config(tmp_path / "b", controller="wait", minutes=1.0)
         start_run(config, registry=ground.registry())
