@@ -15,7 +15,7 @@ from esper_core.cli.context import current_registry
 from esper_core.leyline.errors import BadOption, EsperError, UnknownName, did_you_mean
 from esper_core.leyline.files import refuse_links
 from esper_core.registry import split_reference
-from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.config import SYNONYMS, RunConfig
 
 RUNS: Final = Path("runs")
 """Where runs are put and looked for by name."""
@@ -80,7 +80,8 @@ def _option(field: attrs.Attribute[Any]) -> Callable[[Function], Function]:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, **more)
     choices = field.metadata.get("choices")
     metavar = "|".join(choices) if choices else _NAMED.get(field.name, _METAVARS[type(default)])
-    return click.option(flag, field.name, metavar=metavar, shell_complete=_completer(field.name, choices), **more)
+    flags = [flag, *(f"--{short}" for short, name in SYNONYMS.items() if name == field.name and len(short) == 2)]
+    return click.option(*flags, field.name, metavar=metavar, shell_complete=_completer(field.name, choices), **more)
 
 
 def _completer(name: str, choices: tuple[str, ...] | None) -> Function:

@@ -8,13 +8,13 @@ import click
 
 from esper_core.cli.arguments import parse_settings
 from esper_core.cli.context import current_registry
-from esper_core.cli.output import make_console, make_table, print_json
+from esper_core.cli.output import InOrder, make_console, make_table, print_json
 
 if TYPE_CHECKING:
     from esper_core.leyline.host import HostProtocol
 
 
-@click.group()
+@click.group(cls=InOrder)
 def hosts() -> None:
     """Show where hosts can grow."""
 

@@ -29,6 +29,22 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 """Verb to module, command and the line that `esper --help` shows, in the order of that listing."""
 
+ELSEWHERE: dict[str, str] = {
+    "--resume": "esper resume RUN",
+    "--continue": "esper resume RUN",
+    "--workers": "esper compare RUN --workers N; a run itself is one process",
+    "--num-workers": "esper compare RUN --workers N; a run itself is one process",
+    "--model": "--host NAME",
+    "--data": "--task NAME",
+    "--dataset": "--task NAME",
+    "--gpu": "--device cuda",
+    "--output": "--out FOLDER",
+    "--output-dir": "--out FOLDER",
+    "--name": "--out runs/NAME",
+    "--verbose": "esper report RUN; every event is in events.jsonl of the run's folder",
+}
+"""Options that other programs have, and how to say it here; used only where a command does not take the option."""
+
 INTERRUPTED = 130
 CRASHED = 70
 """Exit code of an unexpected error (EX_SOFTWARE of sysexits.h)."""
@@ -138,6 +154,8 @@ def _usage(error: click.UsageError) -> str:
         known = [name for parameter in error.ctx.command.params for name in parameter.opts] + ["--help"]
         if error.option_name == "--no-plugin":
             hint = "esper --no-plugin NAME, then the command"
+        elif error.option_name in ELSEWHERE and path.startswith("esper run"):
+            hint = ELSEWHERE[error.option_name]
         else:
             hint = did_you_mean(error.option_name, known) or f"{path} --help"
         return str(BadOption(f"{path} takes no option {error.option_name!r}", hint=hint))

@@ -15,6 +15,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+class InOrder(click.Group):
+    """A group that lists its commands as they are defined, each with its whole first sentence."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the listing; click would cut the sentences."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _first_sentence(command)) for name, command in self.commands.items()])
+
+
+def _first_sentence(command: click.Command) -> str:
+    text = " ".join((command.short_help or command.help or "").split("\n\n")[0].split())
+    return text.partition(". ")[0].rstrip(".")
+
+
 def print_json(data: Any) -> None:
     """Write `data` to stdout as JSON, indented if it goes to a terminal."""
     indent = 2 if sys.stdout.isatty() else None

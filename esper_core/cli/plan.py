@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 from rich.text import Text
 
 from esper_core.cli.context import current_registry
+from esper_core.cli.live import clock
 from esper_core.cli.output import make_console, make_table, print_json
 from esper_core.nissa.report.wording import quantity
 from esper_core.tolaria.config import RunConfig
+
+if TYPE_CHECKING:
+    from esper_core.tolaria.run import Plan
+
+
+def _room(plan: Plan) -> str:
+    """How many seeds of each blueprint fit, at what cost."""
+    told = [f"{entry.seeds} {entry.blueprint} (from {quantity(entry.params)} parameters)" for entry in plan.room]
+
+    return " or ".join(told) or "no seed"
 
 
 def show_plan(config: RunConfig, *, as_json: bool) -> None:
@@ -48,10 +61,11 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
         "grows": ", ".join(plan.blueprints),
         "blends": ", ".join(config.blends),
         "budget": f"{budgets[0]}, {budgets[1]} an example, at a rent of {config.rent:g} nats",
+        "room for": _room(plan),
         "controller": ", around it ".join((config.controller, *config.overseers)),
         "training": f"{length} of {config.batch_size}, {plan.decisions} decisions",
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}",
-        "device": plan.device,
+        "time": f"about {clock(plan.seconds)} for the host alone on {plan.device}; growing takes longer",
         "memory": f"about {quantity(plan.memory['total'], 'B')} ({memory})",
         "folder": config.out or "a new one in runs/",
     }

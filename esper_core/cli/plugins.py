@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from esper_core.cli.context import current_registry
-from esper_core.cli.output import print_json, waiting
+from esper_core.cli.output import InOrder, print_json, waiting
 from esper_core.leyline.specs import KINDS
 
 if TYPE_CHECKING:
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from esper_core.registry import Broken, Plugin, Registered, Registry
-
-
-class InOrder(click.Group):
-    """A group that lists its commands as they are defined."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the commands."""
-        return list(self.commands)
 
 
 @click.group(cls=InOrder)

@@ -40,7 +40,7 @@ def resume(
             )  # fmt: skip
         except RunFailed:
             display.close()
-            conclude(folder, display, time.monotonic() - began)
+            conclude(folder, display, time.monotonic() - began, resumed=True)
             raise
         display.close()
-        return conclude(folder, display, time.monotonic() - began)
+        return conclude(folder, display, time.monotonic() - began, resumed=True)

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from esper_core.cli.arguments import GroupedCommand, check_names, config_options, resolve_config
 from esper_core.cli.context import current_registry
 from esper_core.leyline.errors import BadOption
+from esper_core.tolaria.config import RunConfig
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
-    from esper_core.tolaria.config import RunConfig
 
 CONTROL_ARM = "host@FLOPs"
 """What `--versus host` trains."""
+
+FIRST: Final[Mapping[str, Any]] = {
+    "host": "gpt", "task": "stdlib", "budget_total": "1.2e12", "batch_size": 16, "learning_rate": 0.008,
+    "weight_decay": 0.1, "clip": 1.0, "warmup": 0.08,
+    "settings": {"gpt.layers": 1, "gpt.width": 48, "optimizer.beta2": 0.95},
+}  # fmt: skip
+"""What `esper run` trains when it is told nothing: a GPT that is too small for its budget, and can tell by its loss."""
+
+_WHERE: Final = frozenset({"out", "seed", "device", "amp", "compile", "sinks", "checkpoint_every", "keep_checkpoints"})
+"""Options that do not say what is trained."""
 
 
 @click.command(cls=GroupedCommand)
@@ -49,11 +60,15 @@ def run(
     """Grow a host on a task: train it, let seeds germinate in its slots, keep those that earn their rent.
 
     \b
-    esper run                                          a small CNN on the embedded digits
+    esper run                                          a small GPT on the source of Python's library
     esper run --host timm:resnet18 --blueprints depthwise,attention
     esper run --host transformers:gpt2 --task text:FILE --budget-params 10%
     """
-    config = resolve_config(given, (*settings, *([f"agent.adapter={adapter}"] if adapter else [])), file)
+    first = not (file or settings or adapter or given.keys() - _WHERE)
+    if first:
+        config = RunConfig.from_mapping({**FIRST, **given})
+    else:
+        config = resolve_config(given, (*settings, *([f"agent.adapter={adapter}"] if adapter else [])), file)
     if adapter and config.controller.partition(":")[0] != "agent":
         raise BadOption(f"--adapter {adapter} with --controller {config.controller}", "a learned controller",
                         "--controller agent, or agent:FILE")  # fmt: skip
@@ -66,6 +81,9 @@ def run(
     from esper_core.cli.display import Display, chosen_mode
 
     with Display(chosen_mode(quiet, json_lines), config.epochs) as display:
+        if first:
+            display.notify(f"nothing was named: {config.host} on {config.task}, {config.budget_total} FLOP, "
+                           "which takes a minute or two; esper run --help shows what else there is")  # fmt: skip
         arms = () if not versus else (CONTROL_ARM,)
         return _train(
             config, display, (seeds or (5 if compare else 3)) if compare or versus else 0, () if compare else arms

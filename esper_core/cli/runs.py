@@ -10,7 +10,7 @@ import attrs
 import click
 
 from esper_core.cli.arguments import RUNS, find_run, list_runs, run_argument
-from esper_core.cli.output import make_console, make_table, print_json
+from esper_core.cli.output import InOrder, make_console, make_table, print_json
 from esper_core.leyline.events import with_accuracy
 from esper_core.leyline.stages import BORN, stages_where
 
@@ -20,7 +20,7 @@ _KEPT = stages_where(permanent=True)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
-@click.group()
+@click.group(cls=InOrder)
 def runs() -> None:
     """List and compare runs."""
 

@@ -16,6 +16,7 @@ from esper_core.cli.arms import arm_scores, judge_of
 from esper_core.cli.live import clock
 from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
+from esper_core.leyline.files import typed
 from esper_core.leyline.stages import stages_where
 from esper_core.nissa.report.reading import dropped_sinks, read_events, read_lines
 from esper_core.nissa.report.wording import metric_of, nats, number, percent, printable, quantity, show_score
@@ -27,7 +28,9 @@ STOPPED = 130
 """Exit code of a run that a signal stopped; it can be resumed."""
 
 
-def conclude(folder: Path, display: Display, seconds: float, compare: Mapping[str, Any] | None = None) -> int:
+def conclude(
+    folder: Path, display: Display, seconds: float, compare: Mapping[str, Any] | None = None, *, resumed: bool = False
+) -> int:
     """Write the report and print the summary.
 
     Returns:
@@ -49,14 +52,15 @@ def conclude(folder: Path, display: Display, seconds: float, compare: Mapping[st
     elif display.mode == "json-lines":
         click.echo(f"{run['status']}; report: {report}", err=True)
     elif display.mode == "auto":
-        show(run, display.console, report, seconds, compare)
+        show(run, display.console, report, seconds, compare, resumed)
     return 0 if run["status"] != "unfinished" else STOPPED
 
 
 def show(
-    run: Mapping[str, Any], console: Console, report: Path | None, seconds: float, compare: Mapping[str, Any] | None
-) -> None:
-    """Print the summary of a run."""
+    run: Mapping[str, Any], console: Console, report: Path | None, seconds: float, compare: Mapping[str, Any] | None,
+    resumed: bool = False,
+) -> None:  # fmt: skip
+    """Print the summary of a run. `seconds`: of this process, which may have resumed the run."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -88,12 +92,11 @@ def show(
     table.add_row("parameters", quantity(run["params"]) + growth)
     rolled = f", {run['rollbacks']} rollback{'s' * (run['rollbacks'] != 1)}" if run["rollbacks"] else ""
     trained = clock(training_seconds(Path(run["folder"])))
-    table.add_row(
-        "cost", f"{quantity(run['total_flops'], 'FLOP')}, {trained} of training, {clock(seconds)} in all{rolled}"
-    )
+    spent = f"{trained} of training, {clock(seconds)} {'since it was resumed' if resumed else 'in all'}"
+    table.add_row("cost", f"{quantity(run['total_flops'], 'FLOP')}, {spent}{rolled}")
     if report is not None:
         table.add_row("report", str(report))
-    name = run["folder"]
+    name = typed(run["folder"])
     asked = f", esper compare {name} --arms host@FLOPs" if run["germinated"] and not compare else ""
     table.add_row("next", f"esper resume {name}" if stopped else f"esper eval {name}, esper export {name}{asked}")
     verb = "stopped, saved" if stopped else run["status"]

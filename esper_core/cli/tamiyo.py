@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from esper_core.cli.arguments import RUNS
-from esper_core.cli.output import print_json
+from esper_core.cli.output import InOrder, print_json
 
 if TYPE_CHECKING:
     from esper_core.simic.learning.training import Training
@@ -47,7 +47,7 @@ def _training(function: Function) -> Function:
     return _curriculum(_workers(_shown(function)))
 
 
-@click.group()
+@click.group(cls=InOrder)
 def tamiyo() -> None:
     """The learned controller: a core that is trained once, and adapters that teach it a domain.
 
@@ -156,7 +156,10 @@ def evaluate(
 @click.argument("file", required=False, default="")
 @click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
 def show(file: str, as_json: bool) -> None:
-    """Show what FILE (an agent or an adapter) is, and how it was trained. Without FILE: the agent that ships."""
+    """Say what FILE, an agent or an adapter, is and how it was trained.
+
+    Without FILE: the agent that ships. `vision` and `language` name the adapters that ship.
+    """
     from esper_core.cli.tamiyo_view import describe_product, show_product
     from esper_core.tamiyo.learned import agent_path
 
@@ -199,8 +202,10 @@ def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -
         try:
             product = training.run(workers, view.take)
         except KeyboardInterrupt:
+            from esper_core.leyline.files import typed
+
             view.close()
-            click.echo(f"resume with: esper tamiyo resume {training.path}", err=True)
+            click.echo(f"resume with: esper tamiyo resume {typed(training.path)}", err=True)
             raise click.Abort from None
     if not json_lines:
         click.echo(product)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import stat
 from pathlib import Path
 from typing import IO, Final
@@ -17,6 +18,11 @@ _LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
 _NO_FOLLOW: Final = _LINKS | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_WAIT: Final = getattr(os, "O_NONBLOCK", 0)
 """Opening a pipe without a writer would block for ever."""
+
+
+def typed(path: str | os.PathLike[str]) -> str:
+    """`path` as one would type it in a shell."""
+    return shlex.quote(os.fspath(path))
 
 
 def open_regular(

@@ -69,7 +69,7 @@ class Option(metaclass=Tolerant):
             low = self.minimum if self.minimum is not None else float("-inf")
             high = self.maximum if self.maximum is not None else float("inf")
             if not low <= parsed <= high:  # NaN fails here too
-                raise BadOption(f"{where}={value!r} is out of bounds", f"a number from {low:g} to {high:g}")
+                raise BadOption(f"{where}={value} is out of bounds", _bounds(self.kind, self.minimum, self.maximum))
         return parsed
 
     def _convert(self, value: Any) -> OptionValue:
@@ -83,6 +83,14 @@ class Option(metaclass=Tolerant):
         if isinstance(value, bool) and self.kind != "str":
             raise ValueError(value)
         return KINDS[self.kind](value)  # type: ignore[no-any-return]
+
+
+def _bounds(kind: str, low: float | None, high: float | None) -> str:
+    """Which numbers are allowed, in words."""
+    what = "a whole number" if kind == "int" else "a number"
+    if high is None:
+        return f"{what} of at least {low:g}" if low is not None else f"{what}"
+    return f"{what} from {low:g} to {high:g}" if low is not None else f"{what} of at most {high:g}"
 
 
 def resolve_options(owner: str, options: Iterable[Option], given: Mapping[str, object]) -> dict[str, Any]:

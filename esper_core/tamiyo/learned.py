@@ -29,15 +29,16 @@ SHIPPED_ADAPTERS = ("language", "vision")
 
 @contextmanager
 def agent_path(path: str) -> Iterator[Path]:
-    """`path`, or the path of the shipped core if it is empty.
+    """`path` itself, the shipped core if `path` is empty, or the shipped adapter of the domain that it names.
 
     Raises:
         BadFile: none is shipped with this installation.
     """
-    if path:
+    named = path in SHIPPED_ADAPTERS and not Path(path).exists()
+    if path and not named:
         yield Path(path)
         return
-    resource = files("esper_core.tamiyo") / SHIPPED
+    resource = files("esper_core.tamiyo") / (f"{path}.safetensors" if named else SHIPPED)
     if not resource.is_file():
         raise BadFile("this installation ships no trained agent", "agent:FILE", "esper tamiyo train")
     with as_file(resource) as shipped:

@@ -258,6 +258,18 @@ def parse_budget(name: str, text: str, whole: int) -> int | None:
     return round(number / 100 * whole) if match[2] else round(number)
 
 
+class Misfit(BadOption):
+    """A host that cannot take the examples of a task."""
+
+
+def _in_words(inputs: object) -> str:
+    """What kind of examples these are."""
+    if not isinstance(inputs, torch.Tensor):
+        return f"a {type(inputs).__name__}"
+    kind = "numbers" if inputs.is_floating_point() else "tokens"
+    return f"{kind} of shape {tuple(inputs.shape[1:])}"
+
+
 def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, device: torch.device) -> int:
     """Forward FLOPs of the host for one example of the validation split, on which the objective is checked too.
 
@@ -271,8 +283,9 @@ def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, dev
     try:
         flops = count_flops(lambda: outputs.append(host.forward_with_slots(batch.head(1).inputs)))
     except Exception as error:  # hosts are other people's code, and this is its first call
-        raise BadOption(
-            f"the host cannot take the examples of task {task.name}: {type(error).__name__}: {error}",
+        what = _in_words(batch.inputs)
+        raise Misfit(
+            f"cannot take the examples of task {task.name}, which are {what} ({type(error).__name__}: {error})",
             "a host and a task of one kind",
             "leave out --task to use the host's default",
         ) from error

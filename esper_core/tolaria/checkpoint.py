@@ -16,6 +16,7 @@ import attrs
 from torch import Tensor
 
 from esper_core.leyline.errors import BadFile
+from esper_core.leyline.files import typed
 from esper_core.storage.tensor_file import (
     expect_well_formed,
     read_json_file,
@@ -112,7 +113,7 @@ class Checkpoints:
             raise BadFile(
                 f"not one of the {len(steps)} checkpoints in {self.folder} can be read ({reason})",
                 "at least one; nothing was changed",
-                f"repair them and call it again, or esper resume {self.folder.parent} --from-scratch",
+                f"repair them and call it again, or esper resume {typed(self.folder.parent)} --from-scratch",
             )
         return None
 

@@ -20,6 +20,12 @@ _ALIASES: Final = {"audit": "emrakul", "regions": "narset"}
 """Other names of the parts that settings are for: what is set, and not who does it."""
 
 
+SYNONYMS: Final[Mapping[str, str]] = MappingProxyType(
+    {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "output": "out", "output_dir": "out"}
+)
+"""Other names of options, as other libraries call them."""
+
+
 def _texts(value: object) -> object:
     """`"a,b"` and `["a", "b"]` are the same list."""
     if isinstance(value, str):
@@ -161,6 +167,8 @@ class RunConfig:
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
         """The configuration that `values` describe; the rest are defaults. Dashes and underscores are the same.
 
+        `SYNONYMS` are understood: `lr` is `learning_rate`.
+
         Raises:
             BadOption: a key that does not exist (with a suggestion), or a value that does not fit.
         """
@@ -168,8 +176,11 @@ class RunConfig:
         given: dict[str, Any] = {}
         for key, value in values.items():
             name = str(key).replace("-", "_")
+            name = SYNONYMS.get(name, name)
             if name not in known:
                 raise BadOption(f"unknown option {key!r}", "an option of `esper run --help`", did_you_mean(name, known))
+            if name in given:
+                raise BadOption(f"{name} is given twice, the second time as {key!r}", "each option once")
             given[name] = value
         return cls(**given)
 
@@ -184,7 +195,8 @@ class RunConfig:
         path = Path(path)
         expected = "a configuration in TOML"
         values = parse_toml(read_text_file(path, expected), path, expected)
-        merged = {str(key).replace("-", "_"): value for key, value in values.items()}
+        plain = ((str(key).replace("-", "_"), value) for key, value in values.items())
+        merged = {SYNONYMS.get(key, key): value for key, value in plain}
         settings = {**_checked_settings(merged.get("settings", {})), **_checked_settings(overrides.get("settings", {}))}
         return cls.from_mapping({**merged, **overrides, "settings": settings})
 

@@ -15,7 +15,7 @@ from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.probe import odd_ones, probe
 from esper_core.leyline.errors import BadFile
-from esper_core.leyline.files import refuse_links
+from esper_core.leyline.files import refuse_links, typed
 from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.stages import STAGES, Stage
 from esper_core.registry import Registry, load_registry, split_reference
@@ -188,7 +188,9 @@ def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plan
         refuse_links(path)
     file = path / "model" / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise BadFile(f"there is no grown model at {path}", "a finished run or a model file", f"esper resume {path}")
+        raise BadFile(
+            f"there is no grown model at {path}", "a finished run or a model file", f"esper resume {typed(path)}"
+        )
     registry = registry or load_registry()
     tensors, header = read_tensor_file(file)
     if header.get("format") != FORMAT:

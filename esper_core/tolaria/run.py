@@ -14,6 +14,7 @@ from torch import Tensor
 from esper_core.kasmina.counterfactual import measure_counterfactuals
 from esper_core.leyline.errors import BadOption, RunFailed
 from esper_core.leyline.events import Sink
+from esper_core.leyline.files import typed
 from esper_core.leyline.host import Batch
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.objective import Metric
@@ -23,9 +24,11 @@ from esper_core.registry.origin import Origins
 from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.flop_budget import measure_speed
 from esper_core.tolaria.model_file import bind, describe_origin, load_plane, origins_of
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
 from esper_core.tolaria.origin import check_origin, compare_data, data_of, parts_of, split_fingerprint
+from esper_core.tolaria.room import Room, measure_room
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, set_up
 from esper_core.tolaria.trainer import RunResult, Trainer
@@ -120,7 +123,9 @@ def resume_run(
     """
     folder, config, about = RunFolder.open(path)
     if folder.result().get("status") == "finished":
-        raise BadOption(f"{folder.path} is complete", "a run that was interrupted", f"esper report {folder.path}")
+        raise BadOption(
+            f"{folder.path} is complete", "a run that was interrupted", f"esper report {typed(folder.path)}"
+        )
     folder.hold()
     try:
         trainer = _take_up(folder, config, about, sinks or {}, registry, notify, from_scratch, download, accept_changes)
@@ -238,6 +243,8 @@ class Plan:
     Attributes:
         points: where seeds may grow. budgets: parameters and FLOPs that all seeds together may have.
         memory: bytes by use.
+        room: what each blueprint costs, and how many of it the budget has room for.
+        seconds: about what training the host alone takes here, by a short trial; growth comes on top.
     """
 
     config: RunConfig
@@ -253,12 +260,15 @@ class Plan:
     steps: int
     decisions: int
     memory: Mapping[str, int]
+    room: tuple[Room, ...]
+    seconds: float
 
     def to_mapping(self) -> dict[str, Any]:
         """JSON-compatible data."""
         plain = {f.name: getattr(self, f.name) for f in attrs.fields(Plan)}
         points = [{**attrs.asdict(p), "tags": sorted(p.tags)} for p in self.points]
-        return {**plain, "config": self.config.to_mapping(), "points": points, "memory": dict(self.memory)}
+        return {**plain, "config": self.config.to_mapping(), "points": points, "memory": dict(self.memory),
+                "room": [attrs.asdict(entry) for entry in self.room]}  # fmt: skip
 
 
 def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Notify = _silent) -> Plan:
@@ -281,7 +291,17 @@ def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Not
         steps=setup.timetable.steps,
         decisions=trainer.tolaria.decisions,
         memory=_estimate_memory(setup),
+        room=measure_room(plane),
+        seconds=_estimate_seconds(setup),
     )
+
+
+def _estimate_seconds(setup: Setup) -> float:
+    """Seconds of training the host alone, at the speed of a short trial."""
+    plane, config, timetable = setup.plane, setup.config, setup.timetable
+    speed = measure_speed(plane.host, setup.task, setup.objective, plane.host_flops, config.batch_size, setup.precision)
+    steps = 3.0 * plane.host_flops * config.batch_size * timetable.steps
+    return (timetable.budget or steps) / speed
 
 
 def _estimate_memory(setup: Setup) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import IO, Any, Final
 import torch
 
 from esper_core.leyline.errors import BadFile, BadOption
-from esper_core.leyline.files import open_append, refuse_links
+from esper_core.leyline.files import open_append, refuse_links, typed
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tolaria.checkpoint import Checkpoints
@@ -79,7 +79,9 @@ class RunFolder:
         folder = cls(path, config.keep_checkpoints)
         try:
             if (path / "run.json").exists():
-                raise BadOption(f"{path} holds a run already", "a new folder", f"esper resume {path}, or another --out")
+                raise BadOption(
+                    f"{path} holds a run already", "a new folder", f"esper resume {typed(path)}, or another --out"
+                )
             path.mkdir(parents=True, exist_ok=True)
             refuse_links(path)
             folder.hold()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -37,6 +38,7 @@ from esper_core.tolaria.flop_budget import (
 from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
+from esper_core.tolaria.room import refuse_no_room
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.tolaria.timetable import Timetable, ValidationSlice, steps_per_epoch
@@ -160,6 +162,10 @@ def set_up(
     check_settings(config, registry, objective=config.objective or default_objective(task), lenient=lenient, gym=gym)
     timetable = Timetable.of(config, task)
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)
+    if not lenient and not gym:
+        note = refuse_no_room(config, plane)
+        if note:
+            notify(note)
     if config.compile == "blocks":
         assembly.compile_host(host)
     return Setup(config, registry, device, precision, task, name, objective, plane, timetable)
@@ -177,7 +183,24 @@ def _build_host(
     """The host on its device, and the FLOPs of its forward pass for one example."""
     host = assembly.build_host(config, registry, task.outputs, task.input_shape)
     host.module.to(device).train()
-    return host, assembly.host_flops(host, task, objective, device)
+    try:
+        return host, assembly.host_flops(host, task, objective, device)
+    except assembly.Misfit as error:
+        default = registry.find("host", split_reference(config.host)[0]).spec
+        assert isinstance(default, HostSpec)
+        other = _host_for(registry, assembly.task_reference(config, registry))
+        hint = " or ".join([f"--task {default.default_task}", *([f"--host {other}"] if other else [])])
+        raise BadOption(f"{config.host} {error.given}", error.expected, hint) from error
+
+
+def _host_for(registry: Registry, task: str) -> str:
+    """A host for such tasks, of those that need no argument."""
+    spec = registry.find("task", split_reference(task)[0]).spec
+    for part in registry.specs("host"):
+        fits = spec.capabilities & part.spec.capabilities
+        if isinstance(part.spec, HostSpec) and not part.spec.argument and fits - {"classification"}:
+            return part.name
+    return ""
 
 
 @attrs.frozen(kw_only=True)
@@ -224,6 +247,9 @@ def set_up_module(
     objective = choose_objective(config, registry, outputs, sample, own.loss, own.metric, own.higher_is_better)
     timetable = timetable or Timetable.of(config, task)
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)
+    note = refuse_no_room(config, plane)
+    if note:
+        warnings.warn(note, stacklevel=3)
     precision = Precision.of(config.amp, device)
     return Setup(config, registry, device, precision, task, task.name, objective, plane, timetable)
 

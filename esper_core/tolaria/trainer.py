@@ -16,6 +16,7 @@ from torch import Tensor
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.leyline.errors import BadFile, BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted, renamed
+from esper_core.leyline.files import typed
 from esper_core.leyline.host import Batch
 from esper_core.leyline.objective import Metric
 from esper_core.nissa.host_sensors import works_on_sequences
@@ -198,7 +199,7 @@ class Trainer:
             raise RunFailed(
                 f"the training data of {self.task.name} failed: {type(error).__name__}: {error}",
                 "readable data",
-                f"fix it, then esper resume {self.folder.path if self.folder else ''}",
+                f"fix it, then esper resume {typed(self.folder.path) if self.folder else ''}",
             ) from error
 
     def step(self, batch: Batch) -> None:
@@ -268,7 +269,7 @@ class Trainer:
                 raise RunFailed(
                     f"the validation data of {self.task.name} failed: {type(error.cause).__name__}: {error.cause}",
                     "readable data",
-                    f"fix it, then esper resume {self.folder.path if self.folder else ''}",
+                    f"fix it, then esper resume {typed(self.folder.path) if self.folder else ''}",
                 ) from error
         position.validation_loss, position.validation_score = measured.loss, measured.score
         return measured
@@ -385,7 +386,7 @@ class Trainer:
         try:
             self._end("failed", str(error), None)
         except OSError as full:
-            hint = f"esper resume {self.folder.path}, once there is room" if self.folder else ""
+            hint = f"esper resume {typed(self.folder.path)}, once there is room" if self.folder else ""
             return RunFailed(f"{error}; and that could not be recorded: {full}", "", hint)
         fine = model_is_finite(self.tolaria.plane)
         which = "the last good model" if fine else "the model as it stood, which is not finite,"

@@ -24,6 +24,7 @@ import attrs
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
 from esper_core.leyline.events import renamed
+from esper_core.leyline.files import typed
 from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
@@ -124,7 +125,7 @@ def compare_run(
     folder, run, _ = RunFolder.open(path)
     result = folder.result()
     if result.get("status") != "finished":
-        raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {folder.path}")
+        raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {typed(folder.path)}")
     beside = folder.path / "compare"
     try:
         beside.mkdir(exist_ok=True)

@@ -160,7 +160,7 @@ def test_dry_run_shows_the_plan_and_trains_nothing(home: Path) -> None:
     text = esper(home, "run", "--dry-run", "--host", "cnn", "--budget-params", "10%").output
     for word in ("cnn, 94.2k parameters", "digits, 10 outputs", "9.42k parameters", "block3", "NCHW 128×1×1", "memory"):
         assert word in text
-    plan = json.loads(esper(home, "run", "--dry-run", "--json-lines").stdout)
+    plan = json.loads(esper(home, "run", "--host", "cnn", "--dry-run", "--json-lines").stdout)
     assert plan["host_params"] == 94_186 and [p["name"] for p in plan["points"]] == ["block1", "block2", "block3"]
     assert any("no --task given" in note for note in plan["notes"])
     assert set(home.rglob("*")) == before
@@ -189,7 +189,7 @@ def test_options_come_from_a_file_and_from_the_line_which_wins(home: Path) -> No
         (["--budget-params", "lots"], "a share such as 20%"),
         (["--device", "gpu"], "there is no device 'gpu'"),
         (["--slots", "block9"], "did you mean block3"),
-        (["--task", "pydoc"], "the host cannot take the examples of task pydoc"),
+        (["--task", "pydoc"], "cnn cannot take the examples of task pydoc"),
         (["--task", "torchvision:CIFAR10"], "--task torchvision:CIFAR10 --download"),
     ],
 )

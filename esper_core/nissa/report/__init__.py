@@ -39,6 +39,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     partial: Path | None = None
     try:
         target = target / "report.html" if target.is_dir() else target
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial = make_temporary(target)
         partial.write_text(render_report(RunDigest(folder).to_dict()), encoding="utf-8")
         partial.replace(target)

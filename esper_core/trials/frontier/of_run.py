@@ -9,6 +9,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.leyline.files import typed
 from esper_core.leyline.specs import HostSpec
 from esper_core.registry import Registry, split_reference
 from esper_core.storage.tensor_file import write_json_file
@@ -48,7 +49,7 @@ def compare_frontier(
     """
     folder, run, _ = RunFolder.open(path)
     if folder.result().get("status") != "finished":
-        raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {folder.path}")
+        raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {typed(folder.path)}")
     if not run.budget_total:
         raise BadOption(f"{folder.path} went by epochs", "a run with a budget", "esper run … --budget-total 1e13")
     frontier = frontier_of(run, training_flops(folder.path), registry, seeds)

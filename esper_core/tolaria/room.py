@@ -1,0 +1,81 @@
+"""How many seeds a run's budget leaves room for, before anything has grown."""
+
+from __future__ import annotations
+
+import attrs
+
+from esper_core.kasmina import nursery
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.errors import BadOption
+from esper_core.tolaria.config import RunConfig
+
+
+@attrs.frozen
+class Room:
+    """What one blueprint costs here, and how often it fits.
+
+    Attributes:
+        blueprint: its name. point: where it is cheapest.
+        params, flops: of the cheapest seed; FLOPs are of one example's forward pass.
+        seeds: how many fit the budget together, one a point, the cheapest first; points: where it can grow at all.
+    """
+
+    blueprint: str
+    point: str
+    params: int
+    flops: int
+    seeds: int
+    points: int
+
+
+def measure_room(plane: Plane) -> tuple[Room, ...]:
+    """The room for each candidate of an empty plane, for those that can grow at some point."""
+    found = []
+    for name, spec in plane.candidates.items():
+        paths = [path for path in plane.slots if not nursery.refusal(plane, path, name, spec)]
+        costs = sorted((*plane.cost(path, name), path) for path in paths)
+        if costs:
+            params, flops, path = costs[0]
+            found.append(Room(name, path, params, flops, _fitting(plane, costs), len(costs)))
+    return tuple(found)
+
+
+def _fitting(plane: Plane, costs: list[tuple[int, int, str]]) -> int:
+    used_params = used_flops = seeds = 0
+    for params, flops, _ in costs:
+        used_params, used_flops = used_params + params, used_flops + flops
+        if _beyond(used_params, plane.limits.params) or _beyond(used_flops, plane.limits.flops):
+            break
+        seeds += 1
+    return seeds
+
+
+def _beyond(used: int, limit: int | None) -> bool:
+    return limit is not None and used > limit
+
+
+def refuse_no_room(config: RunConfig, plane: Plane) -> str:
+    """What the user should know where the default budget has no room for a seed, or the empty string.
+
+    Raises:
+        BadOption: a budget that the user gave has room for none, so that nothing could ever grow.
+    """
+    if config.controller.partition(":")[0] == "wait":
+        return ""
+    room = measure_room(plane)
+    if not room or any(entry.seeds for entry in room):
+        return ""
+    default = RunConfig()
+    small = min(room, key=lambda entry: entry.params)
+    short = small.params if _beyond(small.params, plane.limits.params) else None
+    field, value, needed = (
+        ("budget_params", config.budget_params, f"{small.params:,} parameters")
+        if short is not None
+        else ("budget_flops", config.budget_flops, f"{min(entry.flops for entry in room):,} FLOPs")
+    )
+    flag = f"--{field.replace('_', '-')}"
+    told = f"{field}={value} has no room for any seed: the smallest, {small.blueprint} at {small.point}, takes {needed}"
+    share = f"{value}%" if value.isdigit() and 0 < int(value) <= 100 else "20%" if value != "20%" else "100%"
+    if value == getattr(default, field):
+        return f"{told}, so nothing will grow; try {flag} {share}"
+    raise BadOption(told, "a budget of at least that, or --controller wait to grow nothing", f"{flag} {share}")

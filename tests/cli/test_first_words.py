@@ -1,0 +1,127 @@
+"""What a newcomer types first, right or wrong, gets an answer that helps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from esper_core.cli.main import VERBS, cli
+from esper_core.leyline.errors import BadOption
+from esper_core.tolaria.config import RunConfig
+
+
+def esper(*arguments: str, code: int = 0) -> Result:
+    done = CliRunner().invoke(cli, list(arguments), prog_name="esper")
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*arguments: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(esper("run", *arguments, "--dry-run", "--json-lines").stdout)
+    return found
+
+
+def test_a_run_that_is_told_nothing_has_headroom_and_is_that_of_the_demo() -> None:
+    told = plan()["config"]
+    demo = RunConfig.from_file(Path(__file__).resolve().parents[2] / "examples" / "demo.toml").to_mapping()
+    assert isinstance(told, dict) and told["host"] == "gpt" and told["task"] == "stdlib"
+    for name in ("budget_total", "batch_size", "learning_rate", "weight_decay", "clip", "warmup"):
+        assert told[name] == demo[name], name
+    assert demo["settings"].items() <= told["settings"].items()
+    small = plan("--host", "cnn", "--out", "elsewhere")["config"]
+    assert isinstance(small, dict) and small["host"] == "cnn" and not small["budget_total"]
+
+
+def test_the_plan_says_how_many_seeds_fit_and_how_long_it_takes() -> None:
+    found = plan("--host", "cnn")
+    rooms = {room["blueprint"]: room for room in found["room"]}  # type: ignore[attr-defined]
+    assert rooms["depthwise"]["seeds"] == 2 and rooms["depthwise"]["params"] == 1376 and found["seconds"] > 0  # type: ignore[operator]
+    text = " ".join(esper("run", "--host", "cnn", "--dry-run").output.split())
+    assert "2 depthwise (from 1.38k parameters)" in text and "for the host alone" in text
+
+
+@pytest.mark.parametrize(("budget", "hint"), [("20", "--budget-params 20%"), ("0", "--budget-params 20%")])
+def test_a_budget_without_room_for_a_seed_is_refused(budget: str, hint: str) -> None:
+    said = esper("run", "--host", "cnn", "--budget-params", budget, code=2).stderr
+    assert "no room for any seed" in said and "1,376 parameters" in said and hint in said and not Path("runs").exists()
+    assert plan("--host", "cnn", "--budget-params", "0", "--controller", "wait")["params_budget"] == 0
+
+
+def test_a_default_budget_without_room_is_told() -> None:
+    found = plan("--host", "mlp", "--set", "mlp.widths=4", "--blueprints", "ffn")
+    assert any("nothing will grow" in note for note in found["notes"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--workers", "2"], "esper compare RUN --workers N"),
+        (["--resume"], "esper resume RUN"),
+        (["--model", "cnn"], "--host NAME"),
+        (["--epochs", "0"], "epochs=0 is out of bounds; expected a whole number of at least 1"),
+        (["--rent", "-1"], "a number of at least 0"),
+        (["--warmup", "2"], "a number from 0 to 1"),
+        (["--host", "cnn", "--task", "stdlib"], "cnn cannot take the examples of task stdlib, which are tokens"),
+        (["--host", "cnn", "--task", "stdlib"], "--host gpt"),
+        (["--host", "gpt", "--task", "digits"], "--task stdlib"),
+    ],
+)
+def test_a_first_mistake_is_told_the_right_word(arguments: list[str], told: str) -> None:
+    said = esper("run", *arguments, code=2).stderr
+    assert told in said and said.count("\n") == 1
+
+
+def test_short_names_of_rate_and_decay_mean_what_they_mean_elsewhere() -> None:
+    found = plan("--host", "cnn", "--lr", "0.1", "--wd", "0.5", "--bs", "8")["config"]
+    assert isinstance(found, dict)
+    assert (found["learning_rate"], found["weight_decay"], found["batch_size"]) == (0.1, 0.5, 8)
+    assert RunConfig.from_mapping({"lr": 0.3}).learning_rate == 0.3
+    Path("run.toml").write_text("lr = 0.25\nwd = 0.5\n")
+    assert RunConfig.from_file("run.toml", {"learning_rate": 0.125}).learning_rate == 0.125
+    with pytest.raises(BadOption, match="given twice"):
+        RunConfig.from_mapping({"lr": 0.3, "learning_rate": 0.3})
+
+
+def test_a_shipped_adapter_is_shown_by_its_name() -> None:
+    assert json.loads(esper("tamiyo", "show", "vision", "--json").stdout)["domain"] == "vision"
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb in ("runs", "tamiyo", "hosts", "plugins")])
+def test_help_never_cuts_a_sentence(verb: str) -> None:
+    listing = esper(verb, "--help").output.partition("Commands:")[2]
+    assert listing.count("\n") > 1 and "..." not in listing
+
+
+def test_a_suggested_command_can_be_pasted(home: Path) -> None:
+    folder = "my runs/a 'first' one"
+    tiny = ("--host", "mlp", "--set", "mlp.widths=8", "--blueprints", "ffn", "--steps-per-epoch", "2", "--epochs", "1")
+    done = esper("run", *tiny, "--budget-params", "", "--decisions-per-epoch", "1", "--out", folder)
+    said = " ".join(done.output.split())
+    assert "esper eval 'my runs/a '\"'\"'first'\"'\"' one'" in said
+    assert "esper resume 'my runs/a '\"'\"'first'\"'\"' one'" in esper("run", *tiny, "--out", folder, code=2).stderr
+    assert esper("report", folder, "--out", "new/folder/r.html").output.strip() == "new/folder/r.html"
+    (home / "file").write_text("")
+    assert "cannot write" in esper("report", folder, "--out", "file/r.html", code=2).stderr
+
+
+def test_the_time_of_a_resumed_run_is_not_that_of_the_whole(home: Path) -> None:
+    from rich.console import Console
+
+    from esper_core.cli.runs import summarise
+    from esper_core.cli.summary import show
+
+    (home / "events.jsonl").write_text("")
+    (home / "timings.jsonl").write_text('{"seconds": 201.0}\n')
+    for resumed, told in ((True, "3:21 of training, 1:37 since it was resumed"), (False, "3:21 of training, 3:40 in")):
+        console = Console(width=100, record=True, quiet=False)
+        show(summarise(home), console, None, 97.0 if resumed else 220.0, None, resumed)
+        assert told in " ".join(console.export_text().split())
