@@ -6,7 +6,10 @@ import importlib
 import sys
 from pathlib import Path
 
+import click
+
 import esper_core
+from esper_core.cli.main import VERBS, cli
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.sensors import HOST_READINGS, READINGS, SLOT_FIELDS, TREE_READINGS
@@ -167,6 +170,33 @@ def blueprints_page() -> str:
     )
 
 
+def cli_page() -> str:
+    """`cli.md`: the help of every command, as the terminal prints it."""
+    parts = [NOTICE, "# Command line\n", "The help of every command. `esper COMMAND --help` prints the same.\n"]
+    root = click.Context(cli, info_name="esper", terminal_width=100)
+    parts += ["```", cli.get_help(root), "```", ""]
+    for verb in VERBS:
+        command = cli.get_command(root, verb)
+        assert command is not None
+        parts += _help(command, click.Context(command, info_name=verb, parent=root, terminal_width=100), 2)
+    return "\n".join(parts)
+
+
+def _help(command: click.Command, context: click.Context, level: int) -> list[str]:
+    text = command.get_help(context).replace("\N{NO-BREAK SPACE}", " ")
+    found = [
+        f"{'#' * level} {context.command_path}",
+        "",
+        "```",
+        *(line.rstrip() for line in text.splitlines()),
+        "```",
+        "",
+    ]
+    for name, inner in command.commands.items() if isinstance(command, click.Group) else ():
+        found += _help(inner, click.Context(inner, info_name=name, parent=context, terminal_width=100), level + 1)
+    return found
+
+
 def _example(layout: str, shape: tuple[int, ...]) -> InjectionSpec:
     return InjectionSpec(name="example", channels=64, layout=layout, order=0, feature_shape=shape)
 
@@ -183,6 +213,7 @@ PAGES = {
     "public-api.md": public_api_page,
     "blueprints.md": blueprints_page,
     "sensors.md": sensors_page,
+    "cli.md": cli_page,
 }
 
 

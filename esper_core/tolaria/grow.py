@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,20 +17,23 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event, Sink
 from esper_core.leyline.host import Batch
-from esper_core.leyline.objective import Objective
 from esper_core.nissa.hub import Hub
+from esper_core.nissa.report import write_report
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.caller_groups import adopted, kind_for
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
+from esper_core.tolaria.grown import Grown, Lines
 from esper_core.tolaria.labels import ToBatch, settle, to_batch
+from esper_core.tolaria.model_file import describe_origin
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.own_objective import Judge, Loss
+from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.setup import OWN_MODEL, OwnModel, check_settings, set_up_module
 from esper_core.tolaria.timetable import Timetable
-from esper_core.tolaria.trainer import RunResult, Trainer
+from esper_core.tolaria.trainer import Trainer
 
 Judged = tuple[Loss, Judge, bool]
 
@@ -89,36 +94,6 @@ class LoaderTask:
     input_shape: tuple[int, ...] = ()
 
 
-@attrs.frozen
-class Grown:
-    """The result of `grow`.
-
-    Attributes:
-        plane: with the host and its seeds. result: how the run ended. events: everything that happened.
-        objective: what it was trained and judged by.
-        composed: the model with its seeds built in, or why there is none.
-    """
-
-    plane: Plane
-    result: RunResult
-    events: Sequence[Event]
-    objective: Objective
-    composed: nn.Module | EsperError
-
-    @property
-    def model(self) -> nn.Module:
-        """An independent plain module with the seeds built in, in eval mode.
-
-        The model that was given has been trained in place, and grows on through `plane`.
-
-        Raises:
-            EsperError: it cannot be copied, of which there was a warning before training.
-        """
-        if isinstance(self.composed, EsperError):
-            raise self.composed
-        return self.composed
-
-
 class _Record:
     """A sink that remembers."""
 
@@ -145,11 +120,12 @@ def grow(
     loss: Loss = None,
     metric: Judge = None,
     higher_is_better: bool = True,
-    blueprints: Sequence[str] = (),
+    blueprints: str | Sequence[str] = (),
     points: Sequence[str] | None = None,
     test_loader: Iterable[Any] | None = None,
     convert: ToBatch = to_batch,
     sinks: Mapping[str, Sink] | None = None,
+    progress: bool | None = None,
     registry: Registry | None = None,
     **options: Any,
 ) -> Grown:
@@ -163,18 +139,21 @@ def grow(
         metric: what is reported beside it and judges seeds with it: the `metric` option of a named objective, or such a
             function; None: the objective's own.
         higher_is_better: of a metric that is a function.
-        blueprints: what may grow; empty for every blueprint that fits.
+        blueprints: what may grow, such as `"conv"` or `["conv", "depthwise"]`; empty for every blueprint that fits.
         points: paths of the submodules behind which to grow; None to find them.
         convert: turns what the loaders yield into a `Batch`.
         sinks: further places for events, by name.
-        options: fields of `RunConfig`, such as `epochs=10`, `learning_rate=1e-3`, `controller="random"`.
+        progress: print a line for each epoch and each change of a seed; None: where stderr is a terminal.
+        options: fields of `RunConfig`, such as `epochs=10`, `lr=1e-3`, `controller="random"`. With `out="runs/NAME"`
+            the run has a folder: its events, checkpoints, report and weights. The same call goes on with a run
+            that was interrupted there.
 
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
         RunFailed: the run is unrecoverable; the model is back in its last good state.
     """
     config = RunConfig.from_mapping(
-        {"device": _device_of(model), **options, "host": OWN_MODEL, "blueprints": tuple(blueprints)}
+        {"device": _device_of(model), **options, "host": OWN_MODEL, "blueprints": blueprints}
     )
     registry, record = registry or load_registry(), _Record()
     check_settings(config, registry)
@@ -182,7 +161,7 @@ def grow(
     with as_it_was():
         return _grow(
             model, train_loader, val_loader, test_loader, config, registry, record, convert, points,
-            (loss, metric, higher_is_better), sinks or {},
+            (loss, metric, higher_is_better), _sinks(sinks or {}, progress),
         )  # fmt: skip
 
 
@@ -206,19 +185,68 @@ def _grow(
         higher_is_better=higher_is_better,
     )  # fmt: skip
     setup = set_up_module(config, registry, own, task)
-    hub = Hub({"record": record, **sinks}, registry)
     refusal = _refusal(setup.plane)
     if refusal is not None:
         warnings.warn(
             f"the grown model cannot be exported as a plain module: {refusal}; its plane can still be used",
             stacklevel=3,
         )
-    trainer = Trainer(setup, setup.build_tolaria(hub.emit), hub, None, about={}, test=test_loader is not None)
+    tolaria = setup.build_tolaria(lambda event: hub.emit(event))
+    folder, found = _folder(config, registry)
     try:
-        result = trainer.run()
+        hub = Hub({"record": record, **sinks, **_kept(config, registry, folder)}, registry)
+        about = describe_origin(config, task) if folder is not None else {}
+        trainer = Trainer(setup, tolaria, hub, folder, about=about, test=test_loader is not None)
+        try:
+            if found is not None:
+                trainer.load(*found)
+            result = trainer.run()
+        finally:
+            hub.close()
     finally:
-        hub.close()
+        if folder is not None:
+            folder.release()
+    if folder is not None:
+        write_report(folder.path)
     return Grown(setup.plane, result, tuple(record.events), setup.objective, _composed(setup.plane))
+
+
+def _sinks(sinks: Mapping[str, Sink], progress: bool | None) -> Mapping[str, Sink]:
+    """The caller's sinks, and one that prints lines if these are wanted."""
+    return {"lines": Lines(), **sinks} if progress or (progress is None and sys.stderr.isatty()) else sinks
+
+
+def _folder(config: RunConfig, registry: Registry) -> tuple[RunFolder | None, Any]:
+    """The run's folder, held, and the checkpoint from which to go on; None where there is none.
+
+    Raises:
+        BadOption: the folder holds a run that is complete, or one of another configuration.
+    """
+    if not config.out:
+        return None, None
+    if not (Path(config.out) / "run.json").exists():
+        return RunFolder.create(config, "loaders", registry), None
+    folder, before, _ = RunFolder.open(config.out)
+    if folder.result().get("status") == "finished":
+        raise BadOption(f"{config.out} holds a run that is complete", "a new folder", "another out=")
+    if before != config:
+        raise BadOption(f"{config.out} holds a run with other options", "the same options", "another out=")
+    folder.hold()
+    found = folder.checkpoints.newest(lambda text: warnings.warn(text, stacklevel=2))
+    if found is None:
+        folder.set_aside()
+    folder.forget_result()
+    return folder, found
+
+
+def _kept(config: RunConfig, registry: Registry, folder: RunFolder | None) -> dict[str, Sink]:
+    """The sinks that write into the folder."""
+    names = dict.fromkeys(("jsonl", *config.sinks)) if folder is not None else {}
+    return {
+        name: registry.build("sink", name, folder.path, options=assembly.options_for(config, registry, "sink", name))
+        for name in names
+        if folder is not None
+    }
 
 
 def _refusal(plane: Plane) -> EsperError | None:
@@ -245,7 +273,7 @@ def accompany(
     loss: Loss = None,
     metric: Judge = None,
     higher_is_better: bool = True,
-    blueprints: Sequence[str] = (),
+    blueprints: str | Sequence[str] = (),
     points: Sequence[str] | None = None,
     convert: ToBatch = to_batch,
     emit: Callable[[Event], None] = lambda event: None,
@@ -284,7 +312,7 @@ def accompany(
     others = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     config = RunConfig.from_mapping(
         {"optimizer": kind_for(others), **options, "device": _device_of(model), "host": OWN_MODEL,
-         "blueprints": tuple(blueprints)}
+         "blueprints": blueprints}
     )  # fmt: skip
     alone(model)
     convert = settle(convert, model, sample)

@@ -199,6 +199,11 @@ def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plan
         origins = Origins.read(header.get("origins", {}))
         config = without_fetching(RunConfig.from_mapping(header["config"]), weights=False)  # the file has them
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
+    if config.host == "model":
+        raise BadFile(
+            f"{file} grew from a module of your own, which only you can build", "a run of `esper run`",
+            "keep Grown.model of grow(), or load_growth() onto a plane",
+        )  # fmt: skip
     registry = bind(registry, origins)
     with _as_written(file, origins, registry):
         with offline():

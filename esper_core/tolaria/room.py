@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import attrs
 
-from esper_core.kasmina import nursery
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption
 from esper_core.tolaria.config import RunConfig
@@ -31,8 +30,8 @@ class Room:
 def measure_room(plane: Plane) -> tuple[Room, ...]:
     """The room for each candidate of an empty plane, for those that can grow at some point."""
     found = []
-    for name, spec in plane.candidates.items():
-        paths = [path for path in plane.slots if not nursery.refusal(plane, path, name, spec)]
+    for name in plane.candidates:
+        paths = [path for path, slot in plane.slots.items() if not plane.candidates.refusal(path, slot.spec, name)]
         costs = sorted((*plane.cost(path, name), path) for path in paths)
         if costs:
             params, flops, path = costs[0]

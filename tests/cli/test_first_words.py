@@ -116,12 +116,12 @@ def test_a_suggested_command_can_be_pasted(home: Path) -> None:
 def test_the_time_of_a_resumed_run_is_not_that_of_the_whole(home: Path) -> None:
     from rich.console import Console
 
-    from esper_core.cli.runs import summarise
+    from esper_core.cli.runs import summarise_run
     from esper_core.cli.summary import show
 
     (home / "events.jsonl").write_text("")
     (home / "timings.jsonl").write_text('{"seconds": 201.0}\n')
     for resumed, told in ((True, "3:21 of training, 1:37 since it was resumed"), (False, "3:21 of training, 3:40 in")):
         console = Console(width=100, record=True, quiet=False)
-        show(summarise(home), console, None, 97.0 if resumed else 220.0, None, resumed)
+        show(summarise_run(home), console, None, 97.0 if resumed else 220.0, None, resumed)
         assert told in " ".join(console.export_text().split())

@@ -1,0 +1,120 @@
+"""What `grow` returns, and the lines that it prints while it trains."""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import attrs
+from torch import nn
+
+from esper_core.kasmina.plane import Plane
+from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.events import Event
+from esper_core.leyline.objective import Objective
+from esper_core.nissa.report import write_report
+from esper_core.nissa.report.wording import describe_event, nats, quantity, show_score
+from esper_core.tolaria.trainer import RunResult
+
+_TOLD = frozenset({"run_started", "epoch_ended", "stage_changed", "rolled_back"})
+
+
+class Lines:
+    """A sink that prints a line for each epoch and for each change of a seed's stage."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream, self.metric = stream or sys.stderr, None
+
+    def write(self, event: Event) -> None:
+        """Print `event`, if it deserves a line."""
+        record = event.to_dict()
+        self.metric = record.get("metric") if event.kind == "run_started" else self.metric
+        if event.kind in _TOLD:
+            print(f"{event.step:>7}  {describe_event(record, self.metric)}", file=self.stream, flush=True)
+
+    def flush(self) -> None:
+        """Lines are flushed as they are written."""
+
+    def close(self) -> None:
+        """The stream belongs to the caller."""
+
+
+@attrs.frozen
+class Grown:
+    """The result of `grow`. A notebook shows it as a table.
+
+    Attributes:
+        plane: with the host and its seeds. result: how the run ended. events: everything that happened.
+        objective: what it was trained and judged by.
+        composed: the model with its seeds built in, or why there is none.
+    """
+
+    plane: Plane
+    result: RunResult
+    events: Sequence[Event]
+    objective: Objective
+    composed: nn.Module | EsperError
+
+    @property
+    def model(self) -> nn.Module:
+        """An independent plain module with the seeds built in, in eval mode.
+
+        The model that was given has been trained in place, and grows on through `plane`.
+
+        Raises:
+            EsperError: it cannot be copied, of which there was a warning before training.
+        """
+        if isinstance(self.composed, EsperError):
+            raise self.composed
+        return self.composed
+
+    def rows(self) -> dict[str, str]:
+        """What the run reached, grew and cost, by name."""
+        result = self.result
+        split, loss, score = "test", result.test_loss, result.test_score
+        if score is None:
+            split, loss, score = "validation", result.validation_loss, result.validation_score
+        seeds = [f"{path} ({self.plane.growths[path].blueprint})" for path in result.fossilized]
+        share = result.params / max(1, result.host_params) - 1
+        told = {
+            "status": f"{result.status} after {result.steps:,} steps",
+            f"{split} {result.metric.name}": f"{show_score(score, result.metric, 2)}, loss {nats(loss)}",
+            "fossilized": ", ".join(seeds) or "no seed",
+            "parameters": f"{quantity(result.params)}, {share:+.1%} over the model's {quantity(result.host_params)}",
+            "cost": quantity(result.total_flops, "FLOP"),
+        }
+        return {**told, "folder": str(result.folder)} if result.folder != Path() else told
+
+    def summary(self) -> str:
+        """The same as text, a line each."""
+        rows = self.rows()
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report as one HTML file, and return its path.
+
+        Args:
+            out: where to write; None for `report.html` in the run's folder.
+
+        Raises:
+            BadOption: the run has no folder.
+        """
+        if self.result.folder == Path():
+            raise BadOption("this run kept no folder, so it has no report", "a folder", 'grow(..., out="runs/NAME")')
+        return write_report(self.result.folder, out)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        """The summary as a table."""
+        cells = (
+            f'<tr><th style="text-align:left">{html.escape(name)}</th><td style="text-align:left">{html.escape(text)}'
+            "</td></tr>"
+            for name, text in self.rows().items()
+        )
+        return f"<table>{''.join(cells)}</table>"

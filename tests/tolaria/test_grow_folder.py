@@ -1,0 +1,92 @@
+"""`grow` with a folder: events, report, going on after an interruption; and how its result shows itself."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.leyline.events import Event
+from esper_core.tolaria.grow import grow
+from esper_core.tolaria.grown import Grown, Lines
+from esper_core.tolaria.model_file import load_model
+
+
+def grown(**options: Any) -> Grown:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    inputs = torch.randn(48, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(inputs, torch.arange(48) % 3), batch_size=8)
+    return grow(net, loader, loader, **{"blueprints": "conv", "epochs": 3, "lr": 0.01, "budget_params": "", **options})
+
+
+class Stop:
+    """A sink that raises the signal by which a run is asked to stop."""
+
+    inline = True
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def write(self, event: Event) -> None:
+        if event.kind == "epoch_ended" and getattr(event, "epoch", -1) == self.epoch:
+            import signal
+
+            signal.raise_signal(signal.SIGTERM)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_name_alone_is_one_blueprint_and_a_folder_holds_events_and_report(tmp_path: Path) -> None:
+    found = grown(out=str(tmp_path / "run"))
+    assert list(found.plane.candidates) == ["conv"] and found.result.folder == tmp_path / "run"
+    assert [e["kind"] for e in lines(tmp_path / "run")][-1] == "run_ended"
+    assert "Esper report" in (tmp_path / "run" / "report.html").read_text()
+    assert found.report(tmp_path / "again.html").is_file()
+    with pytest.raises(BadOption, match="complete"):
+        grown(out=str(tmp_path / "run"))
+    with pytest.raises(BadFile, match="a module of your own"):
+        load_model(tmp_path / "run")
+
+
+def test_the_same_call_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = grown(out=str(tmp_path / "whole"), checkpoint_every=1)
+    told = {"out": str(tmp_path / "cut"), "checkpoint_every": 1}
+    assert grown(**told, sinks={"stop": Stop(1)}).result.status == "interrupted"
+    with pytest.raises(BadOption, match="other options"):
+        grown(**told, epochs=4)
+    again = grown(**told)
+    assert again.result.status == "finished"
+    assert again.result.validation_loss == whole.result.validation_loss
+    for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert [e["step"] for e in lines(tmp_path / "cut")] == [e["step"] for e in lines(tmp_path / "whole")]
+
+
+def test_a_result_shows_itself_and_says_where_its_report_would_be() -> None:
+    found = grown()
+    assert "validation accuracy" in found.summary() and "parameters" in str(found)
+    assert found._repr_html_().count("<tr>") == len(found.rows())
+    with pytest.raises(BadOption, match="no folder"):
+        found.report()
+
+
+def test_progress_is_a_line_an_epoch() -> None:
+    stream = io.StringIO()
+    grown(sinks={"lines": Lines(stream)}, progress=False)
+    assert sum("epoch" in line and "validation" in line for line in stream.getvalue().splitlines()) == 3
