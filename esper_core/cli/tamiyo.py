@@ -41,7 +41,16 @@ def _training(function: Function) -> Function:
         click.option("--out", metavar="FOLDER", help="where to train  [default: runs/tamiyo-<curriculum>-<n>]"),
         click.option("--iterations", type=click.IntRange(1), metavar="N", help="overrides the curriculum's number"),
         click.option("--seed", type=click.IntRange(0), default=0, metavar="N", show_default=True,
-                     help="random seed; fixes the agent bit for bit"),
+                     help="of every draw: it fixes every bit of the agent"),
+        click.option("--backend", type=click.Choice(["stacked", "processes", "inline"]),
+                     help="what computes episodes; stacked: all worlds of one structure at once  "
+                          "[default: stacked on a GPU, else processes]"),
+        click.option("--device", default="cpu", metavar="NAME", show_default=True,
+                     help="cpu or cuda, of stacked worlds and of the learner"),
+        click.option("--worlds-at-once", type=click.IntRange(1), default=16, metavar="N", show_default=True,
+                     help="groups in one stack"),
+        click.option("--group-size", type=click.IntRange(1), metavar="N",
+                     help="environments in a group, instead of the curriculum's number"),
     ):  # fmt: skip
         function = option(function)
     return _curriculum(_workers(_shown(function)))
@@ -64,12 +73,13 @@ def tamiyo() -> None:
 @click.option("--domain", default="", metavar="NAME", help="use only worlds of this domain")
 def train(
     curriculum: str, out: str | None, iterations: int | None, seed: int, base: str | None, domain: str, workers: int,
-    quiet: bool, json_lines: bool,
+    quiet: bool, json_lines: bool, backend: str | None, device: str, worlds_at_once: int, group_size: int | None,
 ) -> None:  # fmt: skip
     """Train a core on a curriculum. It may be interrupted; `esper tamiyo resume` continues it bit for bit."""
     from esper_core.simic.learning.training import Training, new_manifest
 
-    manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain)
+    where = _where(backend, device, worlds_at_once, group_size)
+    manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain, **where)
     _carry_on(Training.start(_folder(out, curriculum), manifest, base), workers, quiet, json_lines)
 
 
@@ -91,7 +101,8 @@ def resume(folder: str, workers: int, quiet: bool, json_lines: bool) -> None:
 @click.option("--kind", default="lora", metavar="NAME", show_default=True, help="of adapter")
 def adapt(
     curriculum: str, out: str | None, iterations: int | None, seed: int, base: str, domain: str, kind: str,
-    workers: int, quiet: bool, json_lines: bool,
+    workers: int, quiet: bool, json_lines: bool, backend: str | None, device: str, worlds_at_once: int,
+    group_size: int | None,
 ) -> None:  # fmt: skip
     """Train an adapter for one domain on a frozen core; the core's own weights never move."""
     from esper_core.cli.context import current_registry
@@ -99,7 +110,8 @@ def adapt(
     from esper_core.tamiyo.learned import agent_path
 
     current_registry().find("adapter", kind)
-    manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain, adapter=kind)
+    where = _where(backend, device, worlds_at_once, group_size)
+    manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain, adapter=kind, **where)
     with agent_path(base) as path:
         training = Training.start(_folder(out, f"{curriculum}-{domain}"), manifest, path)
     _carry_on(training, workers, quiet, json_lines)
@@ -186,6 +198,17 @@ def merge(adapter: str, base: str, out: str) -> None:
     click.echo(out)
 
 
+def _where(backend: str | None, device: str, worlds_at_once: int, group_size: int | None) -> dict[str, Any]:
+    """What a manifest says of where episodes are computed; a device that is not there is refused."""
+    from esper_core.tolaria.assembly import choose_device
+
+    found = str(choose_device(device))
+    return {
+        "backend": backend or ("processes" if found == "cpu" else "stacked"), "device": found,
+        "worlds_at_once": worlds_at_once, "group_size": group_size or 0,
+    }  # fmt: skip
+
+
 def _folder(out: str | None, name: str) -> Path:
     if out:
         return Path(out)
@@ -207,6 +230,8 @@ def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -
             view.close()
             click.echo(f"resume with: esper tamiyo resume {typed(training.path)}", err=True)
             raise click.Abort from None
+    for notice in sorted(training.notices):
+        click.echo(notice, err=True)
     if not json_lines:
         click.echo(product)
 

@@ -118,8 +118,8 @@ def measure_counterfactuals(
                     scores = objective.scores(outputs, batch.targets)
                     refuse_scores(scores, len(outputs), describe_objective(objective))
                     base = base or scores
-                    moments = _moments(base, scores, objective.metric.higher_is_better)
-                    sums[mask] = sums[mask] + moments if mask in sums else moments
+                    found = moments(base, scores, objective.metric.higher_is_better)
+                    sums[mask] = sums[mask] + found if mask in sums else found
     finally:
         for module, training in modes:
             module.training = training
@@ -130,8 +130,7 @@ def measure_counterfactuals(
     worth = {}
     for path, mask in zip(chosen, leave_one_out(chosen), strict=True):
         if mask in table:
-            _, _, loss, loss_squares, score, score_squares = table[mask]
-            worth[path] = Worth(_interval(loss, loss_squares, examples), _interval(score, score_squares, examples))
+            worth[path] = worth_of(table[mask], examples)
     loss, score = means[frozenset()]
     return Measurement(loss, score, examples, worth, means, float(flops_each) * examples)
 
@@ -151,12 +150,21 @@ class _Bare(nullcontext["_Bare"]):
         yield frozenset(), self.host.forward_with_slots(inputs)
 
 
-def _moments(base: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor], higher_is_better: bool) -> Tensor:
-    """Sums over a batch: loss, score, then each paired gain of the base and its square; float64 of shape (6,)."""
+def moments(base: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor], higher_is_better: bool) -> Tensor:
+    """Sums over the examples of a batch, the last dimension: float64 (…, 6).
+
+    They are of loss, score, then each paired gain of the base and its square.
+    """
     loss_gain = (scores[0] - base[0]).double()
     score_gain = (base[1] - scores[1]).double() if higher_is_better else (scores[1] - base[1]).double()
     rows = (scores[0].double(), scores[1].double(), loss_gain, loss_gain**2, score_gain, score_gain**2)
-    return torch.stack([row.sum() for row in rows])
+    return torch.stack([row.sum(-1) for row in rows], -1)
+
+
+def worth_of(row: Sequence[float], examples: int) -> Worth:
+    """The counterfactual that sums of `moments` over so many examples tell."""
+    _, _, loss, loss_squares, score, score_squares = row
+    return Worth(_interval(loss, loss_squares, examples), _interval(score, score_squares, examples))
 
 
 def _interval(total: float, squares: float, count: int) -> Interval:

@@ -152,7 +152,7 @@ class TamiyoCore(nn.Module):
 
     def initial(self, environments: int) -> Tensor:
         """Memory before the first decision: (N, D) zeros."""
-        return torch.zeros(environments, self.config.width)
+        return torch.zeros(environments, self.config.width, device=self.op_head.weight.device)
 
     def embed_raw(self, kind: str, raw: Tensor) -> Tensor:
         """Embed the raw features (…, F) of an observation, F as in `features.TABLES[kind]`: (…, D)."""
@@ -176,6 +176,7 @@ class TamiyoCore(nn.Module):
         *,
         actions: Tensor | None = None,
         generator: torch.Generator | None = None,
+        chances: Tensor | None = None,
     ) -> Decision:
         """One decision of N environments.
 
@@ -184,10 +185,11 @@ class TamiyoCore(nn.Module):
             hidden: (N, D) memory after the decision before.
             actions: (N, K, 5) to score instead of choosing.
             generator: to sample with; without it the likeliest command is chosen.
+            chances: (N, K, 5) uniform numbers to sample by instead, so that an environment's draws are its own.
         """
         tokens, summary = self.perceive(batch)
         hidden = self.memory(summary, hidden)
-        return self.answer(batch, tokens, hidden, actions=actions, generator=generator)
+        return self.answer(batch, tokens, hidden, actions=actions, generator=generator, chances=chances)
 
     def answer(
         self,
@@ -197,10 +199,12 @@ class TamiyoCore(nn.Module):
         *,
         actions: Tensor | None = None,
         generator: torch.Generator | None = None,
+        chances: Tensor | None = None,
     ) -> Decision:
         """The heads alone, given tokens (N, S, D) and the memory (N, D) that has seen this decision."""
         heads = _Heads(self, batch, tokens, hidden, generator)
         for k in range(self.config.commands):
+            heads.chances = None if chances is None else chances[:, k]
             heads.command(None if actions is None else actions[:, k])
         value = self.value_head(hidden).squeeze(-1)
         return Decision(torch.stack(heads.rows, 1), heads.log_prob, heads.entropy, heads.asked, value, hidden)
@@ -261,15 +265,18 @@ class _Heads:
         generator: torch.Generator | None,
     ) -> None:
         self.core, self.batch, self.tokens, self.context, self.generator = core, batch, tokens, hidden, generator
-        n = len(hidden)
+        self.chances: Tensor | None = None
+        n, device = len(hidden), hidden.device
         self.rows: list[Tensor] = []
         self.log_prob = hidden.new_zeros(n)
         self.entropy = {name: hidden.new_zeros(n) for name in FIELDS}
         self.asked = {name: hidden.new_zeros(n) for name in FIELDS}
         self.legal = batch.legal  # (N, S, O)
-        self.going = torch.ones(n, dtype=torch.bool)
+        self.going = torch.ones(n, dtype=torch.bool, device=device)
         self.keys = core.slot_key(tokens)  # (N, S, D)
-        self.lanes = torch.arange(n)
+        self.lanes = torch.arange(n, device=device)
+        self.slots = torch.arange(self.legal.shape[1], device=device)
+        self.waits = torch.arange(len(OPS), device=device) == WAIT_INDEX
 
     def command(self, given: Tensor | None) -> None:
         """Choose one command for every environment that has not waited yet, or score the `given` rows (N, 5)."""
@@ -286,7 +293,7 @@ class _Heads:
         # The mean rather than the sum over legal slots, so that 64 slots do not shout louder than 3.
         wanted = pointers.masked_fill(~legal, _NEVER).logsumexp(-1) - legal.sum(-1).clamp(min=1).log()
         possible = legal.any(-1)
-        possible = possible | (torch.arange(len(OPS)) == WAIT_INDEX)
+        possible = possible | self.waits
         op_logits = core.op_head(self.context) + torch.where(possible & legal.any(-1), wanted, 0.0)
         op = self._choose("op", op_logits, possible, self.going, given)
         acting = self.going & (op != WAIT_INDEX)
@@ -310,7 +317,7 @@ class _Heads:
 
         self.rows.append(torch.stack([op, slot, blueprint, blend, tempo], -1))
         # A slot takes one command a decision, and the next command knows of this one.
-        taken = acting[:, None] & (torch.arange(self.legal.shape[1]) == slot[:, None])
+        taken = acting[:, None] & (self.slots == slot[:, None])
         self.legal = self.legal & ~taken[..., None]
         self.context = self.context + torch.where(acting[:, None], core.taken(token + core.ops(op)), 0.0)
         self.going = acting
@@ -321,6 +328,12 @@ class _Heads:
         log_probs = logits.masked_fill(~allowed, _NEVER).log_softmax(-1)
         if given is not None:
             index = given[:, FIELDS.index(head)]
+        elif self.chances is not None:
+            # in float64: a sum that ends below 1 would leave chances that no choice answers
+            below = log_probs.double().exp().cumsum(-1)
+            chance = self.chances[:, FIELDS.index(head), None].double() * below[:, -1:]
+            last = (allowed * torch.arange(1, allowed.shape[-1] + 1, device=allowed.device)).amax(-1) - 1
+            index = torch.minimum((below <= chance).sum(-1), last)
         elif self.generator is not None:
             index = torch.multinomial(log_probs.exp(), 1, generator=self.generator).squeeze(-1)
         else:

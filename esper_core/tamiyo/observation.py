@@ -117,6 +117,10 @@ class ObservationBatch:
     present: Tensor
     blend_present: Tensor
 
+    def to(self, device: object) -> ObservationBatch:
+        """The same on a device."""
+        return ObservationBatch(*(t.to(device) for t in attrs.astuple(self, recurse=False)))  # type: ignore[call-overload]
+
 
 def collate(observations: Sequence[Observation]) -> ObservationBatch:
     """Pad and stack; a padded entry is never legal."""

@@ -37,7 +37,7 @@ from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.nissa.trees import tree_readings
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
-from esper_core.tolaria.finite import find_not_finite, model_is_finite
+from esper_core.tolaria.finite import find_not_finite
 from esper_core.tolaria.governor import Alarm, Governor
 from esper_core.tolaria.inquest import answer_alarm, auditors, withering
 from esper_core.tolaria.measuring import measure
@@ -180,12 +180,34 @@ class Tolaria:
         changes = self.plane.step()
         if changes:
             self.optimizer.check(self.plane)
+        self.look()
+
+    def look(self) -> None:
+        """After a step, where it is time: show the governor the losses since the last time, or take a snapshot.
+
+        Raises:
+            RunFailed: unrecoverable; the model is back in its last good state.
+        """
         if self.clock.step % self.governor.config.check_every == 0 or self._waiting == len(self._losses):
             alarm = self._drain()
             if alarm is not None:
-                answer_alarm(self, alarm)
+                self.respond(alarm)
             elif self.clock.step - self.snapshot.step >= self.governor.config.snapshot_every:
                 self.keep()
+
+    def _not_finite(self) -> list[str]:
+        return find_not_finite(self.plane)
+
+    def _is_finite(self) -> bool:
+        return all(path and STAGES[self.plane.growths[path].stage].isolated for path in self._not_finite())
+
+    def respond(self, alarm: Alarm) -> None:
+        """Remove the seed behind `alarm`, accept a new level of the loss, or roll back; see `inquest.answer`.
+
+        Raises:
+            RunFailed: unrecoverable.
+        """
+        answer_alarm(self, alarm)
 
     def decide(self, batches: Iterable[Batch], epoch: float) -> Measurement:
         """One decision step: measure, ask the controller, and carry out its legal commands.
@@ -212,7 +234,7 @@ class Tolaria:
         commands: list[Command] = []
         view, note = None, ""
         if alarm is not None:
-            answer_alarm(self, alarm)
+            self.respond(alarm)
         else:
             self.plane.decide()
             self.keep()
@@ -309,7 +331,7 @@ class Tolaria:
         """
         if self.governor.settling(self.clock.step) and self.snapshot.step >= 0:
             return
-        if not withering(self) and self.governor.calm() and model_is_finite(self.plane):
+        if not withering(self) and self.governor.calm() and self._is_finite():
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
 
     def read_host(self, batch: Batch) -> None:
@@ -373,7 +395,7 @@ class Tolaria:
 
     def _check_parameters(self) -> Alarm | None:
         """Cull isolated seeds that are not finite; the host or a seed that contributes is an alarm."""
-        sick = find_not_finite(self.plane)
+        sick = self._not_finite()
         isolated = [path for path in sick if path and STAGES[self.plane.growths[path].stage].isolated]
         for path in isolated:
             self.remove_seed(path, "its parameters are not finite")

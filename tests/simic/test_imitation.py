@@ -95,7 +95,7 @@ def test_imitation_learns_what_was_demonstrated() -> None:
 def test_a_demonstration_carries_out_what_it_writes() -> None:
     plan = parse_curriculum(TOML, "tiny")
     _, run = plan.draw(0, 0, 0)
-    played, outcomes = demonstrate({}, plan.imitation, 4, run, 2, group_number=5)
+    ((played, outcomes),) = demonstrate({}, plan.imitation, 4, [run], 2, [5])
     assert [e.group for e in played] == [5, 5] and all(len(e.rewards) == 7 for e in played)
     for episode, outcome in zip(played, outcomes, strict=True):
         written = sum(OPS[row[0]] is not Op.WAIT for rows in episode.actions for row in rows)

@@ -208,3 +208,18 @@ def test_the_group_baseline_is_what_the_others_got() -> None:
     found = ppo.relative(own, [0, 0, 0, 1])
     assert found[0].tolist() == [1 - 2.5, 2 - 2, 3 - 1] and found[1].tolist() == [0 - 3, 4 - 1]
     assert found[2].tolist() == [5 - 0.5, 0 - 3, 1 - 3] and found[3].tolist() == [7.0]  # alone: nothing to compare
+
+
+def test_a_minibatch_scored_together_has_the_gradient_of_its_episodes() -> None:
+    core, rng = TamiyoCore(seed=0), random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    episodes = [play(core, scenes(rng, n), generator, lambda *_: rng.random()) for n in (5, 7, 5, 7, 7)]
+    merits = [np.array([rng.gauss(0, 1) for _ in e.rewards], np.float32) for e in episodes]
+    config = PPOConfig(gradient_norm=1e9, entropy_weights=(0.0,) * 5)
+    one, kl, _ = ppo._minibatch(CorePolicy(core), episodes, merits, merits, config)
+    all_, kl_all, notes = ppo._together(CorePolicy(core), episodes, merits, merits, config)
+    assert kl == pytest.approx(kl_all, abs=1e-6) and notes["dropped"] == 0.0
+    assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(one, all_, strict=True))
+    episodes[1].log_prob[:] = np.nan  # one environment's NaN stays its own
+    rest, _, notes = ppo._together(CorePolicy(core), episodes, merits, merits, config)
+    assert notes["dropped"] == 1.0 and all(bool(g.isfinite().all()) for g in rest)

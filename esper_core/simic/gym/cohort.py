@@ -41,6 +41,11 @@ class Cohort:
         for slot in trunk.plane.slots.values():
             slot.register_forward_hook(_Capture(self))
 
+    @property
+    def trunks(self) -> list[Member]:
+        """The one trunk, as a list."""
+        return [self.trunk]
+
     def step(self, batch: Batch, rate: float) -> None:
         """Trunk and members train on `batch` at the host's learning rate `rate`."""
         sharing = [m for m in self.members if m.shared and not m.failed]

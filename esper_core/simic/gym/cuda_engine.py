@@ -15,14 +15,15 @@ import contextlib
 import copy
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.blends import parse_blend
+from esper_core.kasmina.counterfactual import moments
 from esper_core.kasmina.growth import StageChange
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.slot import Mode
@@ -30,12 +31,18 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch, HostProtocol
 from esper_core.leyline.objective import Objective
-from esper_core.simic.gym.stacked_slots import Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
+from esper_core.simic.gym.stacked_frames import Frame
+from esper_core.simic.gym.stacked_sensors import StackedSensors
+from esper_core.simic.gym.stacked_slots import Bucket, Course, Flags, LaneCall, Point, StackedConvolution, vmapped
 from esper_core.simic.gym.stacks import BLEND, Arena, Stack, StackedAdamW, StackedOptimizer
 
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 _Place = tuple[int, str]
 _ADAMW = StackedAdamW()
+_WARM: Final = 3
+"""Steps of one shape that are computed before they are captured."""
+_ROWS: Final = 1 << 18
+"""Examples of all environments and masks together in one pass over the validation split."""
 
 
 class _HostCall(nn.Module):
@@ -51,8 +58,14 @@ class _HostCall(nn.Module):
 
 @attrs.frozen
 class _Carried:
-    """What a lane takes along when it moves: the optimizer's moments by parameter name, its ages and its proxy sums."""
+    """What a lane takes along when it moves.
 
+    Attributes:
+        weights: parameters and buffers by name. moments: the optimizer's by parameter name. age: its optimizer steps.
+        proxies: its proxy sums.
+    """
+
+    weights: dict[str, Tensor]
     moments: dict[str, tuple[Tensor, Tensor]]
     age: Tensor
     proxies: Tensor
@@ -89,6 +102,12 @@ class StackedPopulation:
         precision: float32, or bfloat16 for autocast. Weights stay float32, or float64 where the hosts' are.
         capture: whether to capture graphs; None: on CUDA.
         history: steps of losses kept on the device.
+        sees: which of a step's batches each environment trains on; empty: there is one for all.
+
+    Attributes:
+        losses: (history, N) on the device; step t's are at t % history.
+        live: called with the number of steps that planes have not lived through yet; by default it steps them.
+        rows: (N, points) row of each seed among all lanes, plus one; 0 where a slot is empty.
 
     Raises:
         EsperError: hosts of different structure, or planes that stack seeds at a point.
@@ -106,6 +125,7 @@ class StackedPopulation:
         precision: torch.dtype = torch.float32,
         capture: bool | None = None,
         history: int = 256,
+        sees: Sequence[int] = (),
     ) -> None:
         for plane in planes:
             if signature(plane) != signature(planes[0]):
@@ -117,11 +137,20 @@ class StackedPopulation:
         self.capture = self.device.type == "cuda" if capture is None else capture
         self.learning_rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self.losses = torch.zeros(history, len(planes), device=self.device)
+        self.sees = torch.tensor(sees, device=self.device) if sees else None
+        self.cautions = [1.0] * len(planes)
+        self.live: Callable[[int], None] = self._step_planes
+        self.sensors: StackedSensors | None = None
         self._cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.steps = self._unsynced = 0
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Batch]] = {}
+        self._warm: Counter[Any] = Counter()
+        self._side = torch.cuda.Stream(self.device) if self.capture else None  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle() if self.capture else None  # type: ignore[no-untyped-call]
         self._lanes: dict[_Place, tuple[Bucket, int]] = {}
         self._changed: dict[_Place, None] = {}
+        self._births: dict[_Place, int] = {}
+        self._frame: Frame | None = None
 
         skeleton = copy.deepcopy(planes[0]).host  # computes for all; its own weights are never used
         skeleton.module.to(self.device)
@@ -130,6 +159,7 @@ class StackedPopulation:
             skeleton.unregister_slot(path)
             self.points[path] = Point(len(planes), self.device)
             skeleton.register_slot(path, self.points[path])
+        self.rows = torch.zeros(len(planes), len(self.points), dtype=torch.int64, device=self.device)
         self.hosts = Stack(_HostCall(skeleton), len(planes), self.device, seed=False)
         wide = functools.reduce(torch.promote_types, (p.dtype for p in skeleton.module.parameters()), torch.float32)
         self.arena, self.flags = Arena(optimizer, self.device, wide), Flags.make(0, 1, self.device)
@@ -146,65 +176,95 @@ class StackedPopulation:
 
     # --- The per-batch path: nothing waits for the device ---
 
-    def step(self, batch: Batch, learning_rate: float) -> None:
-        """Every environment trains on `batch`; losses land in `losses[step % history]` (N,) on the device."""
+    def step(self, batches: Batch | Sequence[Batch], learning_rate: float, *, sample: bool = False) -> None:
+        """Every environment trains on its batch; losses land in `losses[step % history]` (N,) on the device.
+
+        Args:
+            batches: one for all, or one for each number in `sees`, all of one shape.
+            sample: let `sensors` take in this step.
+        """
+        if self._changed:
+            self._settle()
+        self._frame = None
+        batch = batches if isinstance(batches, Batch) else stacked(batches)
         self.learning_rate.fill_(learning_rate)
-        if self.capture:
-            key = tuple((tuple(t.shape), t.dtype) for t in batch.tensors())
+        key = (sample, *((tuple(t.shape), t.dtype) for t in batch.tensors()))
+        if not self.capture:
+            self._advance(batch.to(self.device, non_blocking=True), sample)
+        elif self._warm[key] < _WARM:  # libraries choose their kernels before the capture, on a stream of its own
+            self._warm[key] += 1
+            assert self._side is not None
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
+                self._advance(batch.to(self.device, non_blocking=True), sample)
+            torch.cuda.current_stream().wait_stream(self._side)
+        else:
             if key not in self._graphs:
-                self._graphs[key] = self._record(batch)
+                self._graphs[key] = self._record(batch, sample)
             graph, static = self._graphs[key]
             for target, source in zip(static.tensors(), batch.tensors(), strict=True):
                 target.copy_(source, non_blocking=True)
             graph.replay()
-        else:
-            self._advance(batch.to(self.device, non_blocking=True))
         self.steps += 1
         self._unsynced += 1
 
-    def _advance(self, batch: Batch) -> None:
-        losses = self._loss(self.logits(batch.inputs), batch.targets)
-        gradients = torch.autograd.grad(losses.sum(), self.arena.leaves, materialize_grads=True)
-        self.arena.step(gradients, self.learning_rate)
+    def _advance(self, batch: Batch, sample: bool) -> None:
+        for point in self.points.values():
+            point.sensing = sample
+        inputs, targets, shared = self._lanes_of(batch)
+        losses = self._loss(self.logits(inputs, shared=shared), targets, shared=shared)
+        for point in self.points.values():
+            point.sensing = False
+        arena = self.arena
+        gradient = torch.cat(
+            [
+                (torch.zeros_like(leaf) if g is None else g).reshape(-1)
+                for g, leaf in zip(
+                    torch.autograd.grad(losses.sum(), arena.leaves, allow_unused=True), arena.leaves, strict=True
+                )
+            ]
+        )
+        norms = before = None
+        if sample and self.sensors is not None:
+            norms, before = arena.lane_norms(gradient), arena.theta.detach().clone()
+            self.sensors.fold(norms)
+        arena.step(gradient, self.learning_rate, norms=norms, still=self.flags.isolated)
         with torch.no_grad():
+            if before is not None and self.sensors is not None:
+                self.sensors.moved(arena.lane_norms(arena.theta - before), arena.lane_norms(before))
             self.flags.advance()
-            self.losses.index_copy_(0, self._cursor, losses.detach()[None])
+            self.losses.index_copy_(0, self._cursor, losses.detach()[None].to(self.losses.dtype))
             self._cursor.add_(1).remainder_(len(self.losses))
 
-    def logits(self, inputs: Inputs) -> Tensor:
-        """(N, B, …, classes) of all environments."""
+    def _lanes_of(self, batch: Batch) -> tuple[Inputs, Tensor, bool]:
+        """Inputs and targets as environments see them, and whether all see the same."""
+        if self.sees is None:
+            return batch.inputs, batch.targets, True
+        mine = batch.map(lambda t: t.index_select(0, self.sees))  # type: ignore[arg-type]
+        return mine.inputs, mine.targets, False
+
+    def logits(self, inputs: Inputs, *, shared: bool = True) -> Tensor:
+        """(N, B, …, classes) of all environments. `shared`: inputs are one batch; else they have N first."""
         with contextlib.ExitStack() as modes:
             if self.convolution == "patches":
                 modes.enter_context(StackedConvolution())
             if self.precision is not torch.float32:
                 modes.enter_context(torch.autocast(self.device.type, self.precision, cache_enabled=False))
-            logits: Tensor = vmapped(self.hosts)(inputs, shared=True)
+            logits: Tensor = vmapped(self.hosts)(inputs, shared=shared)
         return logits
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, *, shared: bool = True) -> Tensor:
         """Training loss (N,) of each environment; their sum's gradient keeps them apart."""
-        losses: Tensor = torch.vmap(self.objective.loss, in_dims=(0, None))(logits, targets)
+        losses: Tensor = torch.vmap(self.objective.loss, in_dims=(0, None if shared else 0))(logits, targets)
         return losses
 
-    def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        """Capture forward, backward, optimizer and ramps for batches shaped like this one; weights stay as they are."""
+    def _record(self, batch: Batch, sample: bool) -> tuple[torch.cuda.CUDAGraph, Batch]:
+        """Capture forward, backward, optimizer and ramps for batches shaped like this one; nothing is computed."""
         static = batch.to(self.device, non_blocking=True, copy=True)
-        arena = self.arena
-        state = [arena.theta, arena.momentum, arena.square, arena.age, self.losses, self._cursor]
-        state += [t for s in arena.stacks for t in s.buffers.values()] + list(attrs.astuple(self.flags, recurse=False))
-        saved = [t.detach().clone() for t in state]
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries choose their kernels before the capture
-                self._advance(static)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance(static)
-        with torch.no_grad():
-            for tensor, value in zip(state, saved, strict=True):
-                tensor.copy_(value)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
+            self._advance(static, sample)
         return graph, static
 
     # --- Decisions ---
@@ -216,12 +276,34 @@ class StackedPopulation:
         self._settle()
 
     def synchronise(self) -> None:
-        """Advance every plane by the optimizer steps since the last call."""
-        for _ in range(self._unsynced):
+        """Let every plane live through the steps that its weights have taken since the last time."""
+        steps, self._unsynced = self._unsynced, 0
+        if steps:
+            self.live(steps)
+        self._settle()
+
+    def _step_planes(self, steps: int) -> None:
+        for _ in range(steps):
             for plane in self.planes:
                 plane.step()
-        self._unsynced = 0
-        self._settle()
+
+    def recent(self, steps: int) -> list[list[float]]:
+        """Losses of the last `steps` steps, one list of N each. Waits for the device."""
+        rows = [(self.steps - steps + i) % len(self.losses) for i in range(steps)]
+        found: list[list[float]] = self.losses[rows].tolist()
+        return found
+
+    def be_careful(self, k: int, factor: float) -> None:
+        """Multiply every learning rate in environment k by `factor` from now on; it is no product with earlier ones."""
+        if self.cautions[k] != factor:
+            self.cautions[k] = factor
+            self._set_rates()
+
+    def _set_rates(self) -> None:
+        owner = {row: k for k, row in enumerate(range(self.hosts.start, self.hosts.start + len(self.planes)))}
+        owner |= {bucket.stack.start + lane: k for (k, _), (bucket, lane) in self._lanes.items()}
+        factors = [self.cautions[owner[row]] if row in owner else 1.0 for row in range(len(self.arena.rate))]
+        self.arena.rate.copy_(self.arena.base_rate * torch.tensor(factors, dtype=torch.float64, device=self.device))
 
     def decide(self) -> None:
         """At every decision step: seeds' own losses into the planes, ages and embargoes on. Waits for the device."""
@@ -245,14 +327,56 @@ class StackedPopulation:
         if muted:
             self.points[muted].muted = True
         for batch in batches:
-            moved = batch.to(self.device, non_blocking=True)
-            scores = [self.objective.scores(each, moved.targets) for each in self.logits(moved.inputs)]
-            losses.append(torch.stack([s[0] for s in scores]))
-            hits.append(torch.stack([s[1] for s in scores]))
+            loss, score = self._scores(batch.to(self.device, non_blocking=True))
+            losses.append(loss)
+            hits.append(score)
         if muted:
             self.points[muted].muted = False
         self._train(True)
         return torch.cat(losses, 1), torch.cat(hits, 1)
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch], paths: Sequence[str]) -> Tensor:
+        """Sums over validation batches as the model is and without the slot at each of `paths`: (N, 1 + paths, 6).
+
+        The columns are those of `kasmina.counterfactual.moments`, float64. Waits for nothing.
+        """
+        if self._changed:
+            self._settle()
+        total, higher = torch.zeros((), dtype=torch.float64), self.objective.metric.higher_is_better
+        self._train(False)
+        try:
+            for batch in batches:
+                size = batch.targets.shape[0 if self.sees is None else 1]
+                each = max(1, _ROWS // (size * len(self.planes)))  # masks in one pass
+                found = [self._masked(batch, size, paths[i : i + each], first=i == 0)
+                         for i in range(0, max(1, len(paths)), each)]  # fmt: skip
+                loss, score = (torch.cat(parts, 1) for parts in zip(*found, strict=True))  # (N, 1 + paths, B)
+                total = total.to(loss.device) + moments((loss[:, :1], score[:, :1]), (loss, score), higher)
+        finally:
+            self._train(True)
+        return total
+
+    def _masked(self, batch: Batch, size: int, paths: Sequence[str], *, first: bool) -> tuple[Tensor, Tensor]:
+        """Losses and metrics (N, masks, B): as the model is, if `first`, and without the slot at each of `paths`."""
+        count, axis = first + len(paths), 0 if self.sees is None else 1
+        for i, path in enumerate(paths):
+            self.points[path].muted = slice((first + i) * size, (first + i + 1) * size)
+        try:
+            many = batch.map(lambda t: torch.cat([t] * count, axis)) if count > 1 else batch
+            loss, score = self._scores(many)
+        finally:
+            for path in paths:
+                self.points[path].muted = False
+        return loss.unflatten(1, (count, size)), score.unflatten(1, (count, size))
+
+    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs, targets, shared = self._lanes_of(batch)
+        logits = self.logits(inputs, shared=shared)
+        answers: tuple[Tensor, Tensor] = torch.vmap(self.objective.scores, in_dims=(0, None if shared else 0))(
+            logits, targets
+        )
+        return answers
 
     def _train(self, mode: bool) -> None:
         for stack in self.arena.stacks:
@@ -267,10 +391,51 @@ class StackedPopulation:
                 bucket.stack.read(lane, LaneCall(self.planes[k].slots[path]))
         return self.planes[k]
 
+    def sick(self, *, settle: bool = True) -> list[set[str]]:
+        """For each environment, where weights are not finite: the paths of seeds, and the empty path for the host."""
+        if settle:
+            self._settle()
+        fine = self.arena.finite_lanes().tolist()
+        found: list[set[str]] = [set() if fine[self.hosts.start + k] else {""} for k in range(len(self.planes))]
+        for (k, path), (bucket, lane) in self._lanes.items():
+            if not fine[bucket.stack.start + lane]:
+                found[k].add(path)
+        return found
+
+    # --- Frames ---
+
+    def frame(self) -> Frame:
+        """The state of all environments as it is now; one copy for whoever asks before the next step."""
+        if self._frame is None:
+            self._frame = Frame.take(self.arena, self.hosts, self._lanes, self.flags.proxies)
+        return self._frame
+
+    @torch.no_grad()
+    def restore(self, k: int, frame: Frame) -> None:
+        """Give environment k what `frame` has of it. Its plane has been rebuilt, and says which seeds there are."""
+        self._changed |= {(k, path): None for path in self.points}
+        self._settle()
+        frame.load(self.arena, self.hosts, k, self.hosts, k)
+        for (environment, path), (bucket, lane) in self._lanes.items():
+            found = frame.lanes.get((environment, path))
+            if environment == k and found is not None:
+                frame.load(self.arena, found[0].stack, found[1], bucket.stack, lane)
+                self.flags.proxies[bucket.stack.start + lane] = frame.proxies[frame.row(*found)]
+        self._frame = None
+
+    def count_births(self, k: int) -> None:
+        """Environment k's seeds are those whose lanes they have, whatever births were counted since."""
+        for (environment, path), born in self._births.items():
+            if environment == k and (environment, path) in self._lanes:
+                self._births[environment, path] = max(born, self.planes[k].growths[path].births)
+
     # --- Lanes ---
 
     def _settle(self) -> None:
         """Make the device agree with what the planes say of the slots that changed."""
+        if not self._changed:
+            return
+        self._frame = None
         carried: dict[_Place, _Carried] = {}
         places = list(self._changed)
         self._changed.clear()
@@ -278,8 +443,11 @@ class StackedPopulation:
             k, path = place
             held = self._lanes.get(place)
             home = self.points[path].buckets.get(self._key(k, path)) if self.planes[k].slots[path].seed else None
-            if held is not None and held[0] is not home:
-                carried[place] = self._take_out(place)
+            born = self.planes[k].growths[path].births
+            if held is not None and (held[0] is not home or self._births[place] != born):
+                taken = self._take_out(place)
+                if self._births.pop(place) == born:
+                    carried[place] = taken
         wanted = Counter(
             (path, self._key(k, path))
             for k, path in places
@@ -290,11 +458,24 @@ class StackedPopulation:
             if bucket is None or len(bucket.stack.free) < count:
                 self._regroup(carried)
                 return
-        for place in places:
-            if self.planes[place[0]].slots[place[1]].seed is not None:
-                if place not in self._lanes:
-                    self._put_in(place, carried.get(place))
-                self._flag(place)
+        grown = [place for place in places if self.planes[place[0]].slots[place[1]].seed is not None]
+        for place in grown:
+            if place not in self._lanes:
+                self._put_in(place, carried.get(place))
+        self._publish(grown, {path for _, path in places})
+
+    def _publish(self, places: Sequence[_Place], paths: Iterable[str]) -> None:
+        """Tell the device of the lanes at `places`, and of who is served where at the points `paths`."""
+        if places:
+            self.flags.set([self._course(place) for place in places])
+        for path in paths:
+            self.points[path].publish()
+        rows = [[0] * len(self.points) for _ in self.planes]
+        columns = {path: i for i, path in enumerate(self.points)}
+        for (k, path), (bucket, lane) in self._lanes.items():
+            rows[k][columns[path]] = bucket.stack.start + lane + 1
+        self.rows.copy_(torch.tensor(rows, dtype=torch.int64))
+        self._set_rates()
 
     def _regroup(self, carried: dict[_Place, _Carried] | None = None) -> None:
         """Make buckets of the right sizes for all seeds, and move every seed into its new lane."""
@@ -316,9 +497,12 @@ class StackedPopulation:
         for path, point in self.points.items():
             point.rebuild(stacks[path], self.flags)
         self._graphs.clear()
+        self._warm.clear()
+        if self.sensors is not None:
+            self.sensors.resize()
         for place in places:
             self._put_in(place, carried.get(place))
-            self._flag(place)
+        self._publish(places, self.points)
 
     def _key(self, k: int, path: str) -> str:
         """What seeds must share to be one bucket at a point."""
@@ -327,30 +511,40 @@ class StackedPopulation:
 
     @torch.no_grad()
     def _take_out(self, place: _Place) -> _Carried:
-        """Free the lane at `place`; its weights go back into the plane's seed, if that is still there."""
+        """Free the lane at `place`; what it holds goes with the seed, if that is still there."""
         bucket, lane = self._lanes.pop(place)
         k, path = place
-        slot, row, same = self.planes[k].slots[path], bucket.stack.start + lane, False
-        if slot.seed is not None:
+        row, same = bucket.stack.start + lane, False
+        if self.planes[k].slots[path].seed is not None:
             same = self.points[path].buckets.get(self._key(k, path)) is bucket
-            bucket.stack.read(lane, LaneCall(slot), only="" if same else "seed.")
-        moments, age = self.arena.moments(bucket.stack, lane), self.arena.age[row].clone()
+        known = {n: t for n, t in bucket.stack.tensors().items() if same or not n.startswith(BLEND)}
+        weights = {n: t[lane].clone() for n, t in known.items()}
+        moments = self.arena.moments(bucket.stack, lane)
         moments = {n: (a.clone(), b.clone()) for n, (a, b) in moments.items() if same or not n.startswith(BLEND)}
+        age = self.arena.age[row].clone()
         age[1] *= same  # a new blend has parameters of its own
         bucket.stack.free.append(lane)
-        self.points[path].select[k] = k
-        return _Carried(moments, age, self.flags.proxies[row].clone())
+        self.points[path].answer[k] = k
+        return _Carried(weights, moments, age, self.flags.proxies[row].clone())
 
     @torch.no_grad()
     def _put_in(self, place: _Place, carried: _Carried | None) -> None:
-        """Give the seed at `place` a lane of its bucket, with the moments that it brings along."""
+        """Give the seed at `place` a lane of its bucket, with what it brings along."""
         k, path = place
         bucket = self.points[path].buckets[self._key(k, path)]
         lane = bucket.stack.free.pop()
-        bucket.stack.write(lane, LaneCall(self.planes[k].slots[path]))
-        self.points[path].of[bucket.offset + lane] = k
-        self.points[path].select[k] = len(self.planes) + bucket.offset + lane
+        if carried is None or carried.weights.keys() != bucket.stack.tensors().keys():
+            bucket.stack.write(lane, LaneCall(self.planes[k].slots[path]))
+        for name, tensor in bucket.stack.tensors().items():
+            if carried is not None and name in carried.weights:
+                tensor[lane].copy_(carried.weights[name])
+        self.points[path].serves[bucket.offset + lane] = k
+        self.points[path].answer[k] = len(self.planes) + bucket.offset + lane
         self._lanes[place] = (bucket, lane)
+        born = self.planes[k].growths[path].births
+        if self.sensors is not None and (carried is None or self._births.get(place, born) != born):
+            self.sensors.forget(k, list(self.points).index(path))
+        self._births[place] = born
         row = bucket.stack.start + lane
         for name, (momentum, square) in self.arena.moments(bucket.stack, lane).items():
             known = carried.moments.get(name) if carried else None
@@ -359,9 +553,8 @@ class StackedPopulation:
         self.arena.age[row] = carried.age if carried else 0.0
         self.flags.proxies[row] = carried.proxies if carried else 0.0
 
-    @torch.no_grad()
-    def _flag(self, place: _Place) -> None:
-        """Set mode and ramp of the lane at `place`: alpha after 0, 1, … steps as the plane will compute it."""
+    def _course(self, place: _Place) -> Course:
+        """Mode and ramp of the lane at `place`: alpha after 0, 1, … steps as the plane will compute it."""
         k, path = place
         plane, growth, slot = self.planes[k], self.planes[k].growths[path], self.planes[k].slots[path]
         bucket, lane = self._lanes[place]
@@ -372,4 +565,10 @@ class StackedPopulation:
             span = growth.ramp_target - growth.ramp_start
             alphas = [growth.ramp_start + span * curve(min(1.0, i / growth.ramp_steps)) for i in range(length)]
         position = growth.ramp_done if growth.ramping else length - 1
-        self.flags.set(row, isolated=slot.mode is Mode.ISOLATED, alphas=alphas, position=position)
+        return Course(row, slot.mode is Mode.ISOLATED, alphas, position)
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Batches of one shape as one whose tensors have their number first."""
+    parts = iter(zip(*(b.tensors() for b in batches), strict=True))
+    return batches[0].map(lambda _: torch.stack(next(parts)))

@@ -7,24 +7,33 @@ be computed once while they are equal (`simic.gym.cohort`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
 
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import BadOption
+from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.host import Batch, TaskProtocol
 from esper_core.leyline.outcome import RewardTerm, StepOutcome
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
+from esper_core.nissa.sensors import SensorArray
 from esper_core.registry import Registry
 from esper_core.simic.gym.cohort import Cohort
 from esper_core.simic.gym.member import LentSensors, LentTolaria, Member, Puppet
 from esper_core.simic.gym.reward import OutcomeMeter, Standing, compute_shaped_reward, slot_credits
+from esper_core.simic.gym.stacked_cohort import StackedCohort
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.setup import Setup, set_up
+
+Rewards = Mapping[str, tuple[RewardTerm, float]]
+
+
+def _lent_sensors(plane: Plane, every: int) -> SensorArray:
+    return LentSensors(plane, every=every)
 
 
 @attrs.frozen
@@ -62,20 +71,29 @@ class Ground:
         """Decision steps of the whole run; the last one, at its end, has no effect."""
         return self.setup.timetable.decisions
 
-    def member(self) -> Member:
-        """A fresh environment."""
+    def member(
+        self,
+        kind: type[Member] = Member,
+        watcher: type[LentTolaria] = LentTolaria,
+        sensors: Callable[[Plane, int], SensorArray] = _lent_sensors,
+    ) -> Member:
+        """A fresh environment.
+
+        Args:
+            kind, watcher: its classes. sensors: maps its plane and a sampling interval to its sensors.
+        """
         setup = attrs.evolve(self.setup, plane=copy.deepcopy(self.setup.plane))
         config, plane, optimizer = setup.config, setup.plane, setup.build_optimizer()
         every = setup.timetable.sensor_interval(assembly.part_config(config, "sensors", assembly.SensorConfig).every)
-        tolaria = LentTolaria(
+        tolaria = watcher(
             plane, optimizer, Puppet(), setup.build_governor(), setup.objective, decisions=self.decisions,
-            epochs=config.epochs, sensors=LentSensors(plane, every=every),
+            epochs=config.epochs, sensors=sensors(plane, every),
         )  # fmt: skip
         outer = torch.get_rng_state()
         torch.manual_seed(config.seed)
         random = torch.get_rng_state()
         torch.set_rng_state(outer)
-        return Member(tolaria, setup.build_step(plane, optimizer, watch=tolaria.after_backward), random)
+        return kind(tolaria, setup.build_step(plane, optimizer, watch=tolaria.after_backward), random)
 
     def batches(self) -> Iterator[tuple[Batch, float, float, bool]]:
         """Every batch of the run with its learning rate, epochs done after it, and whether a decision is due then."""
@@ -122,41 +140,81 @@ class Paid:
 
 
 class EpisodeGroup:
-    """N environments through one episode. `advance`, then `act` for each, until `done`.
+    """Groups of environments through one episode. `advance`, then `act` for each, until `done`.
 
     Args:
-        ground: what they start from.
-        size: N.
-        rewards: term and weight by name.
+        grounds: what they start from; several only on a device, where they are computed as one.
+        size: environments in each group.
+        rewards: term and weight by name; or for each group.
         share: whether to share hosts; the figures are the same without, only slower.
+        device: stack all environments on this device; None: one after the other on the CPU.
+
+    Raises:
+        EsperError: the hosts cannot be stacked.
     """
 
     def __init__(
-        self, ground: Ground, size: int, rewards: Mapping[str, tuple[RewardTerm, float]], *, share: bool = True
+        self,
+        grounds: Ground | Sequence[Ground],
+        size: int,
+        rewards: Rewards | Sequence[Rewards],
+        *,
+        share: bool = True,
+        device: str | torch.device | None = None,
     ) -> None:
-        self.ground, self.done = ground, False
-        self.terms = {name: term for name, (term, _) in rewards.items()}
-        self.weights = {name: weight for name, (_, weight) in rewards.items()}
-        self.cohort = Cohort(ground.member(), [ground.member() for _ in range(size)], share=share)
+        self.grounds = [grounds] if isinstance(grounds, Ground) else list(grounds)
+        self.ground, self.size, self.done = self.grounds[0], size, False
+        self.rewards = [rewards] * len(self.grounds) if isinstance(rewards, Mapping) else list(rewards)
+        self.cohort: Cohort | StackedCohort
+        if device is not None:
+            self.cohort = StackedCohort(self.grounds, size, device=device)
+        elif len(self.grounds) == 1:
+            self.cohort = Cohort(self.ground.member(), [self.ground.member() for _ in range(size)], share=share)
+        else:
+            raise EsperError(f"{len(self.grounds)} groups without a device", "one EpisodeGroup a group")
         self.steps = 0
-        self._batches, self._validation = ground.batches(), ground.validation()
-        metric = ground.setup.objective.metric
-        self._accounts = [_Account(OutcomeMeter(metric=metric)) for _ in range(size)]
+        self._batches = [ground.batches() for ground in self.grounds]
+        self._validation = [ground.validation() for ground in self.grounds]
+        metric = self.ground.setup.objective.metric
+        self._accounts = [_Account(OutcomeMeter(metric=metric)) for _ in self.cohort.members]
         self._decision = 0
 
     def advance(self) -> tuple[list[RunView], list[Paid]]:
-        """Train up to the next decision; returns the views and rewards of all environments."""
+        """Train up to the next decision; what every environment sees there, and what the time until there paid.
+
+        Raises:
+            RunFailed: every group's host fails without any growth.
+        """
         epoch = 0.0
-        for batch, rate, epoch, due in self._batches:  # noqa: B007 - where the last batch stood is used below
-            self.cohort.step(batch, rate)
+        for rows in zip(*self._batches, strict=True):
+            _, rate, epoch, due = rows[0]
+            if isinstance(self.cohort, StackedCohort):
+                self.cohort.step([row[0] for row in rows], rate)
+            else:
+                self.cohort.step(rows[0][0], rate)
             self.steps += 1
             if due:
                 break
         self._decision += 1
         self.done = self._decision >= self.ground.decisions
-        views = self.cohort.observe(self._validation, epoch)
-        twin = self._standing(self.cohort.trunk)
-        return views, [self._pay(k, twin) for k in range(len(self._accounts))]
+        if isinstance(self.cohort, StackedCohort):
+            views = self.cohort.observe(self._validation, epoch)
+        else:
+            views = self.cohort.observe(self._validation[0], epoch)
+        return views, [self._pay(k) for k in range(len(self._accounts))]
+
+    def group_of(self, k: int) -> int:
+        """The group of environment k."""
+        return k // self.size
+
+    def twin(self, k: int) -> Member:
+        """The WAIT twin of environment k."""
+        return self.cohort.trunks[self.group_of(k)]
+
+    @property
+    def broken(self) -> set[int]:
+        """Groups whose host fails without any growth, so that nothing is to be learnt there."""
+        return self.cohort.broken if isinstance(self.cohort, StackedCohort) else set()
 
     def act(self, k: int, commands: Sequence[Command]) -> list[Command]:
         """Carry out the legal ones of `commands` in environment k."""
@@ -171,15 +229,17 @@ class EpisodeGroup:
         assert measured is not None
         return Standing(measured.loss, measured.score, ledger.excess_params_ratio, ledger.excess_flops_ratio)
 
-    def _pay(self, k: int, twin: Standing) -> Paid:
-        member, account = self.cohort.members[k], self._accounts[k]
+    def _pay(self, k: int) -> Paid:
+        member, account, rewards = self.cohort.members[k], self._accounts[k], self.rewards[self.group_of(k)]
         worth = {path: w.loss.mean for path, w in member.measured.worth.items()} if member.measured else {}
         gone = {p: v for p, v in account.removed.items() if member.plane.slots[p].seed is None}
         account.removed = {p: v for p, v in account.removed.items() if p not in gone}
         outcome = account.meter.measure(
-            self._standing(member), twin, slot_gains=slot_credits(account.credited, worth), churn=gone,
-            deaths=member.deaths(), final=self.done,
+            self._standing(member), self._standing(self.twin(k)), slot_gains=slot_credits(account.credited, worth),
+            churn=gone, deaths=member.deaths(), final=self.done,
         )  # fmt: skip
         account.credited = worth
-        reward, components = compute_shaped_reward(outcome, self.terms, self.weights)
+        terms = {name: term for name, (term, _) in rewards.items()}
+        weights = {name: weight for name, (_, weight) in rewards.items()}
+        reward, components = compute_shaped_reward(outcome, terms, weights)
         return Paid(reward, components, outcome)

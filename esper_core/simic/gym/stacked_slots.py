@@ -6,7 +6,8 @@ Shapes: N environments, C lanes of a bucket, L lanes of all stacks, B examples o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -26,7 +27,7 @@ _FIRST_BATCHES = 2
 
 
 def vmapped(stack: Stack) -> Callable[..., Any]:
-    """`stack`'s template over its lanes. Arguments have a lane dimension first, or are `shared` by all lanes."""
+    """`stack`'s template over its lanes. Tensors in arguments have a lane dimension first, or are `shared` by all."""
 
     def call(*args: Any, shared: bool = False) -> Any:
         def one(params: dict[str, Tensor], buffers: dict[str, Tensor], *mine: Any) -> Any:
@@ -95,6 +96,27 @@ class _Answer(torch.autograd.Function):
         )
 
 
+class _Feel(torch.autograd.Function):
+    """Identity at the end of a point; backward, notes what every environment's slot feels in `felt` (N, 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, h: Tensor, dim: int, felt: Tensor) -> Tensor:
+        exact = torch.promote_types(h.dtype, torch.float32)
+        sizes = torch.linalg.vector_norm(h, dim=tuple(range(2, h.dim())), dtype=exact).float()  # ‖h_i‖, (N, B)
+        ctx.save_for_backward(sizes)
+        ctx.dim, ctx.felt = dim, felt
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (sizes,), g = ctx.saved_tensors, grads[0].movedim(ctx.dim, 0)
+        exact = torch.promote_types(g.dtype, torch.float32)
+        pulls = torch.linalg.vector_norm(g, dim=tuple(range(2, g.dim())), dtype=exact).float()
+        lengths = [torch.linalg.vector_norm(sizes, dim=1), torch.linalg.vector_norm(pulls, dim=1)]
+        ctx.felt.copy_(torch.stack([*lengths, (pulls * sizes).sum(1)], 1))
+        return grads[0], None, None, None
+
+
 class _LeaveVmap(torch.autograd.Function):
     """Hands the features of all environments at once to a `Point`, outside of vmap."""
 
@@ -118,14 +140,20 @@ class Point:
         buckets: one for each blueprint and blend that grows here; their lanes follow one another.
         of: (C,) the environment that each lane serves; the result of an empty lane is unused.
         select: (N,) where each environment's answer stands among [its own feature, lane, lane, …].
-        muted: the slots are the identity.
+        muted: the slots are the identity; or are so for the examples of this slice.
+        sensing: whether `felt` is filled by every pass and its backward.
+        felt: (N, 3) of the last batch: ‖h‖, ‖g‖ and Σ ‖g_i‖·‖h_i‖ over examples, g the gradient behind the slot.
+        root: square root of the number of elements of one environment's feature, as of the last such pass.
     """
 
     def __init__(self, environments: int, device: torch.device) -> None:
         self.buckets: dict[str, Bucket] = {}
+        self.serves, self.answer = list[int](), list(range(environments))  # of `of` and `select`, until `publish`
         self.select = torch.arange(environments, device=device)
         self.of = torch.zeros(0, dtype=torch.int64, device=device)
-        self.muted = False
+        self.muted: bool | slice = False
+        self.sensing, self.root = False, 0.0
+        self.felt = torch.zeros(environments, 3, device=device)
 
     def rebuild(self, stacks: dict[str, Stack], flags: Flags) -> None:
         """Hold these stacks, all lanes empty; the arena has numbered their lanes."""
@@ -133,16 +161,36 @@ class Point:
         for key, stack in stacks.items():
             self.buckets[key] = Bucket(stack, count)
             count += stack.lanes
-        self.of, self.flags = self.of.new_zeros(count), flags
-        self.select.copy_(torch.arange(len(self.select)))
+        self.of, self.flags, self.serves = self.of.new_zeros(count), flags, [0] * count
+        self.answer = list(range(len(self.select)))
+
+    def publish(self) -> None:
+        """Let the device know which lane serves whom."""
+        self.of.copy_(torch.tensor(self.serves, dtype=torch.int64))
+        self.select.copy_(torch.tensor(self.answer))
 
     def __call__(self, h: Tensor) -> Tensor:
-        if not self.buckets or self.muted:
+        if (not self.buckets or self.muted is True) and not self.sensing:
             return h
         return _LeaveVmap.apply(h, self)  # type: ignore[no-any-return]
 
     def forward_all(self, h: Tensor, dim: int) -> Tensor:
         """(…, N at `dim`, …) → the same, each environment's feature after its own seed."""
+        out = self._grown(h, dim) if self.buckets and self.muted is not True else h
+        if isinstance(self.muted, slice):
+            axis = 0 if dim else 1
+            parts = [
+                out.narrow(axis, 0, self.muted.start),
+                h.narrow(axis, self.muted.start, self.muted.stop - self.muted.start),
+                out.narrow(axis, self.muted.stop, out.shape[axis] - self.muted.stop),
+            ]
+            out = torch.cat(parts, axis)
+        if self.sensing:
+            self.root = math.sqrt(h.numel() / h.shape[dim])
+            out = _Feel.apply(out, h.detach().movedim(dim, 0), dim, self.felt)
+        return out
+
+    def _grown(self, h: Tensor, dim: int) -> Tensor:
         buckets = list(self.buckets.values())
         start = buckets[0].stack.start
         lanes = slice(start, start + len(self.of))
@@ -153,6 +201,10 @@ class Point:
         alphas = torch.split(self.flags.alpha[lanes], [b.stack.lanes for b in buckets])
         answers = [vmapped(b.stack)(x, a) for b, x, a in zip(buckets, inputs, alphas, strict=True)]
         s, mixed = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True))
+        if self.sensing:
+            with torch.no_grad():
+                variance, mean = torch.var_mean(s.detach().float().flatten(1), 1, correction=0)
+                self.flags.said[lanes].copy_(torch.stack([mean, variance], 1))
         out = _Answer.apply(mine, s, mixed, shows, isolated, self.flags.met[lanes]).movedim(0, dim)
         return torch.cat([h, out], dim).index_select(dim, self.select)
 
@@ -165,6 +217,16 @@ class Bucket:
     offset: int
 
 
+@attrs.frozen
+class Course:
+    """A lane's mode, and its alpha after 0, 1, … steps, of which `position` have been taken."""
+
+    lane: int
+    isolated: bool
+    alphas: Sequence[float]
+    position: int
+
+
 @attrs.define
 class Flags:
     """Per-lane state on the device.
@@ -174,6 +236,7 @@ class Flags:
         table: (L, R + 1) alpha after so many steps of the ramp. position: (L,) where the lane is in it. alpha: (L,).
         met: (L,) ⟨gradient, s⟩ of the last batch.
         proxies: (L, 4) count and sum of `met` since the last decision, and the same of the seed's first batches.
+        said: (L, 2) mean and variance of what the seed answered, as of the last pass that was sensed.
     """
 
     isolated: Tensor
@@ -183,6 +246,7 @@ class Flags:
     alpha: Tensor
     met: Tensor
     proxies: Tensor
+    said: Tensor
 
     @classmethod
     def make(cls, lanes: int, ramp: int, device: torch.device) -> Flags:
@@ -190,15 +254,20 @@ class Flags:
         zeros = torch.zeros(lanes, device=device)
         no = zeros.bool()
         table, proxies = torch.zeros(lanes, ramp + 1, device=device), torch.zeros(lanes, 4, device=device)
-        return cls(~no, no, table, zeros.long(), zeros.clone(), zeros.clone(), proxies)
+        said = torch.zeros(lanes, 2, device=device)
+        return cls(~no, no, table, zeros.long(), zeros.clone(), zeros.clone(), proxies, said)
 
-    def set(self, lane: int, *, isolated: bool, alphas: list[float], position: int) -> None:
-        """Set a lane's mode and the course of its alpha."""
-        self.isolated[lane] = isolated
-        self.table[lane] = torch.tensor(alphas, device=self.table.device)
-        self.position[lane] = position
-        self.alpha[lane] = alphas[position]
-        self.shows[lane] = not isolated and alphas[position] != 0.0
+    def set(self, courses: Sequence[Course]) -> None:
+        """Set the modes of lanes and the courses of their alphas."""
+        device = self.table.device
+        rows = torch.tensor([c.lane for c in courses], device=device)
+        alphas = torch.tensor([c.alphas[c.position] for c in courses], device=device)
+        isolated = torch.tensor([c.isolated for c in courses], device=device)
+        self.isolated[rows] = isolated
+        self.table[rows] = torch.tensor([c.alphas for c in courses], device=device)
+        self.position[rows] = torch.tensor([c.position for c in courses], device=device)
+        self.alpha[rows] = alphas
+        self.shows[rows] = ~isolated & (alphas != 0)
 
     def advance(self) -> None:
         """After an optimizer step: alphas move and the seeds' own losses are added up. Waits for nothing."""

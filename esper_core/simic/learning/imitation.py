@@ -121,7 +121,7 @@ def imitate(
             for i in chosen:
                 decision = policy.score(episodes[i])
                 to_go = np.cumsum(episodes[i].rewards[::-1])[::-1].copy() * reward_scale
-                error = (decision.value - torch.from_numpy(to_go)).square().mean()
+                error = (decision.value - torch.from_numpy(to_go).to(decision.value.device)).square().mean()
                 bonus = sum(
                     weight * decision.entropy[head].mean()
                     for head, weight in zip(FIELDS, config.entropy_weights, strict=True)

@@ -35,6 +35,7 @@ class PPOConfig:
     target_kl: float = 0.03  # stop before a step that starts from a policy further away than this
     reward_scale: float = 1.0
     group_baseline: bool = False  # subtract what the other environments of the group got at the same decision
+    together: bool = False  # score a minibatch as one and bound its gradient as a whole: what a GPU is fast at
     final_rate: float = 1.0  # learning rate of the last iteration over that of the first; linear between
 
 
@@ -83,13 +84,19 @@ class CorePolicy:
 
     def score(self, episode: Episode) -> Decision:
         """See `Policy.score`."""
-        batch = collate(episode.observations)
+        return self.score_all([episode])
+
+    def score_all(self, episodes: Sequence[Episode]) -> Decision:
+        """The same (E·T,) of E episodes of T decisions each, one after the other."""
+        device = next(iter(self.core.parameters())).device
+        batch = collate([seen for episode in episodes for seen in episode.observations]).to(device)
         tokens, summary = self.core.perceive(batch)
-        hidden, memories = self.core.initial(1), []
-        for t in range(len(summary)):
-            hidden = self.core.memory(summary[t : t + 1], hidden)
+        hidden, memories = self.core.initial(len(episodes)), []
+        for now in summary.unflatten(0, (len(episodes), -1)).unbind(1):  # (E, D)
+            hidden = self.core.memory(now, hidden)
             memories.append(hidden)
-        return self.core.answer(batch, tokens, torch.cat(memories), actions=torch.from_numpy(episode.actions))
+        actions = torch.from_numpy(np.concatenate([episode.actions for episode in episodes])).to(device)
+        return self.core.answer(batch, tokens, torch.stack(memories, 1).flatten(0, 1), actions=actions)
 
 
 def advantages(rewards: NDArray[Any], values: NDArray[Any], discount: float, gae_lambda: float) -> NDArray[np.float32]:
@@ -147,9 +154,12 @@ def update(
         order = torch.randperm(len(episodes), generator=generator).tolist()
         for start in range(0, len(order), config.minibatch):
             chosen = order[start : start + config.minibatch]
-            total, kl, notes = _minibatch(policy, [episodes[i] for i in chosen],
-                                          [(merits[i] - shift) / scale for i in chosen],
-                                          [estimates[i] for i in chosen], config)  # fmt: skip
+            told = ([episodes[i] for i in chosen], [(merits[i] - shift) / scale for i in chosen],
+                    [estimates[i] for i in chosen], config)  # fmt: skip
+            if config.together and isinstance(policy, CorePolicy):
+                total, kl, notes = _together(policy, *told)
+            else:
+                total, kl, notes = _minibatch(policy, *told)
             worst = max(worst, kl)
             if kl > config.target_kl:
                 stopped = True  # the gradient is thrown away: no step from a policy that has moved too far
@@ -182,16 +192,9 @@ def _minibatch(
     entropy, asked = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0.0)
     for episode, advantage, estimate in zip(episodes, scaled, raw, strict=True):
         decision = policy.score(episode)
-        log_ratio = decision.log_prob - torch.from_numpy(episode.log_prob)
-        ratio = log_ratio.exp()
-        policy_loss = -surrogate(ratio, torch.from_numpy(advantage), config.clip).mean()
-        target = torch.from_numpy(estimate + episode.values)
-        value_loss = (decision.value - target).square().mean()
-        bonus = sum(
-            weight * decision.entropy[head].sum() / decision.asked[head].sum().clamp(min=1)
-            for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
-        )
-        loss = policy_loss + config.value_weight * value_loss - bonus
+        losses = _losses(decision, episode.log_prob, advantage, estimate + episode.values, config)
+        ratio, log_ratio, policy_loss, value_loss = losses.ratio, losses.log_ratio, losses.policy, losses.value
+        loss = policy_loss + config.value_weight * value_loss - losses.bonus
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
         if not torch.isfinite(norm):
@@ -214,10 +217,87 @@ def _minibatch(
     return total, kl, {**notes, "kl": kl, **heads}
 
 
+@attrs.frozen
+class _Losses:
+    """Of some decisions: their ratio and its logarithm (T,), and the terms of the loss, 0-dim."""
+
+    ratio: Tensor
+    log_ratio: Tensor
+    policy: Tensor
+    value: Tensor
+    bonus: Tensor
+
+
+def _losses(
+    decision: Decision, log_prob: NDArray[Any], advantage: NDArray[Any], target: NDArray[Any], config: PPOConfig
+) -> _Losses:
+    old, better, aim = (
+        torch.from_numpy(np.asarray(v, np.float32)).to(decision.value.device) for v in (log_prob, advantage, target)
+    )
+    log_ratio = decision.log_prob - old
+    ratio = log_ratio.exp()
+    bonus = torch.stack([
+        weight * decision.entropy[head].sum() / decision.asked[head].sum().clamp(min=1)
+        for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
+    ]).sum()  # fmt: skip
+    policy_loss = -surrogate(ratio, better, config.clip).mean()
+    return _Losses(ratio, log_ratio, policy_loss, (decision.value - aim).square().mean(), bonus)
+
+
+def _together(
+    policy: CorePolicy,
+    episodes: Sequence[Episode],
+    scaled: Sequence[NDArray[np.float32]],
+    raw: Sequence[NDArray[np.float32]],
+    config: PPOConfig,
+) -> tuple[list[Tensor], float, dict[str, float]]:
+    """As `_minibatch`, in one backward pass for episodes of one length, with one bound on the gradient of all.
+
+    Episodes that are not finite are left out beforehand, since they would spoil everybody's gradient.
+    """
+    parameters = list(policy.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    fine = [i for i, e in enumerate(episodes) if all(np.isfinite(v).all() for v in (e.log_prob, scaled[i], raw[i]))]
+    lengths: dict[int, list[int]] = {}
+    for i in fine:
+        lengths.setdefault(len(episodes[i].rewards), []).append(i)
+    decisions = sum(len(e.rewards) for e in episodes)
+    kl, notes = 0.0, {"dropped": float(len(episodes) - len(fine))}
+    sums: dict[str, float] = dict.fromkeys(("policy_loss", "value_loss", "clipped"), 0.0)
+    entropy, asked = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0.0)
+    for some in lengths.values():
+        decision, share = policy.score_all([episodes[i] for i in some]), len(some) / len(episodes)
+        losses = _losses(
+            decision, np.concatenate([episodes[i].log_prob for i in some]), np.concatenate([scaled[i] for i in some]),
+            np.concatenate([raw[i] + episodes[i].values for i in some]), config,
+        )  # fmt: skip
+        loss = losses.policy + config.value_weight * losses.value - losses.bonus
+        gradients = torch.autograd.grad(loss * share, parameters, allow_unused=True)
+        for sum_of, gradient in zip(total, gradients, strict=True):
+            if gradient is not None:
+                sum_of.add_(gradient)
+        with torch.no_grad():
+            told = torch.stack([
+                (losses.ratio - 1 - losses.log_ratio).sum(), losses.policy, losses.value,
+                ((losses.ratio - 1).abs() > config.clip).float().mean(),
+                *(decision.entropy[head].sum() for head in FIELDS), *(decision.asked[head].sum() for head in FIELDS),
+            ]).tolist()  # fmt: skip
+        kl += told[0] / decisions
+        for name, value in zip(sums, told[1:4], strict=True):
+            sums[name] += value * share
+        for head, spread, count in zip(FIELDS, told[4 : 4 + len(FIELDS)], told[4 + len(FIELDS) :], strict=True):
+            entropy[head] += spread
+            asked[head] += count
+    factor = (config.gradient_norm / (torch.stack([g.norm() for g in total]).norm() + 1e-8)).clamp(max=1.0)
+    heads = {f"entropy_{head}": entropy[head] / asked[head] for head in FIELDS if asked[head]}
+    return [g * factor for g in total], kl, {**sums, **notes, "kl": kl, **heads}
+
+
 def update_normalisers(core: TamiyoCore, episodes: Sequence[Episode]) -> None:
     """Take what was seen into the running normalisers: after the policy's update, never between rollout and update."""
     for episode in episodes:
-        batch: ObservationBatch = collate(episode.observations)
+        device = next(core.parameters()).device
+        batch: ObservationBatch = collate(episode.observations).to(device)
         rows = {
             "run": batch.run,
             "slots": batch.slots[batch.present],

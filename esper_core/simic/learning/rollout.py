@@ -6,11 +6,13 @@ so the answer is the same whichever worker gives it.
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 import numpy as np
@@ -24,13 +26,14 @@ from esper_core.leyline.stages import Op
 from esper_core.leyline.view import Controller, RunView
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.simic.gym.environment import EpisodeGroup, Ground, Paid
+from esper_core.simic.gym.stacked_cohort import unstackable
 from esper_core.simic.learning.curriculum import World
 from esper_core.simic.learning.imitation import ImitationConfig, Scribe
 from esper_core.simic.learning.ppo import Episode
 from esper_core.tamiyo.adapter import build_adapter
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
-from esper_core.tamiyo.observation import OPS, Observation, collate, observe
+from esper_core.tamiyo.observation import FIELDS, OPS, Observation, collate, observe
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 
@@ -115,7 +118,7 @@ class _EpisodeTotals:
         self.deaths += paid.outcome.deaths
 
     def close(self, group: EpisodeGroup, k: int) -> Played:
-        member, twin = group.cohort.members[k], group.cohort.trunk
+        member, twin = group.cohort.members[k], group.twin(k)
         assert member.measured is not None and twin.measured is not None
         grown = Counter(g.blueprint for g in member.plane.growths.values() if g.stage.spec.occupied)
         return Played(
@@ -125,10 +128,15 @@ class _EpisodeTotals:
         )  # fmt: skip
 
 
-def _ground(state: dict[str, Any], run: RunConfig) -> Ground:
-    """The ground of a run; a worker keeps registry and tasks, whose data does not depend on the episode."""
+def _registry(state: dict[str, Any]) -> Registry:
     registry: Registry = state.setdefault("registry", None) or load_registry()
     state["registry"] = registry
+    return registry
+
+
+def _ground(state: dict[str, Any], run: RunConfig) -> Ground:
+    """The ground of a run; a worker keeps registry and tasks, whose data does not depend on the episode."""
+    registry = _registry(state)
     tasks: dict[Any, TaskProtocol] = state.setdefault("tasks", {})
     key = (
         run.task,
@@ -169,69 +177,154 @@ class _Choice(Protocol):
     ) -> Sequence[tuple[NDArray[np.int64], float, float]]: ...
 
 
+GroupPlayed = tuple[list[Episode], list[Played]]
+"""What one group of environments lived through; both empty where its host fails without any growth."""
+
+
 def _play(
-    state: dict[str, Any], run: RunConfig, size: int, group_number: int, choose: _Choice
-) -> tuple[list[Episode], list[Played]]:
-    """One episode of `size` environments. One that fails ends early; where the host fails on its own, nothing is
-    to be learnt about growth, and the answer is empty."""
-    ground = _ground(state, run)
-    group = EpisodeGroup(ground, size, assembly.build_rewards(run, ground.registry))
-    probe: BlendProbe = state.setdefault("probe", None) or BlendProbe(ground.registry)
+    state: dict[str, Any],
+    runs: Sequence[RunConfig],
+    size: int,
+    numbers: Sequence[int],
+    choose: _Choice,
+    device: str | None = None,
+) -> list[GroupPlayed]:
+    """One episode of `size` environments of each run. One that fails ends early.
+
+    Args:
+        numbers: of the groups, for their episodes. device: where all are computed as one; None: on the CPU, one run.
+    """
+    clock = time.perf_counter()
+    grounds = [_ground(state, run) for run in runs]
+    registry = grounds[0].registry
+    group = EpisodeGroup(grounds, size, [assembly.build_rewards(run, registry) for run in runs], device=device)
+    probe: BlendProbe = state.setdefault("probe", None) or BlendProbe(registry)
     state["probe"] = probe
-    diaries = [_Diary() for _ in range(size)]
+    diaries = [_Diary() for _ in group.cohort.members]
+    spent: Counter[str] = state.setdefault("spent", Counter())
+    clock = time.perf_counter()
+
+    def note(what: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        spent[what] += now - clock
+        clock = now
+
     try:
         views, _ = group.advance()
+        note("advance")
         while not group.done:
-            seen = [observe(view, probe.descriptors(view.blends)) for view in views]
+            seen = [observe(view, probe.describe(view.blends)) for view in views]
+            note("observe")
             chosen = choose(views, seen)
-            alive = [k for k in range(size) if not group.cohort.members[k].failed]
+            note("choose")
+            alive = [k for k, member in enumerate(group.cohort.members) if not member.failed]
             for k in alive:
                 wanted = [seen[k].command(row, "agent") for row in chosen[k][0].tolist() if OPS[row[0]] is not Op.WAIT]
                 diaries[k].ledger.commands.update(str(command.op) for command in group.act(k, wanted))
                 diaries[k].note(seen[k], *chosen[k])
+            note("act")
             views, paid = group.advance()
+            note("advance")
             for k in alive:
                 diaries[k].ledger.take(paid[k])
     except RunFailed:
-        return [], []
-    episodes = [diary.close(group_number) for diary in diaries]
-    return episodes, [diary.ledger.close(group, k) for k, diary in enumerate(diaries)]
+        return [([], []) for _ in runs]
+    answers: list[GroupPlayed] = []
+    for g, number in enumerate(numbers):
+        mine = range(0) if g in group.broken else range(g * size, (g + 1) * size)
+        episodes = [diaries[k].close(number) for k in mine if diaries[k].seen]
+        answers.append((episodes, [diaries[k].ledger.close(group, k) for k in mine]))
+    return answers
+
+
+_OWN: Final = ("seed", "blueprints", "blends", "budget_params", "budget_flops", "rent", "rewards", "controller")
+"""Fields in which runs of one stack may differ."""
+
+
+def stackable_parts(runs: Sequence[RunConfig], most: int) -> list[list[int]]:
+    """Indices of `runs` in parts of at most `most` that may be computed as one: hosts and rhythms are the same."""
+    alike: dict[str, list[int]] = {}
+    for g, run in enumerate(runs):
+        fields = {name: value for name, value in run.to_mapping().items() if name not in _OWN}
+        alike.setdefault(json.dumps(fields, sort_keys=True), []).append(g)
+    return [group[i : i + most] for group in alike.values() for i in range(0, len(group), most)]
+
+
+def told(
+    state: dict[str, Any], play: Callable[..., list[GroupPlayed]], *arguments: Any
+) -> tuple[list[GroupPlayed], dict[str, float], list[str]]:
+    """What `play` answers, what it took (seconds by kind of work), and what is to be said of it."""
+    state["spent"], state["notes"] = Counter(), []
+    answer = play(state, *arguments)
+    return answer, dict(state["spent"]), list(state["notes"])
+
+
+def _unstackable(state: dict[str, Any], runs: Sequence[RunConfig], device: str | None) -> bool:
+    """Whether these runs must be computed on the CPU, one after the other, although a device is there; it is told."""
+    reasons = sorted({unstackable(_ground(state, run)) for run in runs} - {""}) if device is not None else []
+    state.setdefault("notes", []).extend(f"computed on the CPU: {reason}" for reason in reasons)
+    return bool(reasons)
 
 
 def rollout(
-    state: dict[str, Any], packed: PackedCore, run: RunConfig, size: int, seed: int, group_number: int
-) -> tuple[list[Episode], list[Played]]:
-    """One episode of `size` environments under draws from the policy; see `_play`."""
-    core = packed.unpack()
-    generator = torch.Generator().manual_seed(seed)
-    hidden = core.initial(size)
+    state: dict[str, Any],
+    packed: PackedCore,
+    runs: Sequence[RunConfig],
+    size: int,
+    seeds: Sequence[int],
+    numbers: Sequence[int],
+    device: str | None = None,
+) -> list[GroupPlayed]:
+    """One episode of `size` environments of each run under draws from the policy; see `_play`.
+
+    `seeds` are of each group's draws, so that a group does the same alone as among others.
+    """
+    if _unstackable(state, runs, device):
+        each = zip(runs, seeds, numbers, strict=True)
+        return [rollout(state, packed, [run], size, [seed], [number])[0] for run, seed, number in each]
+    core = packed.unpack().to(device or "cpu")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    hidden = core.initial(size * len(runs))
+    shape = (size, core.config.commands, len(FIELDS))
 
     @torch.no_grad()
     def choose(
         views: Sequence[RunView], seen: Sequence[Observation]
     ) -> Sequence[tuple[NDArray[np.int64], float, float]]:
         nonlocal hidden
-        decision = core.decide(collate(seen), hidden, generator=generator)
+        chances = torch.cat([torch.rand(shape, generator=generator) for generator in generators])
+        decision = core.decide(collate(seen).to(hidden.device), hidden, chances=chances.to(hidden.device))
         hidden = decision.hidden
-        return list(zip(decision.actions.numpy(), decision.log_prob.tolist(), decision.value.tolist(), strict=True))
+        actions = decision.actions.cpu().numpy()
+        return list(zip(actions, decision.log_prob.tolist(), decision.value.tolist(), strict=True))
 
-    return _play(state, run, size, group_number, choose)
+    return _play(state, runs, size, numbers, choose, device)
 
 
 def demonstrate(
-    state: dict[str, Any], config: ImitationConfig, commands: int, run: RunConfig, size: int, group_number: int
-) -> tuple[list[Episode], list[Played]]:
-    """One episode of `size` environments under a teacher; the k-th takes the k-th variant of its options.
+    state: dict[str, Any],
+    config: ImitationConfig,
+    commands: int,
+    runs: Sequence[RunConfig],
+    size: int,
+    numbers: Sequence[int],
+    device: str | None = None,
+) -> list[GroupPlayed]:
+    """One episode of `size` environments of each run under a teacher; the k-th takes the k-th variant of its options.
 
     What is carried out is what the core's heads can say of the teacher's commands, `commands` a decision at most.
     """
-    registry = _ground(state, run).registry
+    if _unstackable(state, runs, device):
+        each = zip(runs, numbers, strict=True)
+        return [demonstrate(state, config, commands, [run], size, [number])[0] for run, number in each]
+    registry = _registry(state)
     name, argument = split_reference(config.teacher)
     teachers: list[Controller] = [
         registry.build("controller", name, argument, seed=run.seed, options=config.variants[k % len(config.variants)])
-        for k in range(size)
-    ]
-    scribes = [Scribe(commands) for _ in range(size)]
+        for run in runs for k in range(size)
+    ]  # fmt: skip
+    scribes = [Scribe(commands) for _ in teachers]
 
     def choose(
         views: Sequence[RunView], seen: Sequence[Observation]
@@ -239,7 +332,7 @@ def demonstrate(
         told = [teacher.decide(view) for teacher, view in zip(teachers, views, strict=True)]
         return [(s.write(t, o), 0.0, 0.0) for s, t, o in zip(scribes, told, seen, strict=True)]
 
-    return _play(state, run, size, group_number, choose)
+    return _play(state, runs, size, numbers, choose, device)
 
 
 def contest(

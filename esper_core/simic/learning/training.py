@@ -25,18 +25,28 @@ import attrs
 import torch
 from torch import Tensor
 
-from esper_core.leyline.errors import BadFile, BadOption, RunFailed
+from esper_core.leyline.errors import BadFile, BadOption, RunFailed, did_you_mean
 from esper_core.simic.gym.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
 from esper_core.simic.learning.curriculum import Curriculum, curriculum_text, parse_curriculum
 from esper_core.simic.learning.imitation import imitate
 from esper_core.simic.learning.ppo import CorePolicy, Episode, PPOConfig, update, update_normalisers
-from esper_core.simic.learning.rollout import PackedCore, Played, demonstrate, rollout
+from esper_core.simic.learning.rollout import (
+    GroupPlayed,
+    PackedCore,
+    Played,
+    demonstrate,
+    rollout,
+    stackable_parts,
+    told,
+)
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tamiyo.adapter import Adapter, build_adapter
 from esper_core.tamiyo.core import TamiyoCore
+from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run_folder import RunFolder
 
 FORMAT: Final = "esper-training-1"
+BACKENDS: Final = ("processes", "inline", "stacked")
 _ADAPTER_RATE: Final = 10.0
 """Learning rate of an adapter over that of a whole core: the best for LoRA is about ten times the best for all weights
 (Schulman et al., "LoRA Without Regret", 2025)."""
@@ -53,6 +63,9 @@ class Manifest:
         domain: train on the worlds of this domain alone; empty for all.
         adapter: kind of adapter to train on a frozen base; empty to train the core itself.
         base: fingerprint of the core in `base.safetensors`; empty for a fresh one.
+        backend: what computes episodes: `processes`, `inline`, or `stacked` on `device`.
+        device: `cpu` or `cuda`; with `stacked` also where the learner is.
+        worlds_at_once: most groups in one stack. group_size: environments in a group; 0 for the curriculum's number.
     """
 
     curriculum: str
@@ -62,6 +75,17 @@ class Manifest:
     domain: str = ""
     adapter: str = ""
     base: str = ""
+    backend: str = "processes"
+    device: str = "cpu"
+    worlds_at_once: int = 16
+    group_size: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise BadOption(f"backend {self.backend!r}", ", ".join(BACKENDS), did_you_mean(self.backend, BACKENDS))
+        if self.device != "cpu" and self.backend != "stacked":
+            raise BadOption(f"device {self.device!r} with backend {self.backend}, which computes on the CPU",
+                            "device cpu, or --backend stacked")  # fmt: skip
 
 
 class Training:
@@ -76,8 +100,9 @@ class Training:
         self.path, self.manifest = path, manifest
         self.curriculum: Curriculum = parse_curriculum(manifest.text, manifest.curriculum)
         self.folder = RunFolder(path, keep=2)
-        self.done, self.records = 0, list[Record]()
+        self.done, self.records, self.notices = 0, list[Record](), set[str]()
         self.core, self.adapter = self._network()
+        self.core.to(manifest.device)
         self.policy = CorePolicy(self.core)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), eps=1e-5)
 
@@ -196,15 +221,7 @@ class Training:
         began, plan, i = time.monotonic(), self.curriculum, self.done
         teaching = i < self.demonstrations
         draws = [plan.draw(self.manifest.seed, i, g, domain=self.manifest.domain) for g in range(plan.groups)]
-        jobs: list[tuple[Task, tuple[Any, ...]]]
-        if teaching:
-            jobs = [(demonstrate, (plan.imitation, self.core.config.commands, run, plan.group_size, g))
-                    for g, (_, run) in enumerate(draws)]  # fmt: skip
-        else:
-            packed, dice = PackedCore.pack(self.core), random.Random(f"{self.manifest.seed}|rollout|{i}")
-            jobs = [(rollout, (packed, run, plan.group_size, dice.randrange(1 << 31), g))
-                    for g, (_, run) in enumerate(draws)]  # fmt: skip
-        answers = pool.run(jobs)
+        answers, spent = self._play(pool, [run for _, run in draws], teaching)
         episodes: list[Episode] = [episode for found, _ in answers for episode in found]
         if not episodes:
             raise RunFailed("every host of the iteration failed without any growth", "", "a lower learning rate")
@@ -228,8 +245,40 @@ class Training:
             "update": notes, "episodes": before.get("episodes", 0) + len(episodes),
             "environment_steps": before.get("environment_steps", 0) + steps,
             "seconds": {"play": played - began, "update": time.monotonic() - played,
-                        "total": _seconds(before) + time.monotonic() - began},
+                        "total": _seconds(before) + time.monotonic() - began, **spent},
         }  # fmt: skip
+
+    @property
+    def group_size(self) -> int:
+        """Environments in a group."""
+        return self.manifest.group_size or self.curriculum.group_size
+
+    def _play(
+        self, pool: Inline | WorkerPool, runs: Sequence[RunConfig], teaching: bool
+    ) -> tuple[list[GroupPlayed], dict[str, float]]:
+        """What came of one group for each of `runs`, and seconds of all workers together by what they did."""
+        plan, manifest, i = self.curriculum, self.manifest, self.done
+        dice = random.Random(f"{manifest.seed}|rollout|{i}")
+        seeds = [dice.randrange(1 << 31) for _ in runs]
+        stacked = manifest.backend == "stacked"
+        parts = stackable_parts(runs, manifest.worlds_at_once if stacked else 1)
+        packed, jobs = PackedCore.pack(self.core), list[tuple[Task, tuple[Any, ...]]]()
+        for part in parts:
+            some, device = [runs[g] for g in part], manifest.device if stacked else None
+            if teaching:
+                more = (plan.imitation, self.core.config.commands, some, self.group_size, part, device)
+                jobs.append((told, (demonstrate, *more)))
+            else:
+                jobs.append((told, (rollout, packed, some, self.group_size, [seeds[g] for g in part], part, device)))
+        answers: list[GroupPlayed] = [([], []) for _ in runs]
+        spent: dict[str, float] = defaultdict(float)
+        for part, (found, seconds, notes) in zip(parts, pool.run(jobs), strict=True):
+            for g, answer in zip(part, found, strict=True):
+                answers[g] = answer
+            for name, value in seconds.items():
+                spent[name] += value
+            self.notices |= set(notes)
+        return answers, spent
 
     def _set_rate(self, teaching: bool) -> None:
         plan, taught = self.curriculum, self.demonstrations
@@ -250,6 +299,7 @@ class Training:
         if self.adapter is not None:
             tensors |= {f"adapter.{name}": t for name, t in self.adapter.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": t for i, moments in state.items() for name, t in moments.items()}
+        tensors = {name: t.cpu() for name, t in tensors.items()}
         self.folder.checkpoints.save(self.done, tensors, {"records": self.records}, None)
         self.write_product()
 
@@ -304,6 +354,7 @@ class Training:
             "episodes": last.get("episodes", 0), "environment_steps": last.get("environment_steps", 0),
             "seconds": round(_seconds(last)), "rewards": list(self.curriculum.rewards),
             "domain": self.manifest.domain or None, "worlds": [w.name for w in worlds],
+            "backend": self.manifest.backend, "device": self.manifest.device,
             "blueprints": sorted({name for pool in pools for name in pool}),
             "versions": {name: metadata.version(name) for name in ("esper-core", "torch")},
             "base": {"fingerprint": self.manifest.base, "lineage": parent} if self.manifest.base else None,
