@@ -119,7 +119,7 @@ class ObservationBatch:
 
     def to(self, device: object) -> ObservationBatch:
         """The same on a device."""
-        return ObservationBatch(*(t.to(device) for t in attrs.astuple(self, recurse=False)))  # type: ignore[call-overload]
+        return ObservationBatch(*(t.to(device) for t in attrs.astuple(self, recurse=False)))
 
 
 def collate(observations: Sequence[Observation]) -> ObservationBatch:

@@ -146,7 +146,7 @@ class StackedPopulation:
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self._warm: Counter[Any] = Counter()
         self._side = torch.cuda.Stream(self.device) if self.capture else None  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle() if self.capture else None  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
         self._lanes: dict[_Place, tuple[Bucket, int]] = {}
         self._changed: dict[_Place, None] = {}
         self._births: dict[_Place, int] = {}
@@ -368,7 +368,7 @@ class StackedPopulation:
         finally:
             for path in paths:
                 self.points[path].muted = False
-        return loss.unflatten(1, (count, size)), score.unflatten(1, (count, size))
+        return loss.view(-1, count, size), score.view(-1, count, size)
 
     def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets, shared = self._lanes_of(batch)

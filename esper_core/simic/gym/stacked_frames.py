@@ -42,7 +42,11 @@ class Frame:
     ) -> Frame:
         """The state now. `lanes` keeps the stacks alive to which ids refer."""
         return cls(
-            *(t.detach().clone() for t in (arena.theta, arena.momentum, arena.square, arena.age, proxies)),
+            arena.theta.detach().clone(),
+            arena.momentum.clone(),
+            arena.square.clone(),
+            arena.age.clone(),
+            proxies.clone(),
             {id(s): {n: t.detach().clone() for n, t in s.buffers.items()} for s in arena.stacks},
             {id(s): arena.span(s) for s in arena.stacks},
             dict(lanes),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esper_core.kasmina.ledger import count_parameters
 from esper_core.leyline.sensors import READINGS
-from esper_core.nissa.readings import COLUMN, FLOW, SUMS, Counts, flow_readings, summarise
+from esper_core.nissa.readings import COLUMN, FLOW, SUMS, Counts, flow_readings, summarise_readings
 
 if TYPE_CHECKING:
     from esper_core.simic.gym.cuda_engine import StackedPopulation
@@ -38,6 +38,7 @@ class StackedSensors:
         self.counts = torch.zeros(*shape, len(_COUNTS), device=device)
         self.known = torch.zeros(shape, dtype=torch.bool, device=device)
         self._felt = torch.zeros(0, device=device)
+        self._roots: dict[tuple[float, ...], Tensor] = {}
         host = population.planes[0].host.module
         self._host_size = sum(p.numel() for p in host.parameters() if p.requires_grad)
         self._mask = [False] * shape[0]
@@ -79,10 +80,12 @@ class StackedSensors:
         felt = torch.stack([p.felt for p in points], 1)  # (N, P, 3)
         said = _padded(flags.said)[rows]  # (N, P, 2)
         met = _padded(flags.met)[rows]
-        roots = torch.tensor([p.root for p in points], device=rows.device) if not _capturing(rows) else self._roots
-        self._roots = roots
+        key = tuple(p.root for p in points)
+        if key not in self._roots:  # known before a graph is captured, in which nothing may come from the host
+            self._roots[key] = torch.tensor(key, device=rows.device)
+        roots = self._roots[key]
         calls = torch.stack([felt[..., 0], said[..., 0], said[..., 1], felt[..., 1], met, felt[..., 2]], -1)
-        flow = flow_readings(calls.flatten(0, 1), (roots * seeded).flatten(), 1.0).unflatten(0, rows.shape)
+        flow = flow_readings(calls.flatten(0, 1), (roots * seeded).flatten(), 1.0).reshape(*rows.shape, -1)
         live = mask & seeded
         fresh = live & ~self.known
         self.sums[..., : len(FLOW)] += torch.where(mask[..., None], flow, 0.0)
@@ -117,7 +120,7 @@ class StackedSensors:
                 row = table[k][p]
                 counts = Counts(**dict(zip(_COUNTS, map(int, row[len(SUMS) :]), strict=True)))
                 occupied = plane.slots[path].seed is not None
-                mine[path] = summarise(row[: len(SUMS)], counts, occupied, READINGS.keys())
+                mine[path] = summarise_readings(row[: len(SUMS)], counts, occupied, READINGS.keys())
             readings.append(mine)
         self.sums[..., : COLUMN["first_proxy"]] = 0.0
         self.counts.zero_()
@@ -132,7 +135,3 @@ class StackedSensors:
 def _padded(lanes: Tensor) -> Tensor:
     """(L, …) → (L + 1, …), where 0 stands for no lane."""
     return torch.cat([lanes.new_zeros(1, *lanes.shape[1:]), lanes])
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -217,8 +217,8 @@ class Arena:
     def _by_lane(self, flat: Tensor) -> Tensor:
         if not len(flat):
             return flat.new_zeros(len(self.age))
-        sums = torch.segment_reduce(flat, "sum", offsets=self.cuts, unsafe=True)  # type: ignore[attr-defined]
-        return torch.cat([sums, sums.new_zeros(1)])[self.pieces].sum(1)  # type: ignore[no-any-return]
+        sums = torch.segment_reduce(flat, "sum", offsets=self.cuts, unsafe=True)
+        return torch.cat([sums, sums.new_zeros(1)])[self.pieces].sum(1)
 
     @torch.no_grad()
     def step(

@@ -92,7 +92,7 @@ class CorePolicy:
         batch = collate([seen for episode in episodes for seen in episode.observations]).to(device)
         tokens, summary = self.core.perceive(batch)
         hidden, memories = self.core.initial(len(episodes)), []
-        for now in summary.unflatten(0, (len(episodes), -1)).unbind(1):  # (E, D)
+        for now in summary.view(len(episodes), -1, summary.shape[-1]).unbind(1):  # (E, D)
             hidden = self.core.memory(now, hidden)
             memories.append(hidden)
         actions = torch.from_numpy(np.concatenate([episode.actions for episode in episodes])).to(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -201,7 +201,7 @@ def _play(
     probe: BlendProbe = state.setdefault("probe", None) or BlendProbe(registry)
     state["probe"] = probe
     diaries = [_Diary() for _ in group.cohort.members]
-    spent: Counter[str] = state.setdefault("spent", Counter())
+    spent: dict[str, float] = state.setdefault("spent", defaultdict(float))
     clock = time.perf_counter()
 
     def note(what: str) -> None:
@@ -214,7 +214,7 @@ def _play(
         views, _ = group.advance()
         note("advance")
         while not group.done:
-            seen = [observe(view, probe.describe(view.blends)) for view in views]
+            seen = [observe(view, probe.descriptors(view.blends)) for view in views]
             note("observe")
             chosen = choose(views, seen)
             note("choose")
@@ -255,7 +255,7 @@ def told(
     state: dict[str, Any], play: Callable[..., list[GroupPlayed]], *arguments: Any
 ) -> tuple[list[GroupPlayed], dict[str, float], list[str]]:
     """What `play` answers, what it took (seconds by kind of work), and what is to be said of it."""
-    state["spent"], state["notes"] = Counter(), []
+    state["spent"], state["notes"] = defaultdict(float), []
     answer = play(state, *arguments)
     return answer, dict(state["spent"]), list(state["notes"])
 
