@@ -31,9 +31,9 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch, HostProtocol
 from esper_core.leyline.objective import Objective
-from esper_core.simic.gym.stacked_frames import Frame
+from esper_core.simic.gym.stacked_frames import StackFrame
 from esper_core.simic.gym.stacked_sensors import StackedSensors
-from esper_core.simic.gym.stacked_slots import Bucket, Course, Flags, LaneCall, Point, StackedConvolution, vmapped
+from esper_core.simic.gym.stacked_slots import AlphaCourse, Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
 from esper_core.simic.gym.stacks import BLEND, Arena, Stack, StackedAdamW, StackedOptimizer
 
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
@@ -150,7 +150,7 @@ class StackedPopulation:
         self._lanes: dict[_Place, tuple[Bucket, int]] = {}
         self._changed: dict[_Place, None] = {}
         self._births: dict[_Place, int] = {}
-        self._frame: Frame | None = None
+        self._frame: StackFrame | None = None
 
         skeleton = copy.deepcopy(planes[0]).host  # computes for all; its own weights are never used
         skeleton.module.to(self.device)
@@ -404,14 +404,14 @@ class StackedPopulation:
 
     # --- Frames ---
 
-    def frame(self) -> Frame:
+    def frame(self) -> StackFrame:
         """The state of all environments as it is now; one copy for whoever asks before the next step."""
         if self._frame is None:
-            self._frame = Frame.take(self.arena, self.hosts, self._lanes, self.flags.proxies)
+            self._frame = StackFrame.take(self.arena, self.hosts, self._lanes, self.flags.proxies)
         return self._frame
 
     @torch.no_grad()
-    def restore(self, k: int, frame: Frame) -> None:
+    def restore(self, k: int, frame: StackFrame) -> None:
         """Give environment k what `frame` has of it. Its plane has been rebuilt, and says which seeds there are."""
         self._changed |= {(k, path): None for path in self.points}
         self._settle()
@@ -553,7 +553,7 @@ class StackedPopulation:
         self.arena.age[row] = carried.age if carried else 0.0
         self.flags.proxies[row] = carried.proxies if carried else 0.0
 
-    def _course(self, place: _Place) -> Course:
+    def _course(self, place: _Place) -> AlphaCourse:
         """Mode and ramp of the lane at `place`: alpha after 0, 1, … steps as the plane will compute it."""
         k, path = place
         plane, growth, slot = self.planes[k], self.planes[k].growths[path], self.planes[k].slots[path]
@@ -565,7 +565,7 @@ class StackedPopulation:
             span = growth.ramp_target - growth.ramp_start
             alphas = [growth.ramp_start + span * curve(min(1.0, i / growth.ramp_steps)) for i in range(length)]
         position = growth.ramp_done if growth.ramping else length - 1
-        return Course(row, slot.mode is Mode.ISOLATED, alphas, position)
+        return AlphaCourse(row, slot.mode is Mode.ISOLATED, alphas, position)
 
 
 def stacked(batches: Sequence[Batch]) -> Batch:

@@ -25,7 +25,7 @@ from esper_core.leyline.view import RunView
 from esper_core.nissa.sensors import SensorArray
 from esper_core.simic.gym.cuda_engine import StackedPopulation, stacked
 from esper_core.simic.gym.member import LentTolaria, Member
-from esper_core.simic.gym.stacked_frames import Frame
+from esper_core.simic.gym.stacked_frames import StackFrame
 from esper_core.simic.gym.stacked_sensors import StackedSensors
 from esper_core.simic.gym.stacks import StackedAdamW, StackedOptimizer, StackedSGD
 from esper_core.tolaria import assembly
@@ -44,7 +44,7 @@ class LaneSnapshot(Snapshot):
     def __init__(self, population: StackedPopulation, k: int) -> None:
         super().__init__()
         self.population, self.k = population, k
-        self.frame: Frame | None = None
+        self.frame: StackFrame | None = None
 
     def take(self, plane: Plane, optimizer: GrowthOptimizer, step: int) -> None:
         """See `Snapshot.take`."""

@@ -17,7 +17,7 @@ from esper_core.simic.gym.stacks import Arena, Stack, lane_spans
 
 
 @attrs.frozen(eq=False)
-class Frame:
+class StackFrame:
     """The state of all lanes at one moment.
 
     Attributes:
@@ -39,7 +39,7 @@ class Frame:
     @torch.no_grad()
     def take(
         cls, arena: Arena, hosts: Stack, lanes: Mapping[tuple[int, str], tuple[Bucket, int]], proxies: Tensor
-    ) -> Frame:
+    ) -> StackFrame:
         """The state now. `lanes` keeps the stacks alive to which ids refer."""
         return cls(
             arena.theta.detach().clone(),

@@ -218,7 +218,7 @@ class Bucket:
 
 
 @attrs.frozen
-class Course:
+class AlphaCourse:
     """A lane's mode, and its alpha after 0, 1, … steps, of which `position` have been taken."""
 
     lane: int
@@ -257,7 +257,7 @@ class Flags:
         said = torch.zeros(lanes, 2, device=device)
         return cls(~no, no, table, zeros.long(), zeros.clone(), zeros.clone(), proxies, said)
 
-    def set(self, courses: Sequence[Course]) -> None:
+    def set(self, courses: Sequence[AlphaCourse]) -> None:
         """Set the modes of lanes and the courses of their alphas."""
         device = self.table.device
         rows = torch.tensor([c.lane for c in courses], device=device)
