@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.run import resume_run, start_run
 from tests.tolaria import ground
+from tests.tolaria.killing import in_process, kill_until_done, start
 
 _STEPS: Final = (
     {"decision": 0, "op": "germinate", "slot": "block1", "blueprint": "plain", "tempo": "fast"},
@@ -64,51 +61,11 @@ def configure(name: str, folder: Path, out: Path) -> RunConfig:
     return config
 
 
-def in_child(work: Callable[[], Any]) -> int:
-    """Run `work` in a fork, so that torch need not be imported anew; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException as error:  # noqa: BLE001 - the parent is told by the exit code
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        os._exit(3)
-    os._exit(0)
-
-
-def wait(child: int, seconds: float) -> int | None:
-    """The exit status of a child, or None if it was killed after `seconds`.
-
-    Raises:
-        SystemExit: it failed by itself.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            if status:
-                raise SystemExit(f"a run ended by itself with {status}")
-            return status
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None
-        time.sleep(0.002)
-
-
-def kill_until_done(name: str, into: Path, number: int, longest: float) -> tuple[int, dict[str, str]]:
+def kill_and_compare(name: str, into: Path, number: int, longest: float) -> tuple[int, dict[str, str]]:
     """Kill one run up to four times and let it get through; how often it was killed, and its fingerprint."""
-    draw, kills = random.Random(f"{name} {number}"), 0
     out = into / f"{name.replace(' ', '-')}-{number}"
     shutil.rmtree(out, ignore_errors=True)
-    registry = ground.registry()
-    while not (out / "result.json").exists():
-        if (out / "run.json").exists():
-            child = in_child(lambda: resume_run(out, registry=registry))
-        else:
-            child = in_child(lambda: start_run(configure(name, into, out), registry=registry))
-        kills += wait(child, draw.uniform(0.0, longest) if kills < 4 else float("inf")) is None
+    kills = kill_until_done(configure(name, into, out), random.Random(f"{name} {number}"), longest)
     found = ground.fingerprint(out)
     shutil.rmtree(out)
     return kills, found
@@ -118,9 +75,11 @@ def reference(name: str, into: Path) -> tuple[dict[str, str], float]:
     """Fingerprint of the undisturbed run, and the seconds that it took; kept in a file."""
     kept = into / f"{name.replace(' ', '-')}.reference.json"
     if not kept.exists():
-        out, began = into / "reference", time.monotonic()
+        out = into / "reference"
         shutil.rmtree(out, ignore_errors=True)
-        wait(in_child(lambda: start_run(configure(name, into, out), registry=ground.registry())), float("inf"))
+        in_process(int)  # the server is up
+        began = time.monotonic()
+        in_process(start, configure(name, into, out))
         kept.write_text(json.dumps([ground.fingerprint(out), time.monotonic() - began]))
         shutil.rmtree(out)
     found, seconds = json.loads(kept.read_text())
@@ -141,7 +100,7 @@ def main() -> None:
     while kills < options.kills:
         name = names[number % len(names)]
         expected, seconds = reference(name, options.into)
-        times, found = kill_until_done(name, options.into, number, 1.1 * seconds)
+        times, found = kill_and_compare(name, options.into, number, 1.1 * seconds)
         kills, number = kills + times, number + 1
         line = {"configuration": name, "number": number, "kills": times, "identical": found == expected}
         with open(log, "a") as file:

@@ -6,19 +6,14 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption
-from esper_core.storage import tensor_file
-from esper_core.tolaria import checkpoint, trainer
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
-from esper_core.tolaria.snapshot import Snapshot
-from esper_plugins.sinks.jsonl import JsonLines
 from tests.tolaria import ground
+from tests.tolaria.killing import MOMENTS, in_process, kill_until_done, start, start_and_die
 
 STEPS = (
     {"decision": 0, "op": "germinate", "slot": "block1", "blueprint": "plain", "tempo": "fast"},
@@ -80,52 +75,15 @@ def test_signals_save_first(configured, number, after):
     assert ground.fingerprint(folder / name) == expected
 
 
-def _in_child(work) -> int:
-    """Run `work` in a fork, so that torch need not be imported anew; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException as error:  # noqa: BLE001 - the parent is told by the exit code
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        os._exit(3)
-    os._exit(0)
-
-
-def _kill_and_resume(make, folder: Path, name: str, draw: random.Random, longest: float) -> int:
-    """Kill a run at random moments until it gets through; how often it was killed."""
-    kills = 0
-    work = lambda: start_run(make(name), registry=ground.registry())  # noqa: E731 - the first of two jobs
-    while True:
-        child = _in_child(work)
-        deadline = time.monotonic() + draw.uniform(0.0, longest) if kills < 3 else float("inf")
-        while True:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                assert status == 0, f"child ended with {status}"
-                return kills
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                kills += 1
-                break
-            time.sleep(0.002)
-        if (folder / name / "run.json").exists():
-            if (folder / name / "result.json").exists():
-                return kills  # killed between the end and the exit
-            work = lambda: resume_run(folder / name, registry=ground.registry())  # noqa: E731
-
-
 def _kill_many(configured, wanted: int, seed: int) -> None:
     make, expected, folder = configured
     began = time.monotonic()
-    os.waitpid(_in_child(lambda: start_run(make(f"timed-{seed}"), registry=ground.registry())), 0)
+    assert not in_process(start, make(f"timed-{seed}"))
     longest = 1.1 * (time.monotonic() - began)
     draw, kills, run = random.Random(seed), 0, 0
     while kills < wanted:
         name = f"killed-{seed}-{run}"
-        kills += _kill_and_resume(make, folder, name, draw, longest)
+        kills += kill_until_done(make(name), draw, longest, most=3)
         assert ground.fingerprint(folder / name) == expected, f"after {kills} kills"
         run += 1
 
@@ -139,49 +97,12 @@ def test_killed_at_a_hundred_random_moments(configured):
     _kill_many(configured, 100, seed=2)
 
 
-def _dying(owner: object, name: str, number: int, after: bool):
-    """Have this process kill itself around the `number`-th call of `owner.name`."""
-    original, calls = getattr(owner, name), 0
-
-    def call(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == number and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = original(*args, **kwargs)
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    setattr(owner, name, call)
-
-
-MOMENTS = {
-    "tensors on disk, not yet renamed": (tensor_file, "sync_and_hash", 3),
-    "tensors renamed, manifest not written": (checkpoint, "write_json_file", 3),
-    "old checkpoints deleted": (checkpoint.Checkpoints, "_rotate", 4),
-    "event log made durable": (JsonLines, "flush", 4),
-    "a seed is born": (Plane, "apply_all", 1),
-    "a seed blends in": (Plane, "_ramp", 1),
-    "the snapshot is taken": (Snapshot, "take", 3),
-    "the snapshot is put back": (Snapshot, "restore", 1),
-    "the grown model is written": (trainer, "save_model", 1),
-    "the end is recorded": (RunFolder, "write_result", 1),
-}
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_where_it_hurts(configured, moment, after):
     make, expected, folder = configured
-    name, (owner, method, number) = f"hurt-{list(MOMENTS).index(moment)}-{after}", MOMENTS[moment]
-
-    def work():
-        _dying(owner, method, number, after)
-        start_run(make(name), registry=ground.registry())
-
-    _, status = os.waitpid(_in_child(work), 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"never reached: {moment}"
+    name = f"hurt-{list(MOMENTS).index(moment)}-{after}"
+    assert in_process(start_and_die, make(name), moment, after), f"never reached: {moment}"
     if not (folder / name / "result.json").exists():
         assert resume_run(folder / name, registry=ground.registry()).status == "finished"
     assert ground.fingerprint(folder / name) == expected
