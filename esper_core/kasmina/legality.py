@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -72,12 +73,30 @@ def veto(plane: Plane, command: Command) -> str:
     try:
         return plane.registry.hook.esper_veto(command=command, plane=plane) or ""
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
-        return f"a plugin's veto failed with {type(error).__name__}: {error}"
+        return f"{_author_of(plane, error)} failed with {type(error).__name__}: {error}"
 
 
 def permits(plane: Plane, command: Command) -> bool:
-    """Whether no plugin vetoes `command`. Views ask, so that no controller is offered what would be refused."""
-    return not plane.registry.hook.esper_veto.get_hookimpls() or not veto(plane, command)
+    """Whether no plugin vetoes `command`. Views ask, so that no controller is offered what would be refused.
+
+    A veto that raises refuses, and the plane's listeners are told.
+    """
+    if not plane.registry.hook.esper_veto.get_hookimpls():
+        return True
+    try:
+        return not plane.registry.hook.esper_veto(command=command, plane=plane)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
+        plane.tell_veto_fault(command, _author_of(plane, error), error)
+        return False
+
+
+def _author_of(plane: Plane, error: BaseException) -> str:
+    """Whose veto raised `error`, by the code that it came through."""
+    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    for implementation in plane.registry.hook.esper_veto.get_hookimpls():
+        if getattr(implementation.function, "__code__", None) in codes:
+            return f"the veto of plugin {implementation.plugin_name}"
+    return "a plugin's veto"
 
 
 def _check_germination(plane: Plane, command: Command, growth: Growth) -> None:

@@ -91,6 +91,7 @@ class Plane:
         self._territory = Territory(host)
         self._ramps = Ramps(self._build_curve)
         self._listeners: list[Callable[[StageChange], None]] = []
+        self._veto_listeners: list[Callable[[Command, str, BaseException], None]] = []
         wanted = list(host.injection_specs) if points is None else list(points)
         for name in wanted:
             if name not in host.injection_specs:
@@ -192,6 +193,15 @@ class Plane:
     def on_change(self, listener: Callable[[StageChange], None]) -> None:
         """Call `listener` after every change of a stage."""
         self._listeners.append(listener)
+
+    def on_veto_fault(self, listener: Callable[[Command, str, BaseException], None]) -> None:
+        """Have `listener` called where a veto raises while a view asks for it: with command, whose veto, and error."""
+        self._veto_listeners.append(listener)
+
+    def tell_veto_fault(self, command: Command, author: str, error: BaseException) -> None:
+        """Tell the listeners of a veto that raised instead of answering."""
+        for listener in self._veto_listeners:
+            listener(command, author, error)
 
     # --- Commands ---
 

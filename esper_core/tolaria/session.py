@@ -129,7 +129,9 @@ class Tolaria:
         parameter = next(iter(plane.host.module.parameters()))
         self._losses = torch.zeros(governor.config.check_every, device=parameter.device)
         self._waiting = 0
+        self._veto_faults: list[tuple[Command, str, BaseException]] = []
         plane.on_change(self.tell)
+        plane.on_veto_fault(lambda *fault: self._veto_faults.append(fault))
         optimizer.follow(plane)
         optimizer.check(plane)
         if sensors is not None:
@@ -349,8 +351,18 @@ class Tolaria:
     # --- What the controller is told ---
 
     def view(self, measured: Measurement, epoch: float) -> RunView:
-        """The run as a controller sees it, given the latest reading of the validation split."""
-        return controller_view(self, measured, epoch)
+        """The run as a controller sees it, given the latest reading of the validation split.
+
+        A veto that raises is told: what it was asked about is not offered.
+        """
+        self._veto_faults.clear()
+        view = controller_view(self, measured, epoch)
+        for author in dict.fromkeys(author for _, author, _ in self._veto_faults):
+            refused = [(command, error) for command, whose, error in self._veto_faults if whose == author]
+            (first, error), more = refused[0], len(refused) - 1
+            what = f"{first.op} {first.blueprint}".rstrip() + f" at {first.slot}"
+            self.tell_fault(author, error, f"not offered: {what}" + (f", and {more} more" if more else ""))
+        return view
 
     @property
     def status(self) -> str:

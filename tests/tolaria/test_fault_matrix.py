@@ -252,6 +252,8 @@ def test_cell(parts, reference, tmp_path, monkeypatch, cell):
     assert Store.plan.struck, "the plan never came to pass"
     Store.plan = Plan()
     check(expected, outcome, folder, undisturbed, lives, parts)
+    if part == "veto" and what in ("exception", "exit"):  # a text is no fault: it is the reason of a refusal
+        assert {e["where"] for e in ground.events(folder, "fault")} == {"the veto of plugin tests/saboteurs"}
     if (folder / "run.json").exists() and expected != SHARED:
         assert ("block2", "culled") not in {
             (e["slot"], e["after"]) for e in ground.events(folder, "stage_changed") if e["source"] == "governor"
