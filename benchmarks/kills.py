@@ -41,7 +41,7 @@ CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {
     "fast checks": {"schedule_steps": _STEPS, "settings": {"governor.check_every": 1}, "checkpoint_every": 1},
     "slow checkpoints": {"schedule_steps": _STEPS, "checkpoint_every": 11},
     "budget": {"controller": "random", "budget_params": "60%", "schedule": "cosine"},
-    "vectors": {"host": "mlp", "blueprints": ("bottleneck",), "controller": "random", "settings": {}},
+    "vectors": {"host": "mlp", "blueprints": ("bottleneck_adapter", "ffn"), "controller": "random"},
 }
 """Fourteen kinds of run, as changes of `tests.tolaria.ground.config`."""
 
