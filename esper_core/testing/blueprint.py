@@ -251,6 +251,16 @@ class BlueprintConformance(Conformance):
         other.load_state_dict(safetensors.torch.load(safetensors.torch.save(seed.state_dict())))
         assert torch.equal(answer(seed, h), answer(other, h))
 
+    def test_goes_on_after_a_resume(self, representative: InjectionSpec) -> None:
+        seed, other, h = disturb(self.build(representative)), self.build(representative, 1), feature(representative)
+        for step in range(10):
+            seed(feature(representative, seed=step))
+        other.load_state_dict(safetensors.torch.load(safetensors.torch.save(seed.state_dict())))
+        for step in range(10):
+            expected, given = answer(seed, h), answer(other, h)
+            message = f"call {step} after a resume differs: what a seed counts or remembers belongs into a buffer"
+            assert torch.equal(expected, given), message
+
     def test_compiles_whole(self, representative: InjectionSpec) -> None:
         torch.compiler.reset()
         seed, h = disturb(self.build(representative)), feature(representative)

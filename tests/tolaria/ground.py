@@ -45,19 +45,27 @@ class Bomb(nn.Module):
         return out + 1e6 * torch.sign(torch.sin(1e3 * h)) if h.requires_grad else out
 
 
-class NotANumber(Plain):
+class Counting(Plain):
+    """Counts its training calls, in a buffer: a resumed run goes on counting."""
+
+    def __init__(self, point: InjectionSpec) -> None:
+        super().__init__(point)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+
+class NotANumber(Counting):
     """Turns into NaN in its eighth training call."""
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        self.calls = getattr(self, "calls", 0) + self.training
+        self.calls += self.training
         return super().forward(h) * (float("nan") if self.calls >= 8 else 1.0)
 
 
-class RaisesForward(Plain):
+class RaisesForward(Counting):
     """Raises in its eighth training call and ever after."""
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        self.calls = getattr(self, "calls", 0) + self.training
+        self.calls += self.training
         if self.calls >= 8:
             raise ZeroDivisionError("in forward")
         return super().forward(h)
@@ -77,7 +85,7 @@ class RaisesBackward(RaisesForward):
     """Raises in the backward pass of its eighth training call and ever after."""
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        self.calls = getattr(self, "calls", 0) + self.training
+        self.calls += self.training
         out = Plain.forward(self, h)
         return _Thrower.apply(out) if self.calls >= 8 else out
 
