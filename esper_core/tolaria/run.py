@@ -162,8 +162,8 @@ def _take_up(
         notify(f"{'starting' if from_scratch else 'no checkpoint yet: starting'} from the beginning{told}")
     trainer = build_trainer(setup, sinks, lambda: folder)
     if found is None:
+        # the random state is as `start_run` has it: seeded by `set_up`, moved on by the parts that drew as they were built
         trainer.hub.rewind(trainer.hub.positions())  # nothing yet: their files were put aside
-        assembly.make_deterministic(config.seed)
     else:
         trainer.load(*found)
         notify(f"resumed at step {trainer.tolaria.clock.step} of {setup.timetable.steps}")

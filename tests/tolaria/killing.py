@@ -29,6 +29,7 @@ _SERVER: Final = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "esper_core.tolaria.run", "esper_core.cli.main"])
 
 MOMENTS: Final = {
+    "the folder is made": (RunFolder, "add_to_manifest", 1),
     "tensors on disk, not yet renamed": (tensor_file, "sync_and_hash", 3),
     "tensors renamed, manifest not written": (checkpoint, "write_json_file", 3),
     "old checkpoints deleted": (checkpoint.Checkpoints, "_rotate", 4),

@@ -13,7 +13,7 @@ from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from tests.tolaria import ground
-from tests.tolaria.killing import MOMENTS, in_process, kill_until_done, start, start_and_die
+from tests.tolaria.killing import MOMENTS, go_on, in_process, kill_until_done, start, start_and_die
 
 STEPS = (
     {"decision": 0, "op": "germinate", "slot": "block1", "blueprint": "plain", "tempo": "fast"},
@@ -106,6 +106,16 @@ def test_killed_where_it_hurts(configured, moment, after):
     if not (folder / name / "result.json").exists():
         assert resume_run(folder / name, registry=ground.registry()).status == "finished"
     assert ground.fingerprint(folder / name) == expected
+
+
+def test_a_run_whose_controller_draws_as_it_is_built_begins_again_alike(tmp_path):
+    first, second = (
+        ground.config(tmp_path / name, controller="agent", blueprints=("depthwise",)) for name in ("a", "b")
+    )
+    assert not in_process(start, first)
+    assert in_process(start_and_die, second, "the folder is made", True)
+    assert not in_process(go_on, tmp_path / "b")
+    assert ground.fingerprint(tmp_path / "b") == ground.fingerprint(tmp_path / "a")
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "manifest", "manifest-flip"])
