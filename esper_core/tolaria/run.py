@@ -162,7 +162,7 @@ def _take_up(
         notify(f"{'starting' if from_scratch else 'no checkpoint yet: starting'} from the beginning{told}")
     trainer = build_trainer(setup, sinks, lambda: folder)
     if found is None:
-        # the random state is as `start_run` has it: seeded by `set_up`, moved on by the parts that drew as they were built
+        # `set_up` has seeded the random state; parts that drew as they were built moved it on, as in `start_run`
         trainer.hub.rewind(trainer.hub.positions())  # nothing yet: their files were put aside
     else:
         trainer.load(*found)
