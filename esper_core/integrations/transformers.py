@@ -16,7 +16,7 @@ from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import Event, FaultCaught
-from esper_core.leyline.host import Batch
+from esper_core.leyline.host import IGNORED, Batch
 from esper_core.tolaria.grow import accompany
 from esper_core.tolaria.labels import ToBatch, to_batch
 from esper_core.tolaria.model_file import load_growth
@@ -181,9 +181,9 @@ class GrowthCallback(TrainerCallback):
             return
         whole = given.get("num_items_in_batch") is None
         self._note(loss, not whole)
-        if self._compared < _COMPARED and whole and "labels" in given and self.tolaria is not None:
+        if self._compared < _COMPARED and "labels" in given and self.tolaria is not None:
             self._compared += 1
-            self._compare(given, output, float(loss))
+            self._compare(given, output, float(loss.detach()))
 
     def _compare(self, given: Any, output: Any, loss: float) -> None:
         assert self.tolaria is not None
@@ -191,6 +191,9 @@ class GrowthCallback(TrainerCallback):
             targets = self.convert({name: value for name, value in given.items() if value is not None}).targets
             with torch.no_grad():
                 own = float(self.tolaria.objective.loss(pick_logits(output).detach(), targets))
+            items = given.get("num_items_in_batch")
+            if items is not None and isinstance(targets, Tensor) and not targets.is_floating_point():
+                own *= int((targets != IGNORED).sum()) / max(1.0, float(items))  # the trainer's is a sum over a share
         except Exception as error:  # noqa: BLE001 - `convert` is the caller's code
             self._say(f"the trainer's loss could not be compared: {type(error).__name__}: {error}")
             return

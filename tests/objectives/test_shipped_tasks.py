@@ -24,7 +24,7 @@ from esper_core.tolaria.run_folder import RunFolder
 from esper_core.trials.compare import CompareConfig, Unit, run_unit, summarise_arms
 from tests.recorded import read_events
 
-BRIEF = "--epochs 3 --batch-size 32 --decisions-per-epoch 3 --decision-examples 32 --budget-params 300%"
+BRIEF = "--epochs 3 --batch-size 32 --decisions-per-epoch 3 --decision-examples 32 --budget-params 500%"
 STEP = {"decision": 1, "op": "germinate", "tempo": "fast"}
 
 

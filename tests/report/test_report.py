@@ -173,8 +173,10 @@ def test_errors_name_the_folder_and_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(EsperError, match=r"holds no run.*esper runs list"):
         write_report(tmp_path / "nothing")
     folder = write_run("maps", tmp_path / "run", share=0.1)
+    (tmp_path / "a file").touch()
     with pytest.raises(EsperError, match=r"cannot write .*--out FILE"):
-        write_report(folder, tmp_path / "missing" / "deeper" / "report.html")
+        write_report(folder, tmp_path / "a file" / "deeper" / "report.html")
+    assert write_report(folder, tmp_path / "missing" / "deeper" / "report.html").is_file()
     assert write_report(folder, tmp_path).name == "report.html" and (tmp_path / "report.html").is_file()
     assert not list(folder.glob(".*part")) and not list(tmp_path.glob(".*part"))
 

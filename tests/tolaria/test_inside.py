@@ -16,6 +16,7 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import BadFile, EsperError, IllegalCommand
 from esper_core.leyline.hookspecs import hookimpl
+from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Op
 from esper_core.registry import load_registry
 from esper_core.tolaria.grow import accompany, grow
@@ -139,6 +140,27 @@ def test_esper_measures_the_loss_that_the_trainer_trains(tmp_path, name) -> None
     assert last == pytest.approx(own, rel=1e-3)
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_loss_summed_over_a_share_of_the_items_is_compared_too(tmp_path, k) -> None:
+    """Models that take `num_items_in_batch` divide by the labels of all accumulated batches, not by their own."""
+    for convert, told in ((None, 0), (unshifted, 3)):
+        seen, more = [], {} if convert is None else {"convert": convert}
+        growth = callback("causal", tmp_path, seen, **more)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made, _ = train(tmp_path / f"{told}", "causal", growth, gradient_accumulation_steps=k,
+                            per_device_train_batch_size=16 // k)  # fmt: skip
+        assert made.model_accepts_loss_kwargs
+        faults = [event for event in seen if event.kind == "fault"]
+        assert len(faults) == told, [event.error for event in faults]
+        assert all("another loss than the trainer's" in event.error for event in faults)
+
+
+def unshifted(given) -> Batch:
+    """A conversion that forgets that a causal model compares with the next label."""
+    return Batch({"input_ids": given["input_ids"]}, given["labels"])
+
+
 @pytest.mark.parametrize("k", [2, 4])
 def test_accumulated_gradients_divide_no_loss(tmp_path, k) -> None:
     """The training loss that controllers read is the same, however many passes one step has."""
@@ -197,7 +219,7 @@ def test_the_trainer_resumes_with_its_seeds(tmp_path) -> None:
 def test_a_callback_grows_one_model_once(tmp_path) -> None:
     growth = callback("tokens", tmp_path)
     made, model = train(tmp_path / "out", "tokens", growth, steps=2)
-    with pytest.raises(EsperError, match="has grown a model already"):
+    with pytest.raises(EsperError, match="has already grown a model"):
         made.train()
     with pytest.raises(EsperError, match="this model already has a plane"):
         accompany(model, torch.optim.SGD(model.parameters(), 0.1), item("tokens"), steps=8)

@@ -31,7 +31,7 @@ def folder(tmp_path):
 def test_it_resumes_to_the_same_end(folder):
     told = []
     result = resume_run(folder / "interrupted", notify=told.append)
-    assert any("does not say what its data" in line for line in told), told
+    assert any("does not record its data" in line for line in told), told
     assert result.status == "finished" and result.steps == RESULT["steps"] and result.params == RESULT["params"]
     assert result.test_loss == pytest.approx(RESULT["test_loss"], rel=1e-4)
     assert result.total_flops == pytest.approx(RESULT["total_flops"], rel=0.02)
