@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from esper_core.tamiyo.adapter import Adapter as Adapter
     from esper_core.tamiyo.core import TamiyoCore as TamiyoCore
     from esper_core.tolaria.config import RunConfig as RunConfig
+    from esper_core.tolaria.ema import GrowthEMA as GrowthEMA
     from esper_core.tolaria.grow import accompany as accompany
     from esper_core.tolaria.grow import grow as grow
     from esper_core.tolaria.labels import to_batch as to_batch
@@ -46,6 +47,7 @@ PUBLIC: dict[str, str] = {
     "CopiedRun": "esper_core.kasmina.copies:CopiedRun",
     "EsperError": "esper_core.leyline.errors:EsperError",
     "GrowthCallback": "esper_core.integrations.transformers:GrowthCallback",
+    "GrowthEMA": "esper_core.tolaria.ema:GrowthEMA",
     "ModuleHost": "esper_core.kasmina.module_host:ModuleHost",
     "Plane": "esper_core.kasmina.plane:Plane",
     "Registry": "esper_core.registry:Registry",

@@ -136,6 +136,14 @@ class OrganSeed(nn.Module):
         self._check(name)
         self._slots.pop(name, None)
 
+    def train(self, mode: bool = True) -> OrganSeed:
+        """Set the mode of the organ and of what grows inside."""
+        super().train(mode)
+        for slot in self._slots.values():
+            if isinstance(slot, nn.Module):
+                slot.train(mode)
+        return self
+
     def forward_with_slots(self, inputs: Tensor) -> Tensor:
         """The same as calling the organ."""
         return self(inputs)

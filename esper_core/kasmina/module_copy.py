@@ -14,6 +14,16 @@ from esper_core.leyline.errors import EsperError
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+def computed_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Copies of the tensors that `module` computed and keeps, which torch does not copy; a memo for `copy.deepcopy`."""
+    return {
+        id(value): value.detach().clone()
+        for part in module.modules()
+        for value in tree_leaves(dict(vars(part)))
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+
+
 def copy_module(module: _Module, memo: Mapping[int, Any] | None = None) -> _Module:
     """A deep copy. Tensors that the module computed and kept, as `weight_norm` does, are copied by value.
 
@@ -23,11 +33,7 @@ def copy_module(module: _Module, memo: Mapping[int, Any] | None = None) -> _Modu
     Raises:
         EsperError: Python cannot copy it.
     """
-    known = dict(memo or {})
-    for part in module.modules():
-        for value in tree_leaves(dict(vars(part))):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                known.setdefault(id(value), value.detach().clone())
+    known = {**computed_tensors(module), **(memo or {})}
     try:
         return copy.deepcopy(module, known)
     except Exception as error:  # foreign code may raise anything

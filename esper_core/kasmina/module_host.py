@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
@@ -31,6 +33,8 @@ from esper_core.kasmina.module_copy import copy_module
 from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
 from esper_core.kasmina.point_discovery import Found, discover, view_of
 from esper_core.kasmina.sight import find_around
+from esper_core.kasmina.slot import SlotStack
+from esper_core.kasmina.stray_copy import StrayCopy
 from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import list_tensors
 from esper_core.leyline.injection import InjectionSpec
@@ -53,6 +57,8 @@ class SlotHook:
     def __init__(self, slot: SlotModule, view: FeatureView, model: nn.Module | None = None, path: str = "") -> None:
         self.slot, self.view = slot, view
         self.plain = view.plain
+        self.model = weakref.ref(model) if model is not None else None
+        self.original: StrayCopy | None = None
         self.names: tuple[str, ...] = ()
         self.around_names: tuple[str, ...] = ()
         self.number: int | None = None
@@ -74,12 +80,33 @@ class SlotHook:
         if self.wants_call:
             self.around = Call(args, kwargs, self.around_names, None, self.number, self.count)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotHook:
+        """The hook of a copied model; a plane that is copied with its model takes it over, see `adopt_hooks`."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.around = None
+        twin.slot, twin.view = copy.deepcopy(self.slot, memo), copy.deepcopy(self.view, memo)
+        model = self.model() if self.model is not None else None
+        copied = memo.get(id(model)) if model is not None else None
+        twin.model = weakref.ref(copied) if isinstance(copied, nn.Module) else None
+        twin.original = StrayCopy(self.slot) if isinstance(self.slot, SlotStack) and twin.model is not None else None
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None, "original": None, "around": None}
+
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         feature = output if isinstance(output, Tensor) else feature_of(output)
         if feature is None:
             raise TypeError(f"{type(module).__name__} answered without a tensor, and a slot stands behind it")
         seen = feature if self.plain else self.view.see(feature)
         slot: Any = self.slot
+        if self.model is not None and not torch.compiler.is_compiling():
+            model = self.model()
+            if model is not None and model.training != getattr(slot, "training", model.training):
+                slot.train(model.training)  # seeds are no children of the model, whose mode they go by
+            if self.original is not None and self.original.look(model or module, slot):
+                self.original = None
         if self.wants_call:
             grown = slot(seen, Call(args, kwargs, self.names, self.around, self.number, self.count))
         else:

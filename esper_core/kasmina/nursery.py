@@ -88,10 +88,10 @@ def plant(
             writes = any(getattr(module, "inplace", False) for module in seed.modules())
             if not known:
                 writes = _check_copies(seed, run, point, command.blueprint) or writes
-    if run is None:
-        if point.layout == "NCHW" and is_channels_last(host):
-            seed = seed.to(memory_format=torch.channels_last)
-        seed = seed.train(host.training)
+    if run is None and point.layout == "NCHW" and is_channels_last(host):
+        seed = seed.to(memory_format=torch.channels_last)
+    if run is None or slot.training != host.training:  # parts of a block may be held in another mode than the model
+        seed = seed.train(slot.training)
     before = slot.whole, slot.wants_call
     slot.whole, slot.wants_call = spec.answers == "feature", "call" in spec.wants
     try:
@@ -114,7 +114,7 @@ def fit_combination(plane: Plane, slot: SeedSlot, blend: str) -> None:
     """Give the slot a fresh combination module of `blend`."""
     host = plane.host.module
     combination = build_combination(plane.registry, blend, slot.spec, whole=slot.whole, options=plane.blend_options)
-    slot.combination = combination.to(device=device_of(host), dtype=dtype_of(host)).train(host.training)
+    slot.combination = combination.to(device=device_of(host), dtype=dtype_of(host)).train(slot.training)
 
 
 def build_combination(

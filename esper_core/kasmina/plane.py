@@ -16,7 +16,9 @@ from esper_core.kasmina.blends import BlendOptions, parse_blend, parse_blends
 from esper_core.kasmina.candidates import Candidates
 from esper_core.kasmina.growth import Growth, StageChange, gate_value
 from esper_core.kasmina.ledger import UNLIMITED, Ledger, Limits, count_parameters
+from esper_core.kasmina.module_copy import computed_tensors
 from esper_core.kasmina.paths import base_of, height_of
+from esper_core.kasmina.plane_hooks import adopt_hooks
 from esper_core.kasmina.ramps import Ramps
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.kasmina.sources import run_at
@@ -376,8 +378,12 @@ class Plane:
         twin = object.__new__(Plane)
         memo[id(self)] = twin
         memo[id(self.registry)] = self.registry
+        for module in (self.host.module, self.module):
+            memo |= {key: value for key, value in computed_tensors(module).items() if key not in memo}
         for name, value in self.__dict__.items():
-            setattr(twin, name, [] if name == "_listeners" else copy.deepcopy(value, memo))
+            setattr(twin, name, [] if name in ("_listeners", "_veto_listeners") else copy.deepcopy(value, memo))
+        for module in (twin.host.module, twin.module):
+            adopt_hooks(module)
         return twin
 
     # --- Inside ---

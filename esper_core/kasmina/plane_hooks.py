@@ -13,6 +13,12 @@ def plane_hooks(model: nn.Module) -> list[Any]:
     return [hook for hook in every if getattr(hook, "belongs_to_plane", False)]
 
 
+def adopt_hooks(model: nn.Module) -> None:
+    """Take the hooks on a copied model for those of the plane that was copied with it."""
+    for hook in plane_hooks(model):
+        hook.original = None
+
+
 def drop_hooks(model: nn.Module) -> None:
     """Take out the hooks that a copy left as None."""
     for module in model.modules():

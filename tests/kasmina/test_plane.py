@@ -189,7 +189,9 @@ class Guard:
 def test_a_veto_refuses_by_speaking_and_by_failing() -> None:
     plane = small_plane()
     plane.registry.register(Guard(), name="guard", distribution="mine", version="1")
-    with pytest.raises(IllegalCommand, match=r"germinate at block0 was vetoed: a plugin's veto failed with KeyError"):
+    with pytest.raises(
+        IllegalCommand, match=r"germinate at block0 was vetoed: the veto of plugin mine/guard failed with KeyError"
+    ):
         plane.germinate("block0", "poly")
     with pytest.raises(IllegalCommand, match="germinate at block1 was vetoed: not here"):
         plane.germinate("block1", "poly")
