@@ -20,10 +20,10 @@ from esper_core.leyline.host import IGNORED, Batch
 from esper_core.tolaria.grow import accompany
 from esper_core.tolaria.labels import ToBatch, to_batch
 from esper_core.tolaria.model_file import load_growth
+from esper_core.tolaria.pretrained import GROWTH_FILE
 from esper_core.tolaria.progress_file import resume, save_progress
 from esper_core.tolaria.session import Tolaria
 
-_FILE = "growth.safetensors"
 _COMPARED = 3
 _DIFFERENT = 0.01
 
@@ -147,7 +147,7 @@ class GrowthCallback(TrainerCallback):
         """Save the seeds beside the trainer's checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.tolaria is not None and folder.is_dir():
-            save_progress(self.tolaria, folder / _FILE)
+            save_progress(self.tolaria, folder / GROWTH_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Stop listening to the model; where the trainer went back to its best checkpoint, so do the seeds."""
@@ -156,17 +156,17 @@ class GrowthCallback(TrainerCallback):
         if self.tolaria is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            load_growth(self.tolaria.plane, Path(state.best_model_checkpoint) / _FILE)
+            load_growth(self.tolaria.plane, Path(state.best_model_checkpoint) / GROWTH_FILE)
         if self.tolaria.clock.step == 0:
             self._say("no growth step happened: the trainer never told of an optimizer step")
 
     def _beside(self, args: Any, step: int) -> Path:
         given = args.resume_from_checkpoint
         folders = [Path(args.output_dir) / f"checkpoint-{step}", *([Path(given)] if isinstance(given, str) else [])]
-        found = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
+        found = next((folder / GROWTH_FILE for folder in folders if (folder / GROWTH_FILE).is_file()), None)
         if found is None:
             raise EsperError(
-                f"the trainer resumes at step {step}, but {folders[0]} holds no {_FILE}",
+                f"the trainer resumes at step {step}, but {folders[0]} holds no {GROWTH_FILE}",
                 "a checkpoint that this callback wrote",
                 "train() without resume_from_checkpoint, to start growing again",
             )

@@ -312,6 +312,11 @@ class ComposedModel(nn.Module):
         keep_unfused(model)
         for path, (module, view) in grown.items():
             grow_behind(model, path, module, view)
+        for path, part in list(model.named_modules()):
+            inside = [place for place in grown if not path or place == path or place.startswith(path + ".")]
+            if inside and callable(getattr(part, "save_pretrained", None)):
+                part.__dict__.pop("save_pretrained", None)
+                _derive(part, "holding")
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits of a batch."""
@@ -356,7 +361,8 @@ def _derive(module: nn.Module, kind: str) -> None:
 
 @cache
 def _subclass(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    """The subclass of `base` whose `forward` goes on through what grew, or shows its call to what asks for it.
+    """The subclass of `base` whose `forward` goes on through what grew, or shows its call to what asks for it, or
+    whose `save_pretrained` is refused.
 
     Its objects are pickled by way of the class that someone wrote.
     """
@@ -373,14 +379,23 @@ def _subclass(base: type[nn.Module], kind: str) -> type[nn.Module]:
             for hook in self.__dict__["_call_hooks"]:
                 hook.around = None
 
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise EsperError(
+            f"save_pretrained of a composed {base.__name__} would lose what has grown, which is not among its keys",
+            "the model that grew, whose save_pretrained writes its seeds beside it",
+            "plane.host.module.save_pretrained(FOLDER), or torch.save(composed)",
+        )
+
     origin: Any = getattr(base, "_origin", base)
     derived = (*getattr(base, "_derived", ()), kind)
 
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
         return _object_of, (origin, derived), getattr(self, "__getstate__", lambda: self.__dict__)()
 
-    names = {"forward": through if kind == "grown" else showing, "__module__": base.__module__,
-             "__reduce_ex__": reduce, "_origin": origin, "_derived": derived}  # fmt: skip
+    changed: dict[str, Any] = {
+        "grown": {"forward": through}, "calling": {"forward": showing}, "holding": {"save_pretrained": refuse},
+    }[kind]  # fmt: skip
+    names = {**changed, "__module__": base.__module__, "__reduce_ex__": reduce, "_origin": origin, "_derived": derived}
     return type(base.__name__, (base,), names)
 
 

@@ -38,6 +38,7 @@ from esper_core.tolaria.flop_budget import (
 from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
+from esper_core.tolaria.pretrained import keep_seeds
 from esper_core.tolaria.room import refuse_no_room
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.step import Precision, TrainingStep
@@ -247,6 +248,7 @@ def set_up_module(
     objective = choose_objective(config, registry, outputs, sample, own.loss, own.metric, own.higher_is_better)
     timetable = timetable or Timetable.of(config, task)
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)
+    keep_seeds(plane)
     note = refuse_no_room(config, plane)
     if note:
         warnings.warn(note, stacklevel=3)
