@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from esper_core.integrations.batches import OnDevice
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import Event, FaultCaught
-from esper_core.leyline.host import IGNORED, Batch
+from esper_core.leyline.host import IGNORED
 from esper_core.tolaria.grow import accompany
 from esper_core.tolaria.labels import ToBatch, to_batch
 from esper_core.tolaria.model_file import load_growth
@@ -37,8 +38,7 @@ class GrowthCallback(TrainerCallback):
 
     The trainer's optimizer and scheduler are left as they are. Its checkpoints get the seeds and their progress as
     `growth.safetensors` beside the model, whose keys do not change; `resume_from_checkpoint` and
-    `load_best_model_at_end` find them there. For one process and one device, and one `train()`; with fp16 the seeds see
-    scaled gradients, so prefer bf16.
+    `load_best_model_at_end` find them there. For one process and one device, one `train()`, and any precision but fp16.
 
     Where the model's output has no loss, because of `label_smoothing_factor` or of a `compute_loss` of one's own, call
     `watch(trainer)` before `train()`: otherwise seeds grow without the training loss, which is said aloud.
@@ -104,12 +104,14 @@ class GrowthCallback(TrainerCallback):
         """Lay the plane over the model; go on from the trainer's checkpoint if it does.
 
         Raises:
-            EsperError: several devices or processes, a second `train()`, or a checkpoint without its seeds.
+            EsperError: several devices or processes, fp16, a second `train()`, or a checkpoint without its seeds.
         """
         if self.tolaria is not None:
             raise EsperError("this callback has already grown a model", "one callback a train()", "GrowthCallback(...)")
         if max(getattr(args, "n_gpu", 1), getattr(args, "world_size", 1)) > 1:
             raise EsperError("the trainer uses several devices", "one process and one device", "CUDA_VISIBLE_DEVICES=0")
+        if getattr(args, "fp16", False):
+            raise EsperError("fp16 scales the gradients that seeds see", "another precision", "bf16=True")
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         sample = next(iter(self.validation), None)
         if sample is None:
@@ -141,7 +143,7 @@ class GrowthCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Decide when it is time."""
         if self.tolaria is not None and self.tolaria.due(state.max_steps):
-            self.tolaria.decide(_Again(self.validation, self.convert, self._device), float(state.epoch or 0.0))
+            self.tolaria.decide(OnDevice(self.validation, self.convert, self._device), float(state.epoch or 0.0))
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Save the seeds beside the trainer's checkpoint."""
@@ -211,15 +213,3 @@ class GrowthCallback(TrainerCallback):
         assert self.tolaria is not None
         warnings.warn(what, stacklevel=3)
         self.on_event(FaultCaught(step=self.tolaria.clock.step, where="trainer", error=what, action="training goes on"))
-
-
-class _Again:
-    """Validation batches on the device, each time anew."""
-
-    def __init__(self, batches: Iterable[Any], convert: ToBatch, device: str) -> None:
-        self.batches, self.convert, self.device = batches, convert, device
-
-    def __iter__(self) -> Any:
-        for item in self.batches:
-            batch: Batch = self.convert(item).to(self.device, non_blocking=True)
-            yield batch

@@ -238,35 +238,3 @@ class TestTransformers:
         with torch.no_grad():
             plain = growth.compose()({"input_ids": rows[:4]})
             assert torch.allclose(plain, model(input_ids=rows[:4]).logits, atol=1e-5)
-
-
-def test_lightning_fabric_loop():
-    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
-    torch.manual_seed(0)
-    model = net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-    train, validation = (fabric.setup_dataloaders(loader) for loader in loaders())
-    tolaria = accompany(
-        model,
-        optimizer,
-        next(iter(train)),
-        steps=48,
-        decisions=12,
-        blueprints=["conv"],
-        points=["1", "3"],
-        budget_params="",
-    )
-    losses = []
-    for _ in range(6):
-        for inputs, targets in train:
-            loss = nn.functional.cross_entropy(wrapped(inputs), targets)
-            fabric.backward(loss)
-            wrapped_optimizer.step()
-            tolaria.step(loss, len(targets))
-            wrapped_optimizer.zero_grad()
-            if tolaria.due(48):
-                losses.append(tolaria.decide(map(to_batch, validation), epoch=0.0).loss)
-    assert tolaria.clock.decision == 12 and losses[-1] < losses[0]
-    assert tolaria.governor.rollbacks == 0
-    assert Op.GERMINATE in {Op(c["op"]) for _, c in tolaria.governor.commands}
