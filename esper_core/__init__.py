@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from esper_core.tolaria.model_file import load_growth as load_growth
     from esper_core.tolaria.model_file import load_model as load_model
     from esper_core.tolaria.model_file import save_growth as save_growth
+    from esper_core.tolaria.progress_file import Progress as Progress
     from esper_core.tolaria.progress_file import resume as resume
     from esper_core.tolaria.progress_file import save_progress as save_progress
     from esper_core.tolaria.run import resume_run as resume_run
@@ -50,6 +51,7 @@ PUBLIC: dict[str, str] = {
     "GrowthEMA": "esper_core.tolaria.ema:GrowthEMA",
     "ModuleHost": "esper_core.kasmina.module_host:ModuleHost",
     "Plane": "esper_core.kasmina.plane:Plane",
+    "Progress": "esper_core.tolaria.progress_file:Progress",
     "Registry": "esper_core.registry:Registry",
     "RunConfig": "esper_core.tolaria.config:RunConfig",
     "TamiyoCore": "esper_core.tamiyo.core:TamiyoCore",

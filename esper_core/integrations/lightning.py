@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from esper_core.registry import load_registry
 from esper_core.tolaria.grow import accompany
 from esper_core.tolaria.labels import ToBatch, to_batch
 from esper_core.tolaria.model_file import load_growth
-from esper_core.tolaria.progress_file import resume, save_progress
+from esper_core.tolaria.progress_file import Progress, resume, with_file
 from esper_core.tolaria.session import Tolaria
 
 PROGRESS: Final = "esper_growth"
@@ -74,7 +73,7 @@ class LightningGrowth(Callback):
         self.module, self.options = module, options
         self.tolaria: Tolaria | None = None
         self._used: Plane | None = None  # of a module that is only tested
-        self._held: bytes | None = None
+        self._held: Tensor | None = None
         self._losses: list[Tensor] = []
         self._steps = self._total = self._seen = self._compared = 0
         self._output: Any = None
@@ -110,18 +109,15 @@ class LightningGrowth(Callback):
     def _save(self, checkpoint: dict[str, Any]) -> None:
         if self.tolaria is None:
             return
-        with tempfile.TemporaryDirectory() as folder:
-            save_progress(self.tolaria, Path(folder) / "growth.safetensors")
-            data = (Path(folder) / "growth.safetensors").read_bytes()
-        checkpoint[PROGRESS] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        checkpoint[PROGRESS] = Progress(self.tolaria).state_dict()["file"]
         if any(growth.blueprint for growth in self.plane.growths.values()):
             checkpoint["state_dict"][MARK] = torch.empty(0, dtype=torch.uint8)
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"].pop(MARK, None)
-        self._held = _bytes_in(checkpoint)
+        self._held = checkpoint.get(PROGRESS)
         if self.tolaria is not None and self._held is not None:  # back to an earlier checkpoint of this training
-            _read(self._held, lambda path: load_growth(self.plane, path))
+            with_file(self._held, lambda path: load_growth(self.plane, path))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Where a checkpoint is only used, grow its seeds."""
@@ -143,7 +139,7 @@ class LightningGrowth(Callback):
             if self._used is None:
                 points = self.options.get("points")
                 self._used = _plane_over(self._grows(pl_module), self.convert(self._sample()).inputs, points)
-            _read(held, lambda path: load_growth(self.plane, path))
+            with_file(held, lambda path: load_growth(self.plane, path))
 
     # --- Training ---
 
@@ -168,7 +164,7 @@ class LightningGrowth(Callback):
         held, self._held = self._held, None
         if held is not None:
             tolaria = self.tolaria
-            _read(held, lambda path: resume(tolaria, path))
+            with_file(held, lambda path: resume(tolaria, path))
         elif trainer.global_step > 0:
             raise EsperError(
                 f"the trainer resumes at step {trainer.global_step}, but its checkpoint holds no seeds",
@@ -277,7 +273,7 @@ def load_grown(
         EsperError: the checkpoint holds no seeds.
     """
     checkpoint = torch.load(path, map_location=options.get("map_location", "cpu"), weights_only=True)
-    held = _bytes_in(checkpoint)
+    held = checkpoint.get(PROGRESS)
     if held is None:
         raise EsperError(f"{path} holds no seeds", "a checkpoint of a trainer with LightningGrowth",
                          f"{kind.__name__}.load_from_checkpoint(PATH)")  # fmt: skip
@@ -287,7 +283,7 @@ def load_grown(
     file.seek(0)
     loaded = kind.load_from_checkpoint(file, **options)
     plane = _plane_over(loaded.get_submodule(module), convert(sample).inputs, points)
-    _read(held, lambda name: load_growth(plane, name))
+    with_file(held, lambda name: load_growth(plane, name))
     return loaded, plane
 
 
@@ -317,18 +313,6 @@ def _plane_over(model: nn.Module, inputs: Any, points: Sequence[str] | None) -> 
     host = host_from_module(model, list(points) if points else None, example=inputs)
     model.train(training)
     return Plane(host, load_registry())
-
-
-def _bytes_in(checkpoint: dict[str, Any]) -> bytes | None:
-    held = checkpoint.get(PROGRESS)
-    return None if held is None else held.cpu().numpy().tobytes()
-
-
-def _read(data: bytes, then: Callable[[Path], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "growth.safetensors"
-        path.write_bytes(data)
-        then(path)
 
 
 def _size_of(batch: Any) -> int:

@@ -22,6 +22,12 @@ ADOPTED: Final = {
 }
 
 
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside a trainer's wrapper, such as accelerate's, which hides its kind."""
+    inner = vars(optimizer).get("optimizer")
+    return unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
 def family_of(optimizer: torch.optim.Optimizer | None) -> str:
     """The kind of an optimizer by how its rate is meant: `sgd`, `muon`, or `adamw` for all others."""
     name = type(optimizer).__name__.lower()

@@ -21,7 +21,7 @@ from esper_core.nissa.hub import Hub
 from esper_core.nissa.report import write_report
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
-from esper_core.tolaria.caller_groups import adopted, kind_for
+from esper_core.tolaria.caller_groups import adopted, kind_for, unwrapped
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
 from esper_core.tolaria.grown import Grown, Lines
@@ -309,7 +309,8 @@ def accompany(
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
-    others = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    others = [unwrapped(one) for one in given]
     config = RunConfig.from_mapping(
         {"optimizer": kind_for(others), **options, "device": _device_of(model), "host": OWN_MODEL,
          "blueprints": blueprints}

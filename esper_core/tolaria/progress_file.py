@@ -1,12 +1,18 @@
-"""Progress of growth inside the caller's loop in one file: seeds, stages, and the state of their optimizer.
+"""Progress of growth inside the caller's loop: seeds, stages, and the state of their optimizer.
 
 The host's weights, its optimizer and the learning-rate schedule are the loop's own affair; their checkpoint belongs
-beside this file.
+beside this.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from esper_core.leyline.errors import BadFile
 from esper_core.registry.origin import Origins
@@ -58,3 +64,42 @@ def resume(tolaria: Tolaria, path: str | Path) -> None:
         load_training(plane, optimizer, {**kept, **tensors}, header["training"]["plain"], path)
         tolaria.load_state_dict(header["training"]["tolaria"])
         optimizer.check(plane)
+
+
+class Progress:
+    """The progress as a part of other people's checkpoints: what `save_progress` writes, as one tensor of bytes.
+
+        accelerator.register_for_checkpointing(Progress(tolaria))
+        fabric.save(path, {"model": model, "optimizer": optimizer, "growth": Progress(tolaria)})
+        torch.save({"model": model.state_dict(), "growth": Progress(tolaria).state_dict()}, path)
+
+    Load it after the model and its optimizer.
+    """
+
+    def __init__(self, tolaria: Tolaria) -> None:
+        self.tolaria = tolaria
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The file's bytes, uint8."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "growth.safetensors"
+            save_progress(self.tolaria, path)
+            return {"file": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume, see `resume`.
+
+        Raises:
+            BadFile, MissingDependency: see there; or the state is of something else.
+        """
+        if not isinstance(state.get("file"), Tensor):
+            raise BadFile("this state holds no progress", "that of Progress(tolaria).state_dict()")
+        with_file(state["file"], lambda path: resume(self.tolaria, path))
+
+
+def with_file(data: Tensor, then: Callable[[Path], None]) -> None:
+    """Call `then` with a file of these bytes (uint8), which is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "growth.safetensors"
+        path.write_bytes(data.cpu().numpy().tobytes())
+        then(path)
