@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 import esper_core
+from esper_core import testing
 from esper_core.cli.main import VERBS, cli
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
@@ -170,6 +174,62 @@ def blueprints_page() -> str:
     )
 
 
+def conformance_page() -> str:
+    """`conformance.md`: attributes, methods and tests of each class of the conformance kit."""
+    parts = [
+        NOTICE,
+        "# The conformance kit\n",
+        "Subclass the class of your part's kind, set `spec`, and pytest checks the part. Attributes and methods",
+        "below may be set and overridden freely. A test that is overridden must say why in `overrides`.\n",
+        "```python",
+        "from esper_core.testing import BlueprintConformance\n\n",
+        "class TestGlow(BlueprintConformance):",
+        '    spec = "glow"',
+        "```\n",
+        "`pytest --conformance=all` runs every case instead of a representative subset.\n",
+    ]
+    for name in sorted(testing.__all__, key=lambda name: (name != "Conformance", name)):
+        kit = getattr(testing, name)
+        before, _, attributes = inspect.cleandoc(kit.__doc__).partition("Attributes:\n")
+        own = {key: value for key, value in vars(kit).items() if callable(value) and not key.startswith("_")}
+        defaults = {
+            key: value for key, value in vars(kit).items() if not callable(value) and isinstance(key, str)
+            and not isinstance(value, property | classmethod | staticmethod)
+        }  # fmt: skip
+        parts += [f"## {name}\n", before.strip() + "\n"]
+        if attributes:
+            parts += ["| attribute | default | |", "|---|---|---|"]
+            for line in re.sub(r"\n {5,}", " ", inspect.cleandoc("x\n" + attributes)).splitlines()[1:]:
+                attribute, _, meaning = line.strip().partition(": ")
+                if meaning:
+                    default = _default(defaults.get(attribute))
+                    parts.append(f"| `{attribute}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
+            parts.append("")
+        methods = {
+            key: value for key, value in own.items()
+            if inspect.isfunction(value) and not key.startswith(("test_", "pytest_")) and value.__doc__
+        }  # fmt: skip
+        if methods:
+            parts += ["| method | |", "|---|---|"]
+            parts += [f"| `{key}` | {_first(value.__doc__)} |" for key, value in methods.items()]
+            parts.append("")
+        tests = [key for key in own if key.startswith("test_")]
+        parts += ["Tests: " + ", ".join(f"`{key}`" for key in tests) + ".\n"] if tests else []
+    return "\n".join(parts)
+
+
+def _default(value: object) -> str:
+    if value is None or isinstance(value, property):
+        return ""
+    if isinstance(value, Mapping):
+        return f"`{dict(value)}`"
+    return f"`{value!r}`"
+
+
+def _first(text: str | None) -> str:
+    return " ".join((text or "").strip().split("\n\n")[0].split()).replace("|", "\\|")
+
+
 def cli_page() -> str:
     """`cli.md`: the help of every command, as the terminal prints it."""
     parts = [NOTICE, "# Command line\n", "The help of every command. `esper COMMAND --help` prints the same.\n"]
@@ -214,6 +274,7 @@ PAGES = {
     "blueprints.md": blueprints_page,
     "sensors.md": sensors_page,
     "cli.md": cli_page,
+    "conformance.md": conformance_page,
 }
 
 

@@ -55,8 +55,10 @@ class HostConformance(Conformance):
 
     Attributes:
         spec: name of the host, or `distribution/name`; empty if the fixture `host` makes it.
-        argument: what stands after `:` in `--host name:argument`. options: of the host.
-        input_shape: one example without the batch. outputs: classes, or tokens where `integers` is set.
+        argument: what stands after `:` in `--host name:argument`.
+        options: of the host.
+        input_shape: one example without the batch.
+        outputs: classes, or tokens where `integers` is set.
         integers: inputs are token numbers.
         silent_points: points whose feature may have no part in the logits of a fresh host (zero-initialised branches).
     """

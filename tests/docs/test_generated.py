@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import runpy
 from pathlib import Path
 
+import attrs
 import pytest
 
 import esper_core
+from esper_core import testing
+from esper_core.leyline.actions import Tempo
+from esper_core.leyline.stages import Op
+from esper_core.tamiyo.schedule import ScheduledStep, read_schedule
 
 DOCS = Path(__file__).parents[2] / "docs"
 GENERATOR = runpy.run_path(str(DOCS / "generate.py"))
@@ -63,3 +69,23 @@ def test_what_ships_as_plugins_imports_public_names_only() -> None:
                     and name not in public
                 ]
     assert private == []
+
+
+def test_the_schedule_of_its_page_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "schedules.md").read_text("utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "plan.toml").write_text(text)
+    steps, advance = read_schedule(tmp_path / "plan.toml")
+    assert advance and [step.op for step in steps] == ["germinate", "germinate", "wither"]
+    for field in attrs.fields(ScheduledStep):
+        assert f"`{field.name}`" in page, field.name
+    for values in (Tempo, set(Op) - {Op.WAIT}):
+        assert all(f"`{value}`" in page for value in values)
+
+
+@pytest.mark.parametrize("name", testing.__all__)
+def test_every_attribute_of_a_kit_is_on_its_page(name: str) -> None:
+    page = (DOCS / "conformance.md").read_text("utf-8")
+    (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    for attribute in vars(getattr(testing, name)).get("__annotations__", {}):
+        assert f"| `{attribute}` |" in section, attribute
