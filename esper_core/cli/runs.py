@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
@@ -13,6 +13,9 @@ from esper_core.cli.arguments import RUNS, find_run, list_runs, run_argument
 from esper_core.cli.output import InOrder, make_console, make_table, print_json
 from esper_core.leyline.events import with_accuracy
 from esper_core.leyline.stages import BORN, stages_where
+
+if TYPE_CHECKING:
+    from esper_core.nissa.report.reading import RunDigest
 
 _VACANT = stages_where(occupied=False)
 _KEPT = stages_where(permanent=True)
@@ -127,9 +130,18 @@ def summarise_run(folder: Path) -> dict[str, Any]:
         "fossilized": sum(life[2] in _KEPT for life in lives.values()),
         "rollbacks": sum(mark[1] == "rolled_back" for mark in digest.marks),
         "slots": {printable(p): printable(f"{v[3]} {v[2]}").strip() for p, v in lives.items() if v[2] not in _VACANT},
-        "language": any("causal" in str(slot.point.get("tags")) for slot in digest.slots.values()),
+        "token": _token(digest), "language": bool(_token(digest)),
         "config": config if isinstance(config, dict) else {},
     }  # fmt: skip
+
+
+def _token(digest: RunDigest) -> str:
+    """What the targets of a language task are; empty for other tasks. Runs of 0.1.0 do not say: by their points."""
+    from esper_core.nissa.report.wording import printable
+
+    if "token" in digest.started:
+        return printable(digest.started["token"])
+    return "token" if any("causal" in str(slot.point.get("tags")) for slot in digest.slots.values()) else ""
 
 
 def _text(value: object) -> str:

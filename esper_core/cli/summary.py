@@ -67,8 +67,9 @@ def show(
     stopped = run["status"] == "unfinished"
     metric = metric_of(run)
     reached = f"{show_score(run['score'], metric, 2)} {metric.name}, loss {nats(run['loss'])}"
-    if run["language"] and run["loss"] is not None:
-        reached = f"loss {nats(run['loss'])} nats a token (perplexity {math.exp(min(run['loss'], 700)):.3g})"
+    if run["token"] and run["loss"] is not None:
+        perplexity = f"{math.exp(min(run['loss'], 700)):.3g}"
+        reached = f"loss {nats(run['loss'])} nats a {run['token']} (perplexity {perplexity})"
     table.add_row("reached", Text(f"{reached} on the {run['split']} split", style="bold"))
     verdict = compare.get("verdict") if compare else None
     if isinstance(verdict, Mapping):

@@ -93,7 +93,8 @@ def _from_array(value: Any) -> Any:
 class RunStarted(Event):
     """First event of a run. `points`: injection points as mappings, in depth order. `steps`: of the whole run.
 
-    `metric` has the fields of `leyline.objective.Metric`: the metric of every score of the run.
+    `metric` has the fields of `leyline.objective.Metric`: the metric of every score of the run. `token`: what a target
+    of a language task is, see `leyline.host.token_of`.
     """
 
     kind: ClassVar[str] = "run_started"
@@ -106,6 +107,7 @@ class RunStarted(Event):
     points: list[dict[str, Any]]
     steps: int = 0
     metric: dict[str, Any] = attrs.field(factory=lambda: attrs.asdict(Metric()))
+    token: str = ""
 
 
 @attrs.frozen(kw_only=True)

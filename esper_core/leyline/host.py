@@ -169,3 +169,10 @@ class TaskProtocol(Protocol):
     @property
     def test(self) -> Split:
         """Read once, at the end of a run, for the report."""
+
+
+def token_of(task: TaskProtocol) -> str:
+    """What a target of a language task is: `byte`, `character`, or `token`; empty for other tasks."""
+    if task.kind != "language-modelling":
+        return ""
+    return {"byte": "byte", "char": "character"}.get(str(getattr(task, "tokens", "")), "token")

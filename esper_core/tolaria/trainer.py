@@ -17,7 +17,7 @@ from esper_core.kasmina.counterfactual import Measurement, measure_counterfactua
 from esper_core.leyline.errors import BadFile, BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted, renamed
 from esper_core.leyline.files import typed
-from esper_core.leyline.host import Batch
+from esper_core.leyline.host import Batch, token_of
 from esper_core.leyline.objective import Metric
 from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.hub import Hub
@@ -323,6 +323,7 @@ class Trainer:
                 points=[attrs.asdict(slot.spec) for slot in plane.slots.values()],
                 steps=self.timetable.steps,
                 metric=attrs.asdict(self.tolaria.objective.metric),
+                token=token_of(self.task),
             )
         )
 

@@ -125,3 +125,43 @@ def test_the_time_of_a_resumed_run_is_not_that_of_the_whole(home: Path) -> None:
         console = Console(width=100, record=True, quiet=False)
         show(summarise_run(home), console, None, 97.0 if resumed else 220.0, None, resumed)
         assert told in " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        ("byte", "loss 1.500 nats a byte (perplexity 4.48)"),
+        ("character", "loss 1.500 nats a character (perplexity 4.48)"),
+        ("", "90.00% accuracy, loss 1.500"),  # a causal host that classifies
+        (None, "loss 1.500 nats a token (perplexity 4.48)"),  # a run of version 0.1.0
+    ],
+)
+def test_the_summary_tells_what_a_loss_is_of(home: Path, token: str | None, told: str) -> None:
+    from rich.console import Console
+
+    from esper_core.cli.runs import summarise_run
+    from esper_core.cli.summary import show
+
+    points = [{"name": "a", "order": 0, "tags": ["causal"]}]
+    started = {"kind": "run_started", "step": 0, "host": "gpt", "task": "mine", "points": points, "host_params": 9}
+    ended = {"kind": "run_ended", "step": 1, "status": "finished", "test_loss": 1.5, "test_score": 0.9}
+    lines = [started if token is None else {**started, "token": token}, ended]
+    (home / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    console = Console(width=100, record=True, quiet=False)
+    show(summarise_run(home), console, None, 1.0, None)
+    assert told in " ".join(console.export_text().split())
+
+
+def test_what_a_target_is_comes_from_the_task() -> None:
+    from esper_core.leyline.host import token_of
+    from esper_core.registry import load_registry
+
+    (Path("text.txt")).write_text("one two three four five six seven eight nine ten " * 40)
+    registry = load_registry()
+    for task, argument, options, expected in (
+        ("text", "text.txt", {"length": 16}, "byte"),
+        ("text", "text.txt", {"length": 16, "tokens": "char"}, "character"),
+        ("digits", "", {}, ""),
+    ):
+        built = registry.build("task", task, argument, seed=0, options=options)
+        assert token_of(built) == expected
