@@ -25,6 +25,15 @@ INIT: Final = Option(
 KERNEL: Final = Option("kernel_size", "int", 3, "size of the window", choices=(3, 5, 7))
 RANK: Final = Option("rank", "int", 8, "width of the narrow middle", minimum=1, maximum=4096)
 
+STRENGTH: Final = Option(
+    "strength", "float", 1.0, "numerator of the delta's scale", minimum=0.001, maximum=1000
+)  # fmt: skip
+SCALING: Final = Option(
+    "scaling", "str", "stable", "scale of the delta; stable: strength/√rank; classic: strength/rank",
+    choices=("stable", "classic"),
+)  # fmt: skip
+_AROUND: Final = frozenset({"around"})
+
 
 def _expansion(default: float) -> Option:
     return Option("expansion", "float", default, "width of the middle beside the feature's", minimum=1 / 64, maximum=16)
@@ -108,10 +117,31 @@ BLUEPRINTS: Final = (
         "Shazeer 2020, arXiv:2002.05202", _expansion(4 / 3), INIT, **_SEQUENCE,
     ),
     _blueprint(
-        "lora", "adapter", SEQUENCES, "linear residual adapter of low rank",
-        "Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732", RANK,
-        Option("strength", "float", 1.0, "the delta is scaled by strength/√rank", minimum=0.001, maximum=1000), INIT,
+        "lora", "adapter", SEQUENCES, "linear update of low rank, behind a module or around a layer",
+        "Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732", RANK, STRENGTH, SCALING, INIT,
+        wants=("call",), capabilities=frozenset({"learned", "around", "around-linear", "around-embedding"}),
         **_SEQUENCE,
+    ),
+    _blueprint(
+        "lora_conv", "adapter", ("NCHW",), "convolution of few channels around a convolution",
+        "Hu et al. 2021, arXiv:2106.09685", RANK, STRENGTH, SCALING, INIT, wants=("call",),
+        capabilities=frozenset({"learned", "around-conv"}), needs=_AROUND,
+    ),
+    _blueprint(
+        "dora", "adapter", SEQUENCES, "lora with a learned length of each row of the layer's weight",
+        "Liu et al. 2024, arXiv:2402.09353", RANK, STRENGTH, SCALING, wants=("call",),
+        capabilities=frozenset({"learned", "around-linear"}), needs=_AROUND,
+    ),
+    _blueprint(
+        "ia3", "adapter", ("NCHW", "NLD"), "a learned factor for each feature of a layer's output",
+        "Liu et al. 2022, arXiv:2205.05638", wants=("call",),
+        capabilities=frozenset({"learned", "around-linear", "around-conv", "around-embedding"}), needs=_AROUND,
+    ),
+    _blueprint(
+        "vera", "adapter", SEQUENCES, "lora with fixed random matrices and learned factors",
+        "Kopiczko et al. 2024, arXiv:2310.11454",
+        Option("rank", "int", 64, "width of the narrow middle", minimum=1, maximum=4096),
+        wants=("call",), capabilities=frozenset({"learned", "around-linear"}), needs=_AROUND,
     ),
     _blueprint(
         "bottleneck_adapter", "adapter", SEQUENCES, "narrow nonlinear adapter at each position",

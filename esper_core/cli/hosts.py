@@ -29,10 +29,12 @@ def _complete_hosts(ctx: click.Context, parameter: click.Parameter, incomplete: 
 @click.option("--outputs", type=click.IntRange(1), metavar="N", help="classes or tokens  [default: the host's own]")
 @click.option("--seed", default=0, metavar="N", help="of the initial weights")
 @click.option("--set", "settings", metavar="HOST.OPTION=VALUE", multiple=True, help="an option of the host; repeatable")
+@click.option("--around", is_flag=True, help="print the points around layers, which --slots around:… chooses")
 @click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
 def show(
-    reference: str, input_shape: str | None, outputs: int | None, seed: int, settings: tuple[str, ...], as_json: bool
-) -> None:
+    reference: str, input_shape: str | None, outputs: int | None, seed: int, settings: tuple[str, ...], around: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Print the injection points of HOST with channels, layout, role, tags, parameters and FLOPs.
 
     Parameters and FLOPs of a point are those of the module before it, for one example; a multiply-add counts as
@@ -42,33 +44,49 @@ def show(
     esper hosts show cnn
     esper hosts show timm:resnet18 --input-shape 1,8,8 --outputs 10
     esper hosts show transformers:gpt2 --set transformers.layers=2
+    esper hosts show transformers:bert --around
     """
     shape = _parse_shape(input_shape)
-    data = describe_host(_build(reference, shape, outputs, seed, parse_settings(settings)), reference, shape)
+    host = _build(reference, shape, outputs, seed, parse_settings(settings))
+    data = describe_host(host, reference, shape, around=around)
     if as_json:
         print_json(data)
     else:
         _print(data)
 
 
-def describe_host(host: HostProtocol, reference: str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+def describe_host(
+    host: HostProtocol, reference: str, shape: tuple[int, ...] | None = None, *, around: bool = False
+) -> dict[str, Any]:
     """What `hosts show` says, as JSON-compatible data.
 
     Args:
         host: any host.
         reference: as the user typed it.
         shape: of one example; None if the host knows one.
+        around: the points around its layers, instead of those behind its modules.
+
+    Raises:
+        EsperError: the host offers no points around its layers.
     """
     import attrs
 
+    from esper_core.kasmina.around import AroundHost, path_of
     from esper_core.kasmina.ledger import count_parameters
+    from esper_core.leyline.errors import EsperError
 
     flops, each = _count(host, shape)
     points = []
-    for name, spec in sorted(host.injection_specs.items(), key=lambda item: (item[1].order, item[0])):
-        module = dict(host.module.named_modules()).get(name)
+    specs, modules = host.injection_specs, dict(host.module.named_modules())
+    if around:
+        if not isinstance(host, AroundHost):
+            raise EsperError(f"{reference} offers no points around its layers", "a host made by host_from_module")
+        specs = host.around_specs()
+    for name, spec in sorted(specs.items(), key=lambda item: (item[1].order, item[0])):
+        path = path_of(name)
+        module = modules.get(path)
         data = {**attrs.asdict(spec), "tags": sorted(spec.tags), "feature_shape": list(spec.feature_shape)}
-        points.append({**data, "params": count_parameters(module) if module else None, "flops": each.get(name)})
+        points.append({**data, "params": count_parameters(module) if module else None, "flops": each.get(path)})
     return {
         "host": reference,
         "params": count_parameters(host.module),
@@ -148,10 +166,13 @@ def _print(data: dict[str, Any]) -> None:
         heads.insert(5, "region")
         for row, p in zip(rows, data["points"], strict=True):
             row.insert(5, p["region"])
+    if any(p["layer"] for p in data["points"]):  # their names are long, and what is typed
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
     table = make_table(*heads, header=True)
     for column, head in zip(table.columns, heads, strict=True):
         column.justify = "right" if head in ("size", "channels", "params", "FLOPs") else "left"
         column.no_wrap = head not in ("point", "tags")
+        column.overflow = "fold"
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from esper_core.kasmina.around import example_call
 from esper_core.leyline.errors import IncompatibleSeed
 from esper_core.leyline.injection import InjectionSpec
 
@@ -39,7 +40,12 @@ def check_causal(seed: nn.Module, point: InjectionSpec, who: str) -> None:
     h = drawn(like, (1, *point.feature_shape))
     other, half = h.clone(), length // 2
     other[:, half:] = 3 * drawn(like, tuple(h[:, half:].shape))
-    one, two = twin(h.clone()), twin(other)
+    if point.layer is None:
+        one, two = twin(h.clone()), twin(other)
+    else:
+        given, changed = (example_call(point, like, 1, noise) for _ in range(2))
+        changed.input[:, : length // 2] = given.input[:, : length // 2]
+        one, two = twin(h.clone(), given), twin(other, changed)
     moved = float((one[:, :half].float() - two[:, :half].float()).abs().max())
     bound = (1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2) * float(one.float().abs().max())
     if not moved <= bound:
@@ -57,7 +63,8 @@ def draws_in_training(seed: nn.Module, point: InjectionSpec) -> bool:
     try:
         twin = copy.deepcopy(seed).train()
         like = next((p for p in twin.parameters() if p.is_floating_point()), torch.zeros(()))
-        twin(torch.zeros(2, *point.feature_shape, device=like.device, dtype=like.dtype))
+        h = torch.zeros(2, *point.feature_shape, device=like.device, dtype=like.dtype)
+        _ = twin(h) if point.layer is None else twin(h, example_call(point, h, 2))
     except Exception:  # noqa: BLE001 - it wants more than a feature, or refuses zeros: go by what it is made of
         return any(isinstance(module, _DRAWING) for module in seed.modules())
     return not torch.equal(before, torch.get_rng_state())

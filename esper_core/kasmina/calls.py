@@ -7,7 +7,7 @@ for them (`wants=("call",)` in the blueprint's spec) get them as a `Call`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -28,6 +28,7 @@ class Call:
         names: of the positional ones, as far as they are known.
         around: the call of the nearest module around that takes masks or a cache, if this one takes none.
         number: of the module that takes the cache, in it. count: entries that are the host's own in one.
+        module: that was called, for seeds around one layer.
     """
 
     args: tuple[Any, ...]
@@ -36,6 +37,7 @@ class Call:
     around: Call | None = None
     number: int | None = None
     count: int = 0
+    module: nn.Module | None = None
 
     def get(self, name: str) -> Any:
         """The argument of that name, or None."""
@@ -52,13 +54,23 @@ class Call:
         """The call with other arguments at some places."""
         args = tuple(changes.get(place, value) for place, value in enumerate(self.args))
         kwargs = {name: changes.get(name, value) for name, value in self.kwargs.items()}
-        return Call(args, kwargs, self.names, self.around, self.number, self.count)
+        return Call(args, kwargs, self.names, self.around, self.number, self.count, self.module)
 
     def detached(self) -> Call:
         """The call without its gradients."""
         args, kwargs = tree_map_only(Tensor, torch.Tensor.detach, (self.args, dict(self.kwargs)))
         around = self.around.detached() if self.around is not None else None
-        return Call(args, kwargs, self.names, around, self.number, self.count)
+        return Call(args, kwargs, self.names, around, self.number, self.count, self.module)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Call:
+        """The call with `function` applied to its tensors."""
+        args, kwargs = tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
+        return Call(args, kwargs, self.names, self.around, self.number, self.count, self.module)
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor among the arguments: what a layer was given."""
+        return next(value for _, value in self.items() if isinstance(value, Tensor))
 
     def named(self, module: nn.Module) -> dict[str, Any]:
         """The arguments by the names that the module's `forward` gives them, as far as it names them."""

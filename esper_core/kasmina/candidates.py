@@ -143,6 +143,8 @@ class Candidates(Mapping[str, BlueprintSpec]):
 
 def misfit(spec: BlueprintSpec, point: InjectionSpec) -> str:
     """Why a blueprint cannot grow at `point`, or the empty string."""
+    if point.layer is not None and f"around-{point.layer.kind}" not in spec.capabilities:
+        return f"it does not grow around a layer of kind {point.layer.kind}, as {point.name} is"
     if point.layout not in spec.layouts:
         return f"it serves {', '.join(spec.layouts)}, and {point.name} is {point.layout}"
     if barred := sorted(spec.excludes & point.tags):

@@ -10,10 +10,12 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from esper_core.kasmina.around import AroundView, Layer, find_layers
 from esper_core.kasmina.block_compile import compile_blocks
 from esper_core.kasmina.block_run import BlockInfo, Pass, find_blocks, trace_blocks
 from esper_core.kasmina.caches import block_count, number_of
@@ -50,11 +52,18 @@ class SlotHook:
 
     The feature is the module's output, or the first tensor in it. A slot that hands its input back leaves the
     output object itself in place. A slot that `wants_call` gets the module's arguments too.
+
+    Args:
+        slot: feature to feature of the same shape. view: how it sees the module's. model: the model. path: the module.
+        alone: the call of the module is all that the slot's seeds may want, and not the masks of those around it.
     """
 
     belongs_to_plane = True
 
-    def __init__(self, slot: SlotModule, view: FeatureView, model: nn.Module | None = None, path: str = "") -> None:
+    def __init__(
+        self, slot: SlotModule, view: FeatureView | AroundView, model: nn.Module | None = None, path: str = "",
+        alone: bool = False,
+    ) -> None:  # fmt: skip
         self.slot, self.view = slot, view
         self.plain = view.plain
         self.model = weakref.ref(model) if model is not None else None
@@ -64,7 +73,7 @@ class SlotHook:
         self.number: int | None = None
         self.count = 0
         self.around: Call | None = None
-        if model is not None:
+        if model is not None and not alone:
             place, around = model.get_submodule(path), find_around(model, path)
             self.names = argument_names(place)
             self.around_names = argument_names(around) if around is not None else ()
@@ -108,7 +117,7 @@ class SlotHook:
             if self.original is not None and self.original.look(model or module, slot):
                 self.original = None
         if self.wants_call:
-            grown = slot(seen, Call(args, kwargs, self.names, self.around, self.number, self.count))
+            grown = slot(seen, Call(args, kwargs, self.names, self.around, self.number, self.count, module))
         else:
             grown = slot(seen)
         if grown is seen:
@@ -186,7 +195,8 @@ class ModuleHost:
         self._prepare = prepare
         self._paths = {name: path for name, (path, _) in points.items()}
         self._specs = {name: spec for name, (_, spec) in points.items()}
-        self._views = {name: views.get(name, _PLAIN) for name in points}
+        self._views: dict[str, FeatureView | AroundView] = {name: views.get(name, _PLAIN) for name in points}
+        self._layers: dict[str, Layer] | None = None
         self._hooks: dict[str, tuple[SlotHook, list[torch.utils.hooks.RemovableHandle]]] = {}
         for path in self._paths.values():
             _submodule(module, path)
@@ -205,8 +215,9 @@ class ModuleHost:
         self._check(name)
         if name in self._hooks:
             raise IllegalCommand(f"point {name!r} already has a slot", "one slot a point", "unregister_slot first")
-        path = self._paths[name]
-        hook, around = SlotHook(slot, self._views[name], self.module, path), find_around(self.module, path)
+        path, alone = self._paths[name], self._specs[name].layer is not None
+        hook = SlotHook(slot, self._views[name], self.module, path, alone)
+        around = None if alone else find_around(self.module, path)
         handles = [_submodule(self.module, path).register_forward_hook(hook, with_kwargs=True)]
         if around is not None:
             keeper = CallKeeper(hook)
@@ -235,7 +246,45 @@ class ModuleHost:
 
     def compile_blocks(self) -> list[str]:
         """Compile the submodules that points follow, for training; returns their paths."""
-        return compile_blocks(self.module, self._paths.values())
+        return compile_blocks(self.module, self._behind().values())
+
+    def around_specs(self) -> Mapping[str, InjectionSpec]:
+        """Every point around a layer, by name, in the order in which the forward pass reaches them; measured once.
+
+        Raises:
+            EsperError: no example is known, or the model has PEFT's adapters in its layers.
+        """
+        return MappingProxyType({name: layer.spec for name, layer in self._around().items()})
+
+    def offer_around(self, names: Iterable[str]) -> None:
+        """Make these points around layers some of the host's injection points.
+
+        Raises:
+            UnknownName: no such point.
+        """
+        layers, first = self._around(), max((spec.order for spec in self._specs.values()), default=-1) + 1
+        for name in names:
+            if name not in layers:
+                raise UnknownName(
+                    f"the host has no layer {name!r}", "one of around_specs()", "esper hosts show --around"
+                )
+            if name not in self._specs:
+                layer = layers[name]
+                self._paths[name], self._views[name] = layer.path, layer.view
+                self._specs[name] = attrs.evolve(layer.spec, order=first + layer.spec.order)
+
+    def _around(self) -> dict[str, Layer]:
+        if self._layers is None:
+            example = self._example()
+            inputs = self._prepare(example) if self._prepare else example
+            trace = trace_features(self.module, inputs, self._to_logits)
+            causal = any("causal" in spec.tags for spec in self._specs.values())
+            self._layers = {layer.spec.name: layer for layer in find_layers(self.module, trace, causal=causal)}
+        return self._layers
+
+    def _behind(self) -> dict[str, str]:
+        """Paths of the modules behind which points stand, by point."""
+        return {name: path for name, path in self._paths.items() if self._specs[name].layer is None}
 
     def blocks(self) -> Mapping[str, BlockInfo]:
         """What stands before each point: a block that can be copied, or why there is none; measured once.
@@ -244,8 +293,8 @@ class ModuleHost:
             EsperError: no example is known.
         """
         if self._blocks is None:
-            seen = self._observe(self._paths.values())
-            points = {name: (path, self._specs[name].role) for name, path in self._paths.items()}
+            seen = self._observe(self._behind().values())
+            points = {name: (path, self._specs[name].role) for name, path in self._behind().items()}
             self._blocks = find_blocks(seen, points)
         return self._blocks
 
@@ -256,15 +305,21 @@ class ModuleHost:
         return {name: seen[path] for name, path in paths.items() if path in seen}
 
     def view_at(self, name: str) -> FeatureView:
-        """How the slot at a point sees the feature."""
-        return self._views[name]
+        """How the slot at a point behind a module sees the feature."""
+        view = self._views[name]
+        assert isinstance(view, FeatureView)
+        return view
 
     def _observe(self, paths: Iterable[str]) -> dict[str, Pass]:
+        example = self._example()
+        return trace_blocks(self.module, lambda: self.forward_with_slots(example), paths)
+
+    def _example(self) -> Inputs:
         if self.example is None:
             raise EsperError("this host has no example to run its blocks on", "host.example = inputs, a batch of one")
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        example = tree_map_only(Tensor, lambda t: t.to(device), self.example)
-        return trace_blocks(self.module, lambda: self.forward_with_slots(example), paths)
+        moved: Inputs = tree_map_only(Tensor, lambda t: t.to(device), self.example)
+        return moved
 
     def compose_with(self, grown: dict[str, nn.Module]) -> nn.Module:
         """An independent copy of the model, without hooks, that passes each point's feature through `grown[point]`.
@@ -280,7 +335,7 @@ class ModuleHost:
         drop_hooks(model)
         return ComposedModel(
             model,
-            {self._paths[name]: (module, self._views[name]) for name, module in grown.items()},
+            [(self._paths[name], module, self._views[name]) for name, module in grown.items()],
             self._to_logits,
             self._prepare,
         )
@@ -301,16 +356,16 @@ class ComposedModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        grown: Mapping[str, tuple[nn.Module, FeatureView]],
+        grown: Sequence[tuple[str, nn.Module, FeatureView | AroundView]],
         to_logits: Callable[[Any], Tensor],
         prepare: Callable[[Inputs], Inputs] | None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.grown = nn.ModuleList(module for module, _ in grown.values())
+        self.grown = nn.ModuleList(module for _, module, _ in grown)
         self._to_logits, self._prepare = to_logits, prepare
         keep_unfused(model)
-        for path, (module, view) in grown.items():
+        for path, module, view in grown:
             grow_behind(model, path, module, view)
         for path, part in list(model.named_modules()):
             inside = [place for place in grown if not path or place == path or place.startswith(path + ".")]
@@ -335,12 +390,16 @@ def keep_unfused(model: nn.Module) -> None:
             module.enable_nested_tensor = module.use_nested_tensor = False
 
 
-def grow_behind(model: nn.Module, path: str, grown: nn.Module, view: FeatureView) -> None:
+def grow_behind(model: nn.Module, path: str, grown: nn.Module, view: FeatureView | AroundView) -> None:
     """Have the module at `path` pass its feature through `grown`, which some other module holds as a child."""
-    place = model.get_submodule(path)
-    hook, around = _GrowthHook(grown, view, model, path), find_around(model, path)
-    _derive(place, "grown")
-    place.__dict__["_grown_hook"] = hook
+    place, alone = model.get_submodule(path), isinstance(view, AroundView)
+    hook = _GrowthHook(grown, view, model, path, alone)
+    around = None if alone else find_around(model, path)
+    if "_grown_hooks" in place.__dict__:
+        place.__dict__["_grown_hooks"].append(hook)
+    else:
+        _derive(place, "grown")
+        place.__dict__["_grown_hooks"] = [hook]
     if around is not None and hook.wants_call:
         _keep_call(around, hook)
 
@@ -368,7 +427,10 @@ def _subclass(base: type[nn.Module], kind: str) -> type[nn.Module]:
     """
 
     def through(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_grown_hook"](self, args, kwargs, base.forward(self, *args, **kwargs))
+        output = base.forward(self, *args, **kwargs)
+        for hook in self.__dict__["_grown_hooks"]:
+            output = hook(self, args, kwargs, output)
+        return output
 
     def showing(self: Any, *args: Any, **kwargs: Any) -> Any:
         for hook in self.__dict__["_call_hooks"]:

@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import nn
 
+from esper_core.kasmina.around import example_call
 from esper_core.kasmina.birth_tests import check_causal, draws_in_training
 from esper_core.kasmina.blends import BlendOptions, parse_blend
 from esper_core.kasmina.block_run import quiet_pass
@@ -106,7 +107,11 @@ def plant(
         seed.inherits = ()
     flops = 0 if known else plane.cost(slot.path, command.blueprint, command.options)[1]
     return SeedCost(
-        count_parameters(seed, slot.combination), flops, inherits, tuple(seed_origins), direct=not spec.isolation
+        count_parameters(seed, slot.combination),
+        flops,
+        inherits,
+        tuple(seed_origins),
+        direct=not spec.isolation or point.layer is not None,
     )
 
 
@@ -145,7 +150,13 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
         before = feature._version
         try:
             with torch.no_grad():
-                out = seed.eval()(feature)
+                if point.layer is None:
+                    out = seed.eval()(feature)
+                else:
+                    call = example_call(point, feature, size)
+                    out = seed.eval()(feature, call)
+                    if call.input._version:
+                        raise ValueError("it writes to the layer's input")
         except (Exception, SystemExit) as error:
             raise IncompatibleSeed(
                 f"{where} raised {type(error).__name__}: {error}", f"an answer to {tuple(feature.shape)}"

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from esper_core.kasmina.around import example_call
 from esper_core.kasmina.feature_trace import eval_mode
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.slot import SeedSlot
@@ -49,12 +50,19 @@ def _answer(slot: SeedSlot) -> list[list[float]]:
     h = torch.randn(1, *slot.spec.feature_shape, generator=noise).to(device=like.device, dtype=like.dtype)
     try:
         with torch.random.fork_rng(devices=[]):
-            s = slot.seed(h.clone()).to(h.dtype)
+            s = _ask(slot, h, noise).to(h.dtype)
             out = slot.combination(h, s, torch.ones((), device=h.device, dtype=h.dtype))
     except Exception:  # noqa: BLE001 - such a seed wants more than its feature, which only the host can give
         return []
     answers = [_few(s), _few(out)]
     return answers if all(math.isfinite(value) for answer in answers for value in answer) else []
+
+
+def _ask(slot: SeedSlot, h: Tensor, noise: torch.Generator) -> Tensor:
+    assert slot.seed is not None
+    more = () if slot.spec.layer is None else (example_call(slot.spec, h, 1, noise),)
+    answer: Tensor = slot.seed(h.clone(), *more)
+    return answer
 
 
 def _few(answer: Tensor) -> list[float]:

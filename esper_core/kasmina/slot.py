@@ -140,7 +140,12 @@ class SeedSlot(nn.Module):
             s = self._ask_apart(h.detach(), call.detached() if call is not None else None).to(h.dtype)
             out = straight_through(h, s - h.detach() if self.whole else s)
         else:
-            s = self._ask(silent_at_zero(h, self.alpha) if self.mode is Mode.RAMPING else h, call).to(h.dtype)
+            given = h
+            if self.mode is Mode.RAMPING:
+                given = silent_at_zero(h, self.alpha)
+                if call is not None and self.spec.layer is not None:
+                    call = call.mapped(self._silent)
+            s = self._ask(given, call).to(h.dtype)
             if self.mode is Mode.ATTACHED and isinstance(self.combination, Interpolation):
                 out = s
             else:
@@ -151,6 +156,9 @@ class SeedSlot(nn.Module):
         if self.probe is not None and torch.is_grad_enabled():
             self.probe(self, h, s - h if self.whole else s, out)
         return out
+
+    def _silent(self, tensor: Tensor) -> Tensor:
+        return silent_at_zero(tensor, self.alpha) if tensor.is_floating_point() else tensor
 
     def _ask(self, h: Tensor, call: Call | None) -> Tensor:
         """The seed's output for `h`, which must not be changed, as the host uses it.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import nn
 
+from esper_core.kasmina.around import path_of
 from esper_core.kasmina.block_run import BlockInfo, Pass
 from esper_core.kasmina.copies import BlockRun, CopiedBlock, CopiedRun, Source
 from esper_core.kasmina.feature_view import FeatureView
@@ -82,6 +83,8 @@ def _chain(infos: Mapping[str, BlockInfo], name: str) -> list[BlockInfo]:
     Raises:
         IllegalCommand: there is none before that point.
     """
+    if name not in infos:
+        raise IllegalCommand(f"no block ends at {name}: it stands around a layer", "a point behind a whole block")
     if infos[name].reason:
         raise IllegalCommand(f"no block ends at {name}: {infos[name].reason}", "a point behind a whole block")
     chain = [infos[name]]
@@ -97,7 +100,7 @@ def _walk(plane: Plane, host: BlockHost, chain: Sequence[BlockInfo], path: str) 
             yield None, f"{info.path} is called with other arguments than the block before it"
         yield Source(host.module.get_submodule(info.path), info), ""
         for other, slot in plane.slots.items():
-            inner = other != info.name and other.startswith(info.name + ".")
+            inner = other != info.name and path_of(other).startswith(info.name + ".")
             if not STAGES[slot.stage].contributes or "/" in other or not (inner or base_of(other) == info.name):
                 continue
             if base_of(other) == base_of(path) and height_of(other) >= height_of(path):

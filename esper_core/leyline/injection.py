@@ -19,6 +19,32 @@ def _tags(tags: Iterable[str]) -> frozenset[str]:
 
 
 @attrs.frozen
+class LayerSpec:
+    """The one layer that a point of kind `around` stands around.
+
+    Attributes:
+        kind: `linear`, `conv` (a map, or a signal as a map of height 1) or `embedding`.
+        inputs: features of its input, or tokens of an embedding's vocabulary. outputs: features of its whole output.
+        input_shape: of one example, without the batch: (L, inputs), (inputs, H, W) or (L,) of tokens.
+        start: the first of the outputs at which the point stands, for one projection of several in one layer.
+        kernel, stride, padding, dilation: of a convolution, for height and width. groups: of a convolution.
+        transposed: the weight is (inputs, outputs), as in the `Conv1D` of transformers.
+    """
+
+    kind: str = attrs.field(validator=attrs.validators.in_(("linear", "conv", "embedding")))
+    inputs: int
+    outputs: int
+    input_shape: tuple[int, ...] = attrs.field(converter=_shape)
+    start: int = 0
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] | str = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    transposed: bool = False
+
+
+@attrs.frozen
 class InjectionSpec:
     """One point of a host at which a seed may grow.
 
@@ -32,6 +58,7 @@ class InjectionSpec:
         role: what stands before the point, such as `block`, `stage`, `after_attention`, `after_ffn`.
         region: the organ to which Narset budgets the point, such as `layer2`.
         tags: capabilities of the point (`spatial`, `sequence`, `causal`, …); the layout's own tag is added.
+        layer: for a point *around* one layer, what that is: a seed there sees the layer's input and adds to its output.
     """
 
     name: str
@@ -43,6 +70,7 @@ class InjectionSpec:
     role: str = "block"
     region: str = ""
     tags: frozenset[str] = attrs.field(default=frozenset(), converter=_tags)
+    layer: LayerSpec | None = None
 
     @layout.validator
     def _known_layout(self, _: object, value: str) -> None:
@@ -51,8 +79,15 @@ class InjectionSpec:
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "tags", self.tags | {LAYOUT_TAGS[self.layout]})
+        if self.layer is not None:
+            object.__setattr__(self, "tags", self.tags | {"around", f"around-{self.layer.kind}"})
         if not self.region:
             object.__setattr__(self, "region", self.name.rsplit(".", 1)[0])
+
+    @property
+    def kind(self) -> str:
+        """`behind` a module, or `around` a layer."""
+        return "behind" if self.layer is None else "around"
 
     @property
     def positions(self) -> int:

@@ -35,10 +35,20 @@ TASK_TAGS: Final = MappingProxyType(
 )
 """Further kinds of tasks. They are no features of a controller, so its files do not depend on them."""
 
+AROUND_TAGS: Final = MappingProxyType(
+    {
+        "around": "the point stands around one layer: a seed sees the layer's input and adds to its output",
+        "around-linear": "that layer is linear",
+        "around-conv": "that layer is a convolution",
+        "around-embedding": "that layer is an embedding",
+    }
+)
+"""Tags of points around layers, and of blueprints that can grow there. They are no features of a controller."""
+
 LAYOUT_TAGS: Final = MappingProxyType({"NCHW": "spatial", "NHWC": "spatial", "NLD": "sequence"})
 """The tag that a layout implies."""
 
 
 def is_tag(tag: str) -> bool:
     """Whether `tag` is known or a plugin's own (`x-…`)."""
-    return tag in TAGS or tag in TASK_TAGS or tag.startswith("x-")
+    return tag in TAGS or tag in TASK_TAGS or tag in AROUND_TAGS or tag.startswith("x-")

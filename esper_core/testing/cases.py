@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.injection import InjectionSpec, LayerSpec
 from esper_core.leyline.tags import LAYOUT_TAGS
 from esper_core.registry import Registry, load_registry
 
@@ -37,6 +37,8 @@ def points(
     """
     granted = needs - {"causal", *LAYOUT_TAGS.values()}
     every = [attrs.evolve(p, tags=p.tags | granted) for layout in layouts for p in _of_layout(layout, fast)]
+    if "around" in needs:
+        every = [attrs.evolve(p, layer=_identity(p)) for p in every]
     return [point for point in every if needs <= point.tags and not excludes & point.tags]
 
 
@@ -61,6 +63,12 @@ def _point(name: str, layout: str, channels: int, shape: tuple[int, ...], tags: 
     return InjectionSpec(
         name=f"{layout}-{name}", channels=channels, layout=layout, order=0, feature_shape=shape, tags=tags
     )
+
+
+def _identity(point: InjectionSpec) -> LayerSpec:
+    """A layer that answers with its input; around it a seed that is given no call sees its own feature."""
+    kind = "conv" if point.layout == "NCHW" else "linear"
+    return LayerSpec(kind, point.channels, point.channels, point.feature_shape)
 
 
 def feature(point: InjectionSpec, *, seed: int = 0, batch: int = 3) -> Tensor:

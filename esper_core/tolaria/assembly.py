@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import nn
 
+from esper_core.kasmina.around import resolve_points
 from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.ledger import Limits
@@ -173,7 +174,7 @@ def build_plane(
     names = blueprints or [part.name for part in registry.specs("blueprint")]
     return Plane(
         host, registry, blueprints=blueprints, blends=config.blends, seed=config.seed, rent=config.rent,
-        points=None if config.slots in ((), ("auto",)) else config.slots,
+        points=None if config.slots in ((), ("auto",)) else resolve_points(host, config.slots),
         limits=Limits(
             parse_budget("budget_params", config.budget_params, host_params),
             parse_budget("budget_flops", config.budget_flops, host_flops),

@@ -58,7 +58,9 @@ class RunConfig:
         ("residual:cosine",), "blends that seeds may use, `combination:curve`; the first is the default", group="model"
     )
     slots: tuple[str, ...] = _option(
-        ("auto",), "injection points to use; `auto`: all that the host offers", group="model"
+        ("auto",),
+        "injection points to use; auto: all that the host offers; around:attn,mlp: around layers of a role",
+        group="model",
     )
     task: str = _option("", "task: `name` or `name:argument`; empty: the host's default", group="data")
     objective: str = _option("", "loss and metric; empty: the task's default", group="data")

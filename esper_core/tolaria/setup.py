@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import nn
 
+from esper_core.kasmina.around import PREFIX
 from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.module_host import host_from_module
@@ -237,6 +238,12 @@ def set_up_module(
     module, device = own.module, assembly.choose_device(config.device)
     sample = own.sample.to(device)
     points = None if own.points is None else list(own.points)
+    if points and any(word.startswith(PREFIX) for word in points):
+        if config.slots not in ((), ("auto",)):
+            raise BadOption(f"both points={points} and slots={list(config.slots)} are given", "one of the two")
+        config = attrs.evolve(config, slots=tuple(points))
+        first = next(number for number, word in enumerate(points) if word.startswith(PREFIX))
+        points = points[:first] or None
     host = host_from_module(module, points, example=sample.head(2).inputs)
     training = module.training
     module.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -238,3 +239,21 @@ class TestTransformers:
         with torch.no_grad():
             plain = growth.compose()({"input_ids": rows[:4]})
             assert torch.allclose(plain, model(input_ids=rows[:4]).logits, atol=1e-5)
+
+
+def test_a_frozen_model_grows_around_its_layers() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.GELU(), torch.nn.Linear(16, 3))
+    before = copy.deepcopy(model.state_dict())
+    model.requires_grad_(False)
+    x = torch.randn(96, 6)
+    loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16)
+    grown = grow(
+        model, loader, loader, points=["around:linear"], blueprints=["lora"], epochs=4, learning_rate=0.02,
+        device="cpu", budget_params="300%", settings={"lora.rank": 2}, controller="random",
+    )  # fmt: skip
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert any(growth.births for growth in grown.plane.growths.values())
+    assert all(path.startswith("around:") for path in grown.plane.slots)
+    with torch.no_grad():
+        assert torch.equal(grown.model(x), grown.plane.host.module.eval()(x))

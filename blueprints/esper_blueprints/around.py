@@ -1,0 +1,30 @@
+"""What seeds around a layer share: the layer's input, and its shape at points that stand around none.
+
+Such a seed is given the layer's output `h` and the call by which the host asked the layer. Behind a module, or without
+a call, the layer counts as the identity.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from esper_core.kasmina.calls import Call
+from esper_core.leyline.injection import InjectionSpec, LayerSpec
+
+
+def layer_of(point: InjectionSpec) -> LayerSpec:
+    """The layer at a point; the identity if there is none."""
+    if point.layer is not None:
+        return point.layer
+    kind = "linear" if point.layout == "NLD" else "conv"
+    return LayerSpec(kind, point.channels, point.channels, point.feature_shape)
+
+
+def input_of(h: Tensor, call: Call | None) -> Tensor:
+    """The layer's input: (…, inputs), (N, inputs, H, W) or tokens (…)."""
+    return h if call is None else call.input
+
+
+def scale_of(rank: int, strength: float, scaling: str) -> float:
+    """The factor on a low-rank delta."""
+    return strength / (rank**0.5 if scaling == "stable" else rank)
