@@ -8,7 +8,7 @@ from esper_core.cli.arguments import find_run, run_argument
 from esper_core.cli.context import current_registry
 from esper_core.cli.output import print_json
 
-FORMATS = ("torch", "torch-export", "onnx")
+FORMATS = ("torch", "torch-export", "onnx", "peft")
 
 
 @click.command()
@@ -23,6 +23,7 @@ def export(run: str, form: str, out: str | None, as_json: bool) -> None:
     torch         a folder with model.py and model.safetensors, which need torch only
     torch-export  a .pt2 file for torch.export.load
     onnx          an .onnx file
+    peft          the lora seeds around layers alone, as an adapter that peft loads
 
     What was written is read back and compared with the model.
     """

@@ -195,7 +195,12 @@ def _role(trace: Trace, traced: Traced, layer: LayerSpec, mixers: list[Traced]) 
     ):
         return "head"
     above = _above(traced)
-    if any(mixer in above or mixer.output_key in traced.input_keys for mixer in mixers):
+    around = next((mixer for mixer in mixers if mixer in above), None)
+    if around is not None:  # a block that computes attention itself holds other layers too, behind the one that ends it
+        later = [t for t in trace.ran if t.start >= around.attended and t.weights and around in _above(t)]
+        matrices = [t for t in sorted(later, key=lambda t: t.start) if any(len(w) >= 2 for w in t.weights)]
+        return "mlp" if traced in matrices[1:] else "attn"
+    if any(mixer.output_key in traced.input_keys for mixer in mixers):
         return "attn"
     block = next((t for t in above if t.attends and t.parent is not None), None)
     return "mlp" if block is not None and _is_block(block, mixers) else "linear"

@@ -50,7 +50,7 @@ class Traced:
         node: the autograd node of the feature, and which of its outputs that is.
         ended: sequence number of autograd when the module was done.
         flows: whether the logits depend on the feature through what ran after the module.
-        attends: whether softmax or dot-product attention ran inside it.
+        attends: whether softmax or dot-product attention ran inside it; attended: the tick at which it last did.
         matrices: names and shapes of its subtree's parameters of rank two or more.
         weights: shapes of its own direct parameters. running: whether it holds running statistics.
         params: size of its subtree.
@@ -75,6 +75,7 @@ class Traced:
     ended: int = 0
     flows: bool = False
     attends: bool = False
+    attended: int = 0
     matrices: tuple[tuple[int, ...], ...] = ()
     weights: tuple[tuple[int, ...], ...] = ()
     running: bool = False
@@ -259,6 +260,7 @@ class _Recorder(TorchFunctionMode):
             self.fuses |= func is functional.multi_head_attention_forward
             for traced in self.stack:
                 traced.attends = True
+                traced.attended = self.tick
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> _Recorder:

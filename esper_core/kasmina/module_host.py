@@ -244,6 +244,10 @@ class ModuleHost:
                 return self._to_logits(call(self.module, inputs))
         return self._to_logits(call(self.module, inputs))
 
+    def logits_of(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """What another module of the same arguments answers to a batch, such as this one inside a wrapper."""
+        return self._to_logits(call(module, self._prepare(inputs) if self._prepare else inputs))
+
     def compile_blocks(self) -> list[str]:
         """Compile the submodules that points follow, for training; returns their paths."""
         return compile_blocks(self.module, self._behind().values())

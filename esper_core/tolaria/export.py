@@ -27,13 +27,15 @@ from esper_core.leyline.host import list_tensors, map_tensors
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria.assembly import build_task
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.export_peft import compare_with_peft, write_peft
 from esper_core.tolaria.export_source import write_source
 from esper_core.tolaria.model_file import load_plane
 
 if TYPE_CHECKING:
+    from esper_core.kasmina.plane import Plane
     from esper_core.leyline.host import Inputs
 
-FORMATS: Final = ("torch", "torch-export", "onnx")
+FORMATS: Final = ("torch", "torch-export", "onnx", "peft")
 TOLERANCE: Final = 1e-4
 _TRACED, _COMPARED = 4, 100
 _PLACE: Final = torch.empty(0)
@@ -78,7 +80,7 @@ def export_run(
 
     Args:
         path: a run's folder.
-        form: `torch`, `torch-export` or `onnx`.
+        form: `torch`, `torch-export`, `onnx`, or `peft` for the seeds alone, as an adapter of the host.
         out: file or, for `torch`, folder; by default `export/` in the run's folder.
 
     Raises:
@@ -91,11 +93,33 @@ def export_run(
         raise BadOption(f"format {form!r}", f"one of {', '.join(FORMATS)}", "--format onnx")
     if form == "onnx":
         _need("onnx", "onnxscript", "onnxruntime")
+    if form == "peft" and importlib.util.find_spec("peft") is None:
+        raise MissingDependency("what was written for peft is read back with peft", "", "pip install peft")
     plane, header = load_plane(path, registry or load_registry())
+    target = Path(out) if out is not None else Path(path) / "export" / _FILES[form]
+    if form == "peft":
+        return _export_peft(plane, header, target)
     model = compose(plane).eval()
     task, _ = build_task(RunConfig.from_mapping(header["config"]), plane.registry)
     batch = next(iter(task.validation.batches(_COMPARED))).inputs
-    return export_model(model, batch, form, Path(out) if out is not None else Path(path) / "export" / _FILES[form])
+    return export_model(model, batch, form, target)
+
+
+def _export_peft(plane: Plane, header: Mapping[str, Any], target: Path) -> Exported:
+    """Write the seeds for peft, and compare the host with what peft makes of them."""
+    config = RunConfig.from_mapping(header["config"])
+    task, _ = build_task(config, plane.registry)
+    batch = next(iter(task.validation.batches(_COMPARED))).inputs
+    try:
+        write_peft(plane, target, config.host.partition(":")[2])
+    except OSError as error:
+        raise EsperError(
+            f"cannot write {target}: {error.strerror or error}", "a writable place", "--out PATH"
+        ) from error
+    difference, examples = compare_with_peft(plane, target, batch)
+    if not difference <= TOLERANCE:
+        raise EsperError(f"{target} differs from the model by {difference:.2g}", f"at most {TOLERANCE:g}")
+    return Exported(target, "peft", _names(batch, len(list_tensors(batch))), None, difference, examples)
 
 
 def export_model(model: nn.Module, inputs: Inputs, form: str, target: Path) -> Exported:
@@ -195,7 +219,7 @@ _WRITERS: Final[dict[str, _Writer]] = {
 }  # fmt: skip
 
 
-_FILES: Final = {"torch": "torch", "torch-export": "model.pt2", "onnx": "model.onnx"}
+_FILES: Final = {"torch": "torch", "torch-export": "model.pt2", "onnx": "model.onnx", "peft": "peft"}
 """What an export is called by default."""
 
 

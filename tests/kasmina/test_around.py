@@ -19,6 +19,7 @@ from esper_core.kasmina.prefix_tree import PrefixTree
 from esper_core.leyline.actions import Tempo
 from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName
 from esper_core.leyline.stages import Stage
+from esper_core.leyline.view import Interval
 from esper_core.testing.blueprint import disturb
 from esper_core.testing.cases import installed
 
@@ -183,6 +184,9 @@ def test_layers_are_known_by_what_they_do() -> None:
     assert roles["around:bert.encoder.layer.1.attention.output.dense"] == "attn"
     assert roles["around:bert.encoder.layer.1.output.dense"] == "mlp"
     assert roles["around:bert.pooler.dense"] == "linear" and roles["around:classifier"] == "head"
+    own = installed().build("host", "gpt", "", outputs=20, input_shape=(8,), seed=0, options={"layers": 1, "width": 32})
+    found = {name.removeprefix("around:blocks.0."): spec.role for name, spec in own.around_specs().items()}
+    assert [found[name] for name in ("qkv", "proj", "up", "down")] == ["attn", "attn", "mlp", "mlp"]
     specs = gpt2().around_specs()
     part = specs["around:transformer.h.0.attn.c_attn@k"]
     assert (part.channels, part.layer.start if part.layer else None, part.role) == (16, 16, "k")
@@ -208,3 +212,30 @@ def test_a_model_with_adapters_of_peft_is_refused_with_the_reason() -> None:
     host = host_from_module(model, example=torch.arange(12)[None])
     with pytest.raises(EsperError, match="merge_and_unload"):
         resolve_points(host, ["around:mlp"])
+
+
+def test_ranks_grow_by_a_further_seed_upon_one_that_has_fossilised() -> None:
+    host = gpt2()
+    plane = Plane(host, installed(), points=resolve_points(host, ["around:transformer.h.1.mlp.c_fc"]), max_stack=2)
+    (path,) = plane.slots
+    plane.germinate(path, "lora", tempo=Tempo.INSTANT, options={"rank": 2})
+    for _ in range(8):
+        plane.record(path, loss=Interval(1.0, 0.9, 1.1, 100))
+        plane.decide()
+        if plane.growths[path].stage is Stage.PROBATIONARY:
+            plane.advance(path, gated=False)
+            break
+    assert list(plane.slots) == [path, f"{path}+1"]
+    plane.germinate(f"{path}+1", "lora", tempo=Tempo.INSTANT, options={"rank": 3})
+    host.module.eval()
+    for slot in plane.slots.values():
+        disturb(slot.seed)  # type: ignore[arg-type]
+    tokens = torch.randint(40, (3, 12))
+    with torch.no_grad():
+        expected = host.forward_with_slots(tokens)
+        assert torch.equal(compose(plane).eval()(tokens), expected)
+        bare = gpt2()
+        bare.module.load_state_dict(host.module.state_dict())
+        for slot in plane.slots.values():
+            bare.module.get_submodule("transformer.h.1.mlp.c_fc").weight += slot.seed.weight().mT  # type: ignore
+        torch.testing.assert_close(bare.module.eval()(tokens).logits, expected, rtol=0, atol=1e-5)
