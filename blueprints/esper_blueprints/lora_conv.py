@@ -36,7 +36,7 @@ class LoRAConvSeed(nn.Module):
             layer.stride,
             layer.padding,
             layer.dilation,
-            bias=False,  # type: ignore[arg-type]
+            bias=False,
         )
         self.b = quiet(nn.Conv2d(rank, layer.outputs, 1, bias=False), init)
 

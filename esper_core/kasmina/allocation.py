@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.around import path_of
-from esper_core.kasmina.plane import Plane, StageChange
+from esper_core.kasmina.growth import StageChange
+from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Tempo
 from esper_core.leyline.errors import BadOption, IllegalCommand
 from esper_core.leyline.injection import InjectionSpec, LayerSpec
@@ -131,18 +132,17 @@ def _of_gradients(plane: Plane, names: list[str], loss: Callable[[], Tensor], me
     frozen = [w for w in weights.values() if not w.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)
+
     try:
         with torch.enable_grad():
-            found = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True)
+            found = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True, materialize_grads=True)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
     totals = {}
     for (name, weight), grad in zip(weights.items(), found, strict=True):
         part = _part(_layer(plane.slots[name].spec))
-        if grad is None:
-            totals[name] = 0.0
-        elif measure == "need":
+        if measure == "need":
             totals[name] = float((weight.detach() * grad)[part].abs().sum())
         else:
             totals[name] = float(grad[part].norm())

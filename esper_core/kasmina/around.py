@@ -147,13 +147,13 @@ def _answers(layer: LayerSpec) -> tuple[int, ...]:
             layer.kernel,
             layer.stride,
             layer.padding,
-            layer.dilation,  # type: ignore[arg-type]
+            layer.dilation,
         )
         return tuple(conv(torch.empty(1, *layer.input_shape)).shape[1:])
 
 
-def _pair(sizes: Sequence[int], flat: bool, first: int) -> tuple[int, ...]:
-    return (first, *sizes) if flat else tuple(sizes)
+def _pair(sizes: Sequence[int], flat: bool, first: int) -> tuple[int, int]:
+    return (first, sizes[0]) if flat else (sizes[0], sizes[1])
 
 
 def _points(traced: Traced, layer: LayerSpec, role: str, order: int, causal: bool) -> list[Layer]:

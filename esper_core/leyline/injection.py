@@ -36,10 +36,10 @@ class LayerSpec:
     outputs: int
     input_shape: tuple[int, ...] = attrs.field(converter=_shape)
     start: int = 0
-    kernel: tuple[int, ...] = (1, 1)
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] | str = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     transposed: bool = False
 
