@@ -372,7 +372,7 @@ class ComposedModel(nn.Module):
         for path, module, view in grown:
             grow_behind(model, path, module, view)
         for path, part in list(model.named_modules()):
-            inside = [place for place in grown if not path or place == path or place.startswith(path + ".")]
+            inside = [place for place, _, _ in grown if not path or place == path or place.startswith(path + ".")]
             if inside and callable(getattr(part, "save_pretrained", None)):
                 part.__dict__.pop("save_pretrained", None)
                 _derive(part, "holding")
