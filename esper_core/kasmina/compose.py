@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -83,7 +84,21 @@ def compose(plane: Plane) -> nn.Module:
     Raises:
         EsperError: the host, or a seed with slots of its own, cannot be rewritten as a plain module.
     """
-    return _composable(plane.host).compose_with(_chains(plane, ""))
+    composed = _composable(plane.host).compose_with(_chains(plane, ""))
+    _rebind_hooks(plane.host.module, composed)
+    return composed
+
+
+def _rebind_hooks(live: nn.Module, composed: nn.Module) -> None:
+    """Have hooks of copied blocks that are methods of the live model's modules be those of the copy's."""
+    model = getattr(composed, "model", composed)
+    places = {id(module): path for path, module in live.named_modules()}
+    for module in composed.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in hooks.items():
+                path = places.get(id(getattr(hook, "__self__", None)))
+                if path is not None and isinstance(hook, types.MethodType):
+                    hooks[key] = types.MethodType(hook.__func__, model.get_submodule(path))
 
 
 def _chains(plane: Plane, within: str) -> dict[str, nn.Module]:
@@ -102,7 +117,7 @@ def _grown(plane: Plane, slot: SeedSlot) -> nn.Module:
     if isinstance(seed, HostProtocol):
         module = _composable(seed).compose_with(_chains(plane, slot.path + "/"))
     else:
-        module = copy_module(slot.seed)
+        module = copy_module(slot.seed, {id(part): part for part in plane.host.module.modules()})
     replaces = isinstance(slot.combination, Interpolation) and float(slot.alpha) == 1.0
     return ComposedSeed(module, copy.deepcopy(slot.combination), slot.alpha, slot.wants_call, replaces, slot.writes)
 

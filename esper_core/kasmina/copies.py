@@ -23,6 +23,7 @@ from esper_core.kasmina.calls import Call, Place
 from esper_core.kasmina.feature_trace import feature_of
 from esper_core.kasmina.feature_view import FeatureView
 from esper_core.kasmina.flops import count_flops
+from esper_core.kasmina.module_copy import computed_tensors
 from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
 from esper_core.leyline.errors import BadOption, IllegalCommand
 
@@ -218,7 +219,7 @@ def clone_module(block: nn.Module, model: nn.Module, path: str) -> nn.Module:
     """An independent copy of `block`, without the slots that stand in it; it trains even where the block is frozen.
 
     Objects that the block shares with the rest of the model and that hold no tensors, such as a configuration, stay
-    shared.
+    shared. Its hooks are copied with it; those that are methods of other modules stay theirs.
 
     Args:
         block: a module of `model`, or a clone of one. path: of the original in `model`, for errors.
@@ -235,7 +236,8 @@ def clone_module(block: nn.Module, model: nn.Module, path: str) -> nn.Module:
             f"{path} shares {ours[0]} with other parts of the model", "a block with weights of its own"
         )
     known = {id(value) for module in outside for value in vars(module).values()}
-    memo: dict[int, Any] = {}
+    # what leads out of the block, such as a hook that is a method of the model, leads to the same place from its clone
+    memo: dict[int, Any] = {**computed_tensors(block), **{id(module): module for module in outside}}
     for module in block.modules():
         memo |= {id(v): v for v in vars(module).values() if id(v) in known and not (isinstance(v, _OWN) or callable(v))}
     memo |= {id(hook): None for hook in plane_hooks(block)}

@@ -292,9 +292,10 @@ def accompany(
             if tolaria.due(steps):
                 tolaria.decide(map(tolaria.convert, val_loader))
 
-    Seeds have an optimizer of the kind of `optimizer`. A seed takes rate, weight decay and momentum or betas
-    of the param group that most of the block before it belongs to, and the rate goes on following that group. Where
-    Muon trains matrices and AdamW the rest, seeds go by AdamW's groups. Gradients of the seeds are not among those of
+    Seeds have an optimizer of the kind of `optimizer`, since rates differ between kinds: SGD beside SGD, Muon beside
+    Muon alone, AdamW beside any other. A seed takes rate, weight decay and momentum or betas of the param group that
+    most of the block before it belongs to, and the rate goes on following that group. Where Muon trains matrices and
+    AdamW the rest, seeds go by AdamW's groups. Gradients of the seeds are not among those of
     `model.parameters()`: `clip=` is the norm to which each seed's are clipped.
 
     Args:
@@ -309,10 +310,14 @@ def accompany(
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
+    where = _device_of(model)
+    if not _same_device(str(options.get("device", where)), where):
+        raise BadOption(f"device={options['device']} beside a model on {where}", "the model's device",
+                        f"model.to({options['device']!r}) before accompany")  # fmt: skip
     given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     others = [unwrapped(one) for one in given]
     config = RunConfig.from_mapping(
-        {"optimizer": kind_for(others), **options, "device": _device_of(model), "host": OWN_MODEL,
+        {"optimizer": kind_for(others), **options, "device": where, "host": OWN_MODEL,
          "blueprints": blueprints}
     )  # fmt: skip
     alone(model)
@@ -333,6 +338,11 @@ def accompany(
 
 def _device_of(model: nn.Module) -> str:
     return str(next((p.device for p in model.parameters()), torch.device("cpu")))
+
+
+def _same_device(asked: str, where: str) -> bool:
+    """Whether `asked`, which may leave out the number or be `auto`, means the device `where`."""
+    return asked in ("auto", where) or (asked == "cuda" and where.startswith("cuda"))
 
 
 def _first(loader: Iterable[Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.compose import compose
-from esper_core.kasmina.module_host import ModuleHost
+from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op, Stage
@@ -220,3 +220,77 @@ def test_generation_with_and_without_a_cache_gives_the_same_tokens(registry: Reg
     ]  # fmt: skip
     assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
     assert answers[0].unique().numel() > 4
+
+
+class Block(nn.Module):
+    """A residual block with two layers that share their weight, a weight norm and hooks of several kinds."""
+
+    def __init__(self, root: list[nn.Module], seen: list[int], parametrized: bool) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.weight_norm if parametrized else nn.utils.weight_norm
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.normed = norm(nn.Linear(8, 8))
+        self.seen, self.root = seen, root  # not registered: a way to the whole model
+
+    def scale(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return 2 * output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.normed(self.two(self.one(x).relu()).relu())
+
+
+class Watched(nn.Module):
+    """Hooks: a closure, a bound method of the model, and one of the block itself."""
+
+    def __init__(self, parametrized: bool) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+        self.entry, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(Block([self], self.calls, parametrized) for _ in range(2))
+        for block in self.blocks:
+            block.register_forward_hook(lambda module, args, output, calls=self.calls: calls.append(1))
+            block.one.register_forward_pre_hook(self.note)
+            block.one.register_forward_hook(block.scale)
+
+    def note(self, module: nn.Module, args: object) -> None:
+        self.calls.append(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_blocks_with_hooks_and_tied_weights_are_copied_whole(registry: Registry, parametrized: bool) -> None:
+    """The clone keeps ties and hooks of its own, and holds no second copy of the model behind a hook."""
+    torch.manual_seed(0)
+    model, inputs = Watched(parametrized), torch.randn(5, 4)
+    model(inputs)  # the computed weight is now part of a graph
+    plane = Plane(host_from_module(model, ["blocks.0", "blocks.1"], example=inputs[:1]), registry, blueprints=["copy"])
+    deepen(plane, "blocks.1")
+    clone = plane.slots["blocks.1"].seed.blocks[0].module
+    x = model.blocks[0](model.entry(inputs))
+    expected = model.head(model.blocks[1].forward(model.blocks[1].forward(x)))
+    torch.testing.assert_close(model(inputs), expected)
+    assert clone.two.weight is clone.one.weight and clone.one.weight is not model.blocks[1].one.weight
+    bound = [hook.__self__ for hook in clone.one._forward_pre_hooks.values()]
+    assert bound == [model], "the model's own method, not that of a second model"
+    assert [hook.__self__ for hook in clone.one._forward_hooks.values()] == [clone], "a block's hook is its clone's"
+    model.calls.clear()
+    model(inputs)
+    assert sorted(model.calls) == [1, 1, 1, 2, 2, 2], "hooks see the clone as they see a block"
+    named = dict(clone.named_parameters())
+    before = {name: p.detach().clone() for name, p in named.items()}
+    optimizer = torch.optim.SGD(named.values(), lr=0.1)
+    model(inputs).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in named.items())
+    composed = compose(plane).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(composed(inputs), model.eval()(inputs))
+    (hook,) = composed.grown[0].seed.blocks[0].module.one._forward_pre_hooks.values()
+    assert hook.__self__ is composed.model, "and of the composed model there is one as well"

@@ -184,3 +184,39 @@ def test_a_cache_that_cannot_be_kept_is_refused(registry: Registry, blueprint: s
         model(input_ids=ids[:, :1], past_key_values=begun, use_cache=True)
     with pytest.raises(EsperError, match="use_cache=False"):
         model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=16), use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blueprint", MIXING)
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_seeds_stacked_at_one_point_see_masks_and_keep_caches_of_their_own(
+    registry: Registry, blueprint: str, kind: str
+) -> None:
+    model, ids = model_of(kind), tokens(6)
+    for parameter in model.parameters():
+        parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+    host = host_from_module(model, example={"input_ids": tokens(8)})
+    plane = Plane(host, registry, max_stack=2)
+    point = list(plane.slots)[-1]
+    raise_seed(plane, point, blueprint)
+    while not plane.growths[point].stage.spec.permanent:
+        plane.advance(point, gated=False)
+    one = model.eval()(input_ids=ids).logits
+    raise_seed(plane, f"{point}+1", blueprint)
+    model.eval()
+    padded, mask = torch.full((2, 16), 7), torch.zeros(2, 16, dtype=torch.long)
+    padded[:, :6], mask[:, :6] = ids, 1
+    for net in (model, compose(plane).eval().model):
+        short = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        long = net(input_ids=padded, attention_mask=mask).logits[:, :6]
+        assert (long - short).abs().max() < 4e-6 * max(1.0, float(short.abs().max()))
+        assert (short - one).abs().max() > 0.01, "the second speaks too"
+        if kind == "gpt2":
+            told = [
+                net.generate(
+                    tokens(5), attention_mask=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), max_new_tokens=8,
+                    do_sample=False, use_cache=cache, pad_token_id=0,
+                )
+                for cache in (True, False)
+            ]  # fmt: skip
+            assert torch.equal(*told)

@@ -224,3 +224,11 @@ def test_what_grew_inside_an_organ_sees_the_hosts_mask_when_composed_too() -> No
         let_in(plane, path)
     with torch.no_grad():
         torch.testing.assert_close(compose(plane).eval()(inputs), plane.host.forward_with_slots(inputs))
+
+
+def test_another_device_than_the_models_is_not_ignored() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(EsperError, match=r"device=meta beside a model on cpu.*model\.to\('meta'\) before accompany"):
+        in_a_loop(model, optimizer, device="meta")
+    in_a_loop(model, optimizer, device="cpu")
