@@ -100,7 +100,7 @@ def answer_alarm(tolaria: Tolaria, alarm: Alarm) -> None:
         for auditor in auditors(tolaria.controller):
             auditor.removed(path)
         tolaria.remove_seed(path, why)
-        tolaria.flops_each = None
+        tolaria.forget_costs()
     else:
         governor.levels += 1
     governor.settle()

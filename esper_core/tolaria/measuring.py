@@ -11,7 +11,6 @@ import torch
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
 from esper_core.kasmina.scoring import BadScores, describe_objective, refuse_scores
-from esper_core.kasmina.slot import Mode
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import CounterfactualMeasured
 from esper_core.leyline.host import Batch
@@ -33,12 +32,11 @@ def measure(tolaria: Tolaria, batches: Iterable[Batch]) -> Measurement:
     live = plane.contributing()
     settled = not tolaria.governor.settling(tolaria.clock.step)  # no gains of a network that still jumps
     paths = [path for path in live if settled and (fossils_due or not growths[path].stage.spec.permanent)]
-    # a seed that withers at alpha zero shows nowhere and is computed all the same
-    computed = (path for path, slot in plane.slots.items() if slot.mode not in (Mode.IDENTITY, Mode.ISOLATED))
-    key = (tuple((path, growths[path].births, growths[path].blend) for path in computed), tuple(paths))
-    measured = _probe(tolaria, batches, paths, count_cost=key not in tolaria.probe_flops)
-    slots = plane.slots
-    if any(path not in slots or slots[path].seed is None for path in paths):  # it was culled, since it raised
+    key = tuple(paths)  # the costs are of this structure: seeds that wither at alpha zero are computed, too
+    counted = key in tolaria.probe_flops
+    measured = _probe(tolaria, batches, paths, count_cost=not counted)
+    slots, culled = plane.slots, counted and key not in tolaria.probe_flops
+    if culled or any(path not in slots or slots[path].seed is None for path in paths):  # since it raised
         return measure(tolaria, batches)
     if tolaria.books.needs_gain:
         tolaria.books.gain = _gain(tolaria, measured)

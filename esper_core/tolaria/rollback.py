@@ -39,7 +39,7 @@ def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
         missed.append(guilty["slot"])
     rise = alarm.value - governor.typical
     snapshot.restore(plane, tolaria.optimizer)
-    tolaria.flops_each = None
+    tolaria.forget_costs()
     found = tolaria.examine(alarm) if tolaria.examine is not None and not math.isfinite(alarm.value) else None
     if found is not None:
         snapshot.restore(plane, tolaria.optimizer)  # gathering evidence moves running statistics and random state

@@ -125,7 +125,7 @@ class Tolaria:
         self.books = RewardBooks(rewards, audited=next(auditors(controller), None) is not None)
         self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
         self.flops_each: float | None = None  # a training step's for one example; None once the structure changed
-        self.probe_flops: dict[object, float] = {}
+        self.probe_flops: dict[tuple[str, ...], float] = {}  # by the paths measured; forgotten with the structure
         parameter = next(iter(plane.host.module.parameters()))
         self._losses = torch.zeros(governor.config.check_every, device=parameter.device)
         self._waiting = 0
@@ -480,10 +480,14 @@ class Tolaria:
     def tell(self, change: StageChange) -> None:
         """Emit a change of a stage."""
         growth = self.plane.growths.get(change.slot)
-        self.flops_each = None
+        self.forget_costs()
         if growth is not None and growth.direct and change.after.spec.ramps_to == 1.0:
             self.governor.hold_still(self.clock.step + growth.ramp_steps - growth.ramp_done)
         self.emit(stage_changed(self.clock.step, change, growth.params if growth else 0))
+
+    def forget_costs(self) -> None:
+        """Count the FLOPs of steps and probes anew, since the structure has changed."""
+        self.flops_each, self.probe_flops = None, {}
 
     def _tell_regions(self, organs: Mapping[str, Any]) -> None:
         plain = {name: attrs.asdict(organ, filter=lambda a, _: a.name != "name") for name, organ in organs.items()}
@@ -528,6 +532,7 @@ class Tolaria:
             "waiting": self._losses[: self._waiting].tolist(),
             **self.books.state_dict(),
             "host": self.host_readings,
+            "probe_flops": [[list(paths), flops] for paths, flops in self.probe_flops.items()],
             "snapshot": {"plain": self.snapshot.plain, "step": self.snapshot.step},
         }
 
@@ -555,6 +560,7 @@ class Tolaria:
         waiting = [float(value) for value in state["waiting"]]
         self._waiting = len(waiting)
         self._losses[: len(waiting)] = torch.tensor(waiting)
-        self.flops_each, self.probe_flops = None, {}
+        self.flops_each = None
+        self.probe_flops = {tuple(map(str, paths)): float(flops) for paths, flops in state.get("probe_flops", ())}
         self.books.load_state_dict(state)
         self.host_readings = dict(state.get("host", {}))  # not in checkpoints of 0.1.0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from esper_core.kasmina import counterfactual
 from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
@@ -170,3 +173,62 @@ def test_nothing_of_a_run_is_pickled(configured):
         if path.is_file():
             head = path.read_bytes()[:2]
             assert head != b"\x80\x02" and head != b"PK", path
+
+
+def _cut(whole: Path, folder: Path, step: int) -> None:
+    """Make `folder` what the run in `whole` had left if it had been killed after the checkpoint of `step`."""
+    shutil.copytree(whole, folder)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "model")
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
+
+
+LIVES = {
+    "withering": {"controller": "random", "overseers": ("emrakul",), "decisions_per_epoch": 4},
+    "nested": {"controller": "random", "overseers": ("emrakul",), "decisions_per_epoch": 4, "epochs": 4,
+               "blueprints": ("organ", "plain", "depthwise", "bomb")},
+}  # fmt: skip
+"""Kinds of run with seeds that wither at alpha zero, are stacked, and are born inside others."""
+
+
+def _resume_everywhere(tmp_path, life: str, every: int) -> int:
+    """Resume one run from every so many of its checkpoints, one a step; from how many."""
+    changes = {**LIVES[life], "settings": {"plane.max_stack": 3}, "checkpoint_every": 1, "keep_checkpoints": 100}
+    result = start_run(ground.config(tmp_path / "whole", **changes), registry=ground.registry())
+    expected, log = ground.fingerprint(tmp_path / "whole"), ground.events(tmp_path / "whole")
+    withered = [event["slot"] for event in log if event["kind"] == "stage_changed" and event["after"] == "withering"]
+    inner = {event["slot"] for event in log if event["kind"] == "slot_read" and set("/+") & set(event["slot"])}
+    assert withered and (life != "nested" or len(inner) > 3)
+    steps = range(1, result.steps, every)
+    for step in steps:
+        cut = tmp_path / f"cut-{step}"
+        _cut(tmp_path / "whole", cut, step)
+        assert resume_run(cut, registry=ground.registry()).total_flops == result.total_flops, step
+        assert ground.events(cut) == log, step
+        assert ground.fingerprint(cut) == expected, step
+        shutil.rmtree(cut)
+    return len(steps)
+
+
+def test_a_run_costs_and_reads_the_same_wherever_it_was_interrupted(tmp_path):
+    assert _resume_everywhere(tmp_path, "withering", 4) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("life", LIVES)
+def test_a_run_costs_and_reads_the_same_after_an_interruption_at_any_step(tmp_path, life):
+    assert _resume_everywhere(tmp_path, life, 1) >= 23
+
+
+def test_what_a_probe_costs_is_counted_once_for_a_structure_and_kept(tmp_path, monkeypatch):
+    """A seed may compute more for some weights than for others; a resumed run goes on with the figure it had."""
+    counts = iter(range(1000, 10**6, 1000))
+    monkeypatch.setattr(counterfactual, "count_flops", lambda run: next(counts))
+    changes = {"checkpoint_every": 1, "keep_checkpoints": 100}
+    start_run(ground.config(tmp_path / "whole", **changes), registry=ground.registry(), test=False)
+    _cut(tmp_path / "whole", tmp_path / "cut", 14)
+    resume_run(tmp_path / "cut", registry=ground.registry())
+    spent = [[e["total_flops"] for e in ground.events(tmp_path / n, "epoch_ended")] for n in ("whole", "cut")]
+    assert spent[0] == spent[1] and next(counts) == 3000, "at the first decision, and for the test split"
