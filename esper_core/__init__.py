@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from esper_core.tolaria.ema import GrowthEMA as GrowthEMA
     from esper_core.tolaria.grow import accompany as accompany
     from esper_core.tolaria.grow import grow as grow
+    from esper_core.tolaria.hub_folder import from_pretrained as from_pretrained
+    from esper_core.tolaria.hub_folder import save_pretrained as save_pretrained
     from esper_core.tolaria.labels import to_batch as to_batch
     from esper_core.tolaria.model_file import load_growth as load_growth
     from esper_core.tolaria.model_file import load_model as load_model
@@ -59,6 +61,7 @@ PUBLIC: dict[str, str] = {
     "Tolaria": "esper_core.tolaria.session:Tolaria",
     "accompany": "esper_core.tolaria.grow:accompany",
     "compose": "esper_core.kasmina.compose:compose",
+    "from_pretrained": "esper_core.tolaria.hub_folder:from_pretrained",
     "grow": "esper_core.tolaria.grow:grow",
     "host_from_module": "esper_core.kasmina.module_host:host_from_module",
     "load_growth": "esper_core.tolaria.model_file:load_growth",
@@ -67,6 +70,7 @@ PUBLIC: dict[str, str] = {
     "resume": "esper_core.tolaria.progress_file:resume",
     "resume_run": "esper_core.tolaria.run:resume_run",
     "save_growth": "esper_core.tolaria.model_file:save_growth",
+    "save_pretrained": "esper_core.tolaria.hub_folder:save_pretrained",
     "save_progress": "esper_core.tolaria.progress_file:save_progress",
     "sight_of": "esper_core.kasmina.sight:sight_of",
     "split_reference": "esper_core.registry:split_reference",

@@ -16,9 +16,8 @@ from esper_core.leyline.errors import BadOption, EsperError, UnknownName, did_yo
 from esper_core.leyline.files import refuse_links
 from esper_core.registry import split_reference
 from esper_core.tolaria.config import SYNONYMS, RunConfig
-
-RUNS: Final = Path("runs")
-"""Where runs are put and looked for by name."""
+from esper_core.tolaria.run_names import ROOT as RUNS
+from esper_core.tolaria.run_names import is_run, list_runs
 
 KINDS: Final = {
     "host": "host", "blueprints": "blueprint", "blends": "blend", "task": "task", "controller": "controller",
@@ -136,14 +135,6 @@ def check_names(config: RunConfig) -> None:
                     registry.find(kind, part)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run."""
-    try:
-        return (folder / "run.json").is_file() or (folder / "events.jsonl").is_file()
-    except (OSError, ValueError):  # no name that the system knows, such as one that is too long
-        return False
-
-
 def find_run(name: str) -> Path:
     """The folder of a run given by path or by its name in `runs/`; `latest` is the newest there.
 
@@ -160,12 +151,6 @@ def find_run(name: str) -> Path:
             return folder
     hint = did_you_mean(Path(name).name, known) or "esper runs list"
     raise UnknownName(f"there is no run {name!r}", f"the folder of a run, or its name in {RUNS}/", hint)
-
-
-def list_runs(folder: Path) -> list[Path]:
-    """The runs in a folder, newest first."""
-    found = [child for child in folder.iterdir() if is_run(child)] if folder.is_dir() else []
-    return sorted(found, key=lambda run: max(f.lstat().st_mtime for f in run.iterdir()), reverse=True)
 
 
 def _complete_run(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
-from esper_core.cli.arguments import RUNS, find_run, list_runs, run_argument
+from esper_core.cli.arguments import find_run, run_argument
 from esper_core.cli.output import InOrder, make_console, make_table, print_json
 from esper_core.leyline.events import with_accuracy
 from esper_core.leyline.stages import BORN, stages_where
+from esper_core.tolaria.run_names import ROOT as RUNS
+from esper_core.tolaria.run_names import list_runs
 
 if TYPE_CHECKING:
     from esper_core.nissa.report.reading import RunDigest

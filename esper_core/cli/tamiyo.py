@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esper_core.cli.arguments import RUNS
 from esper_core.cli.output import InOrder, print_json
+from esper_core.tolaria.run_names import ROOT as RUNS
 
 if TYPE_CHECKING:
     from esper_core.simic.learning.training import Training

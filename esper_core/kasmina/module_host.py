@@ -206,6 +206,11 @@ class ModuleHost:
         """Point name to spec, in depth order."""
         return MappingProxyType(self._specs)
 
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Point name to the path of the submodule behind which it stands."""
+        return MappingProxyType(self._paths)
+
     def register_slot(self, name: str, slot: SlotModule) -> None:
         """Attach `slot` at point `name`.
 

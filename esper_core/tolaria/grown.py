@@ -6,7 +6,7 @@ import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import attrs
 from torch import nn
@@ -106,6 +106,24 @@ class Grown:
         if self.result.folder == Path():
             raise BadOption("this run kept no folder, so it has no report", "a folder", 'grow(..., out="runs/NAME")')
         return write_report(self.result.folder, out)
+
+    def save(self, path: str | Path, **card: Any) -> Path:
+        """Save the grown model, for `from_pretrained` and `load_model`.
+
+        Args:
+            path: a folder, which gets weights, configuration and model card; or a file `NAME.safetensors` for weights.
+            card: `name`, `license`, `tags`, `datasets` of the model card, see `save_pretrained`.
+
+        Returns:
+            What was written.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from esper_core.tolaria.hub_folder import save_pretrained, save_weights
+
+        path = Path(path)
+        return save_weights(self, path) if path.suffix == ".safetensors" else save_pretrained(self, path, **card)
 
     def __str__(self) -> str:
         return self.summary()

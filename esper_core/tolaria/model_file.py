@@ -9,27 +9,35 @@ from typing import Any, Final
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper_core.kasmina.compose import compose
+from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.probe import odd_ones, probe
-from esper_core.leyline.errors import BadFile
+from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.leyline.files import refuse_links, typed
-from esper_core.leyline.host import TaskProtocol
+from esper_core.leyline.host import HostProtocol, TaskProtocol
 from esper_core.leyline.stages import STAGES, Stage
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.origin import Origins, describe_parts, not_as_written
 from esper_core.registry.record import Registered
 from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
+from esper_core.tolaria.checkpoint import Checkpoints
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.offline import offline, without_fetching
+from esper_core.tolaria.recipe import check_buildable, rebuild_host, recipe_of
+from esper_core.tolaria.run_names import ROOT, is_run, list_runs
 from esper_core.tolaria.snapshot import load_weights, model_tensors
 from esper_core.tolaria.timetable import Timetable
 
 FORMAT: Final = "esper-model-1"
 GROWTH_FORMAT: Final = "esper-growth-1"
+OWN: Final = "model"
+"""Name of the host where the caller brought a module of their own."""
+
+WEIGHTS: Final = ("last", "best")
 
 
 def describe_origin(config: RunConfig, task: TaskProtocol) -> dict[str, Any]:
@@ -52,7 +60,10 @@ def save_model(plane: Plane, path: Path, about: Mapping[str, Any]) -> None:
         OSError: it could not be written.
     """
     path.parent.mkdir(exist_ok=True)
-    header = {"format": FORMAT, **about, **growth_of(plane, RunConfig.from_mapping(about["config"]))}
+    config = RunConfig.from_mapping(about["config"])
+    header = {"format": FORMAT, **about, **growth_of(plane, config)}
+    if config.host == OWN and isinstance(plane.host, ModuleHost):
+        header["own"] = recipe_of(plane.host)
     write_tensor_file(path, model_tensors(plane), header)
 
 
@@ -102,7 +113,7 @@ def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
     """Structure of the seeds, origins of their parts, and their outputs for a fixed input."""
     live = [growth for growth in plane.growths.values() if STAGES[growth.stage].occupied]
     names = [("blueprint", growth.blueprint) for growth in live]
-    if config is not None and config.host != "model":
+    if config is not None and config.host != OWN:
         names.append(("host", split_reference(config.host)[0]))
     blends = [growth.blend for growth in live]
     return {
@@ -174,19 +185,28 @@ def _check_answers(header: Mapping[str, Any], plane: Plane) -> None:
         raise BadFile(f"grown parts compute something else than when they were saved: {names}")
 
 
-def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plane, dict[str, Any]]:
+def load_plane(
+    path: str | Path, registry: Registry | None = None, *, model: nn.Module | None = None, weights: str = "last"
+) -> tuple[Plane, dict[str, Any]]:
     """The plane of a saved model with its host, on the CPU, and the file's header.
 
     Args:
-        path: a run's folder, or a model file.
+        path: a run's folder or its name in `runs/`, `latest`, a folder of `save_pretrained`, or a model file.
+        model: an untrained module like the one that `grow` was given, where no library builds it; it is changed.
+        weights: `last`, or `best` for the run's checkpoint with the lowest validation loss.
 
     Raises:
         BadFile: no model is there, or it is damaged.
+        BadOption: `model` or `weights` do not suit what is there.
     """
-    path = Path(path)
+    path = named_run(path)
+    if weights not in WEIGHTS:
+        raise BadOption(f"weights={weights!r}", " or ".join(WEIGHTS), 'weights="best"')
     if path.is_dir():
         refuse_links(path)
     file = path / "model" / "model.safetensors" if path.is_dir() else path
+    if path.is_dir() and not file.is_file() and (path / "model.safetensors").is_file():
+        file = path / "model.safetensors"
     if not file.is_file():
         raise BadFile(
             f"there is no grown model at {path}", "a finished run or a model file", f"esper resume {typed(path)}"
@@ -199,21 +219,51 @@ def load_plane(path: str | Path, registry: Registry | None = None) -> tuple[Plan
         origins = Origins.read(header.get("origins", {}))
         config = without_fetching(RunConfig.from_mapping(header["config"]), weights=False)  # the file has them
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
-    if config.host == "model":
-        raise BadFile(
-            f"{file} grew from a module of your own, which only you can build", "a run of `esper run`",
-            "keep Grown.model of grow(), or load_growth() onto a plane",
-        )  # fmt: skip
+    if config.host != OWN and model is not None:
+        raise BadOption(f"model= for {path}", f"nothing: its host is {config.host}, which Esper builds", "no model=")
+    if config.host == OWN and model is None:
+        check_buildable(header.get("own"), path)
+    if weights == "best":
+        tensors = _best(path, header)
     registry = bind(registry, origins)
     with _as_written(file, origins, registry):
         with offline():
-            host = build_host(config, registry, outputs, shape)
+            if config.host == OWN:
+                host: HostProtocol = rebuild_host(header["own"], model, path)
+            else:
+                host = build_host(config, registry, outputs, shape)
         needed = _needed(config, header["structure"])
         plane = build_plane(needed, registry, host, host_flops=0, timetable=Timetable.of_steps(config, 1))
         plane.rebuild(header["structure"])
         load_weights(plane, tensors, file)
         _check_answers(header, plane)
     return plane, header
+
+
+def _best(path: Path, header: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the best checkpoint of a run; `header` is given its structure.
+
+    Raises:
+        BadOption: there is no run with checkpoints.
+    """
+    checkpoints = Checkpoints(path / "checkpoints")
+    best = checkpoints.best() if path.is_dir() else None
+    if best is None:
+        raise BadOption(f"weights='best' of {path}", "a run's folder with checkpoints", "weights='last'")
+    tensors, plain = checkpoints.load(best)
+    with expect_well_formed(path):
+        header |= {"structure": plain["training"]["structure"], "probes": {}, "step": best}
+    return tensors
+
+
+def named_run(path: str | Path) -> Path:
+    """What the command line understands by `path`: a path, a name in `runs/`, or `latest`."""
+    path = Path(path)
+    if path.exists():
+        return path
+    if str(path) == "latest":
+        return next(iter(list_runs(ROOT)), path)
+    return ROOT / path if is_run(ROOT / path) else path
 
 
 def _needed(config: RunConfig, structure: Iterable[Mapping[str, Any]]) -> RunConfig:
@@ -225,15 +275,24 @@ def _needed(config: RunConfig, structure: Iterable[Mapping[str, Any]]) -> RunCon
     return attrs.evolve(config, blueprints=blueprints, blends=blends)
 
 
-def load_model(path: str | Path, *, registry: Registry | None = None, device: str = "cpu") -> nn.Module:
+def load_model(
+    path: str | Path, *, model: nn.Module | None = None, weights: str = "last", registry: Registry | None = None,
+    device: str = "cpu",
+) -> nn.Module:  # fmt: skip
     """The grown model as a plain module in eval mode, with its seeds built in and no hooks.
 
     Args:
-        path: a run's folder, or a model file.
+        path: a run's folder or its name in `runs/`, `latest`, a folder of `save_pretrained`, or a model file.
+        model: an untrained module like the one that `grow` was given. Needed only if its class is your own: models of
+            timm and transformers are built from what the file says.
+        weights: `last`, or `best` for those with the lowest validation loss among the run's checkpoints. Checkpoints
+            are written at the ends of epochs, as `checkpoint_every` says; the best one is kept.
+        device: where the model goes.
 
     Raises:
         BadFile: no model is there, or it is damaged.
+        BadOption: `model` or `weights` do not suit what is there.
         EsperError: the host cannot be rewritten as a plain module.
     """
-    plane, _ = load_plane(path, registry)
+    plane, _ = load_plane(path, registry, model=model, weights=weights)
     return compose(plane).eval().to(torch.device(device))

@@ -21,9 +21,9 @@ from esper_core.registry import Registry
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tolaria.checkpoint import Checkpoints
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.run_names import ROOT
 
 FORMAT: Final = "esper-run-1"
-ROOT: Final = Path("runs")
 _LEFT: Final = ("checkpoints", "events.jsonl", "timings.jsonl", "model", "result.json", "report.html", "tensorboard")
 """What an attempt to train leaves in a run folder, beside its `run.json`."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.leyline.errors import BadOption
 from esper_core.leyline.events import Event
 from esper_core.tolaria.grow import grow
 from esper_core.tolaria.grown import Grown, Lines
@@ -60,7 +60,7 @@ def test_a_name_alone_is_one_blueprint_and_a_folder_holds_events_and_report(tmp_
     assert found.report(tmp_path / "again.html").is_file()
     with pytest.raises(BadOption, match="complete"):
         grown(out=str(tmp_path / "run"))
-    with pytest.raises(BadFile, match="a module of your own"):
+    with pytest.raises(BadOption, match="a module of your own"):
         load_model(tmp_path / "run")
 
 
