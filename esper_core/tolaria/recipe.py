@@ -153,7 +153,7 @@ def _of_transformers(module: nn.Module) -> dict[str, Any] | None:
 
 def _build_transformers(recipe: Mapping[str, Any], source: object) -> nn.Module:
     library: Any = importlib.import_module("transformers")
-    kind = getattr(library, str(recipe["class"]).rpartition(":")[2], None)
+    kind: Any = getattr(library, str(recipe["class"]).rpartition(":")[2], None)
     if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
         raise BadFile(f"{source} grew from {recipe['class']}", "a model class of transformers")
     told = {key: value for key, value in recipe["config"].items() if key not in ("auto_map", "dtype", "torch_dtype")}
