@@ -107,9 +107,18 @@ class Verbs(click.Group):
             from esper_core.leyline.errors import EsperError
 
             if isinstance(error, EsperError):
+                if _is_told_by_another(str(error)):
+                    sys.exit(error.exit_code)
                 fail(str(error), error.exit_code)
             _fail_unexpectedly(error)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_told_by_another(message: str) -> bool:
+    """Whether the first of several processes prints this error, which all of them came to."""
+    rank = os.environ.get("RANK", "0")
+    several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+    return several and rank != "0" and not message.startswith(f"process {rank} raised")
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -182,6 +191,10 @@ def cli(ctx: click.Context, disabled: tuple[str, ...]) -> None:
     from esper_core.cli.context import CliSettings
 
     ctx.obj = CliSettings(disabled)
+    if "RANK" in os.environ and ctx.invoked_subcommand is not None:
+        from esper_core.cli.processes import refuse_verb
+
+        refuse_verb(ctx.invoked_subcommand)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

@@ -10,6 +10,7 @@ import click
 
 from esper_core.cli.arguments import GroupedCommand, check_names, config_options, resolve_config
 from esper_core.cli.context import current_registry
+from esper_core.cli.processes import devices_option, is_follower, launch, process_count
 from esper_core.leyline.errors import BadOption
 from esper_core.tolaria.config import RunConfig
 
@@ -50,12 +51,13 @@ _WHERE: Final = frozenset({"out", "seed", "device", "amp", "compile", "sinks", "
     metavar="N",
     help="seeds of each arm: 5 of --compare, 3 of --versus, unless given",
 )
+@devices_option
 @click.option("--dry-run", is_flag=True, help="print the resolved plan; train nothing")
 @click.option("--quiet", "-q", is_flag=True, help="print only where the report is")
 @click.option("--json-lines", is_flag=True, help="print every event as a line of JSON on stdout")
 def run(
     given: dict[str, Any], settings: tuple[str, ...], file: str | None, adapter: str | None, compare: bool,
-    versus: str | None, seeds: int | None, dry_run: bool, quiet: bool, json_lines: bool,
+    versus: str | None, seeds: int | None, devices: int | None, dry_run: bool, quiet: bool, json_lines: bool,
 ) -> int:  # fmt: skip
     """Grow a host on a task: train it, let seeds germinate in its slots, keep those that earn their rent.
 
@@ -78,9 +80,14 @@ def run(
 
         show_plan(config, as_json=json_lines)
         return 0
+    if (compare or versus) and max(devices or 1, process_count()) > 1:
+        given_flag = "--compare" if compare else "--versus"
+        raise BadOption(f"{given_flag} with several processes", "one process", "esper compare RUN, afterwards")
+    if devices is not None and devices > 1:
+        return launch(devices)
     from esper_core.cli.display import Display, chosen_mode
 
-    with Display(chosen_mode(quiet, json_lines), config.epochs) as display:
+    with Display(chosen_mode(quiet or is_follower(), json_lines and not is_follower()), config.epochs) as display:
         if first:
             display.notify(f"nothing was named: {config.host} on {config.task}, {config.budget_total} FLOP, "
                            "which takes a minute or two; esper run --help shows what else there is")  # fmt: skip
@@ -92,7 +99,7 @@ def run(
 
 def _train(config: RunConfig, display: Display, seeds: int, arms: tuple[str, ...]) -> int:
     """Train, and compare with `arms` (all of them if empty) over `seeds` seeds if that is above 0."""
-    from esper_core.cli.summary import conclude
+    from esper_core.cli.summary import STOPPED, conclude
     from esper_core.leyline.errors import RunFailed
     from esper_core.tolaria.run import start_run
 
@@ -105,6 +112,8 @@ def _train(config: RunConfig, display: Display, seeds: int, arms: tuple[str, ...
             conclude(error.folder, display, time.monotonic() - began)
         raise
     display.close()
+    if is_follower():
+        return 0 if result.status == "finished" else STOPPED
     seconds, table = time.monotonic() - began, None
     if seeds and result.status == "finished":
         from esper_core.cli.compare import compare_after_run

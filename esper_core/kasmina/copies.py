@@ -25,6 +25,7 @@ from esper_core.kasmina.feature_view import FeatureView
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.module_copy import computed_tensors
 from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
+from esper_core.kasmina.ranks import whole_weights
 from esper_core.leyline.errors import BadOption, IllegalCommand
 
 _TOLERANCE: Final = 1e-3
@@ -205,7 +206,7 @@ class BlockRun:
 
 
 def _flops(module: nn.Module, call: Call) -> int:
-    with quiet_pass(module):
+    with quiet_pass(module), whole_weights(module):
         return count_flops(partial(module.forward, *call.args, **call.kwargs))
 
 

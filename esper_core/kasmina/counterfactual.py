@@ -81,7 +81,8 @@ def measure_counterfactuals(
 ) -> Measurement:
     """Evaluate the model as it is, and without each of its slots, on the same examples.
 
-    The host is in eval mode meanwhile; the device is synchronised once, at the end.
+    The host is in eval mode meanwhile; the device is synchronised once, at the end. Where several processes train, each
+    brings its rows of the batches, and the result is that of all rows.
 
     Args:
         plane: the plane whose slots are muted in turn.
@@ -105,27 +106,33 @@ def measure_counterfactuals(
     sums: dict[Mask, Tensor] = {}
     flops_each, examples = 0, 0
     try:
-        with PrefixTree(plane.host, plane.slots) if masks else _Bare(plane.host) as tree:
+        with plane.ranks.together(), PrefixTree(plane.host, plane.slots) if masks else _Bare(plane.host) as tree:
             for batch in batches:
-                if not examples:
+                if not sums:
                     sample = batch.head(1)
                     tree.observe(sample.inputs)
                     if count_cost:
                         flops_each = count_flops(lambda: list(tree.run(sample.inputs, masks)))  # noqa: B023 - run here
-                examples += batch.size
+                examples += batch.size if batch.counted else 0
                 base: tuple[Tensor, Tensor] | None = None
                 for mask, outputs in tree.run(batch.inputs, masks):
                     scores = objective.scores(outputs, batch.targets)
                     refuse_scores(scores, len(outputs), describe_objective(objective))
                     base = base or scores
                     found = moments(base, scores, objective.metric.higher_is_better)
+                    found = found if batch.counted else torch.zeros_like(found)
                     sums[mask] = sums[mask] + found if mask in sums else found
     finally:
         for module, training in modes:
             module.training = training
-    if not examples:
+    if not sums:
         raise ValueError("no validation batch")
-    table = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    rows = torch.stack(list(sums.values()))
+    if plane.ranks.size > 1:
+        counts = torch.full_like(rows[:, :1], examples)
+        rows = plane.ranks.add_up(torch.cat((rows, counts), 1))
+        examples, rows = round(rows[0, -1].item()), rows[:, :-1]
+    table = dict(zip(sums, rows.tolist(), strict=True))
     means = {mask: (row[0] / examples, row[1] / examples) for mask, row in table.items()}
     worth = {}
     for path, mask in zip(chosen, leave_one_out(chosen), strict=True):

@@ -70,7 +70,7 @@ def plant(
     device, dtype = device_of(host), dtype_of(host)
     spec = plane.candidates.spec(command.blueprint)
     run = run_at(plane, slot.path, origins) if "run" in spec.wants else None
-    with torch.random.fork_rng(devices=[]):
+    with plane.ranks.together(forward=run is not None), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{plane.seed}|{slot.path}|{birth}".encode()))
         seed = plane.registry.build(
             "blueprint", command.blueprint, point, **({} if run is None else {"run": run}),
@@ -93,6 +93,7 @@ def plant(
         seed = seed.to(memory_format=torch.channels_last)
     if run is None or slot.training != host.training:  # parts of a block may be held in another mode than the model
         seed = seed.train(slot.training)
+    plane.ranks.settle(seed)
     before = slot.whole, slot.wants_call
     slot.whole, slot.wants_call = spec.answers == "feature", "call" in spec.wants
     try:
@@ -101,6 +102,7 @@ def plant(
         slot.whole, slot.wants_call = before
         raise
     slot.seed, slot.writes = seed, writes
+    slot.add_up_norms = plane.ranks.add_up_norms_in_pass if plane.ranks.size > 1 else None
     assert slot.combination is not None
     inherits, seed_origins = getattr(seed, "inherits", ()), getattr(seed, "origins", ())
     if run is not None:
@@ -118,8 +120,10 @@ def plant(
 def fit_combination(plane: Plane, slot: SeedSlot, blend: str) -> None:
     """Give the slot a fresh combination module of `blend`."""
     host = plane.host.module
-    combination = build_combination(plane.registry, blend, slot.spec, whole=slot.whole, options=plane.blend_options)
+    with plane.ranks.together(forward=False):
+        combination = build_combination(plane.registry, blend, slot.spec, whole=slot.whole, options=plane.blend_options)
     slot.combination = combination.to(device=device_of(host), dtype=dtype_of(host)).train(slot.training)
+    plane.ranks.settle(slot.combination)
 
 
 def build_combination(

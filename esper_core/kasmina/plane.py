@@ -20,6 +20,7 @@ from esper_core.kasmina.module_copy import computed_tensors
 from esper_core.kasmina.paths import base_of, height_of
 from esper_core.kasmina.plane_hooks import adopt_hooks
 from esper_core.kasmina.ramps import Ramps
+from esper_core.kasmina.ranks import Ranks
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.kasmina.sources import run_at
 from esper_core.kasmina.territory import Territory, ancestors_of
@@ -86,6 +87,7 @@ class Plane:
             raise EsperError("the host offers no injection point", "at least one", "esper hosts show HOST")
         self.host, self.seed, self.limits = host, seed, limits
         self.ramp_steps, self.embargo_decisions, self.max_stack, self.rent = ramp_steps, embargo, max_stack, rent
+        self.ranks = Ranks()  # replaced where several processes train
         self.blends = parse_blends(blends, registry)
         self.blend_options = {name: dict(options) for name, options in blend_options.items()}
         self.candidates = Candidates(registry, blueprints, blueprint_options, partial(run_at, self))
@@ -377,7 +379,7 @@ class Plane:
         """An independent plane over an independent host; the registry is shared, listeners stay behind."""
         twin = object.__new__(Plane)
         memo[id(self)] = twin
-        memo[id(self.registry)] = self.registry
+        memo[id(self.registry)], memo[id(self.ranks)] = self.registry, self.ranks
         for module in (self.host.module, self.module):
             memo |= {key: value for key, value in computed_tensors(module).items() if key not in memo}
         for name, value in self.__dict__.items():

@@ -85,6 +85,7 @@ class SeedSlot(nn.Module):
         muted: the output is `h` in every stage; for counterfactuals.
         probe: called with (slot, h, s, out) while gradients are on; None costs nothing.
         tracer: called with the slot whenever it computes; None costs nothing.
+        add_up_norms: see `straight_through`; None where one process trains.
     """
 
     alpha: Tensor
@@ -104,6 +105,7 @@ class SeedSlot(nn.Module):
         self.muted = False
         self.probe: Probe | None = None
         self.tracer: Callable[[SeedSlot], None] | None = None
+        self.add_up_norms: Callable[[Tensor], Tensor] | None = None
         self.seed: nn.Module | None = None
         self.combination: nn.Module | None = None
         self.register_buffer("alpha", torch.zeros(()))
@@ -138,7 +140,7 @@ class SeedSlot(nn.Module):
             if not torch.is_grad_enabled():
                 return h
             s = self._ask_apart(h.detach(), call.detached() if call is not None else None).to(h.dtype)
-            out = straight_through(h, s - h.detach() if self.whole else s)
+            out = straight_through(h, s - h.detach() if self.whole else s, self.add_up_norms)
         else:
             given = h
             if self.mode is Mode.RAMPING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -65,6 +66,23 @@ def pull(grad: Tensor, s: Tensor, size: Tensor, *, lanes: int = 0) -> Tensor:
     return (size_of(grad, lanes=lanes) / reach).to(grad.dtype)
 
 
+class SharedStraightThrough(torch.autograd.Function):
+    """`StraightThrough` where several processes each have rows of the batch: its norms are those of all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, s: Tensor, add_up_norms: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(s, size_of(h))
+        ctx.add_up_norms = add_up_norms
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,), (s, size) = grads, ctx.saved_tensors
+        g_norm, h_norm, s_norm = ctx.add_up_norms(torch.stack([size_of(grad), size, size_of(s)])).unbind()
+        reach = torch.maximum(TRUST * h_norm, 0.5 * s_norm).clamp_min(_TINY)
+        return grad, torch.addcmul(grad, s, (g_norm / reach).to(grad.dtype)), None
+
+
 class SilentGradient(torch.autograd.Function):
     """`h` itself; backward, no gradient while alpha is zero, so that a broken seed's NaN stays its own."""
 
@@ -94,11 +112,14 @@ def silent_at_zero(h: Tensor, alpha: Tensor) -> Tensor:
     return SilentGradient.apply(h, alpha)  # type: ignore[no-any-return]
 
 
-def straight_through(h: Tensor, s: Tensor) -> Tensor:
+def straight_through(h: Tensor, s: Tensor, add_up_norms: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """`h` in the forward pass; in the backward pass the gradient of both, that of `s` bounded.
 
     Args:
         h: the host's feature, any shape.
         s: the seed's output, same shape and dtype as `h`.
+        add_up_norms: gives the norms over the rows of every process, (3,), from those over this one's; None for one.
     """
+    if add_up_norms is not None:
+        return SharedStraightThrough.apply(h, s, add_up_norms)  # type: ignore[no-any-return]
     return StraightThrough.apply(h, s)  # type: ignore[no-any-return]

@@ -82,10 +82,12 @@ class Batch:
             mapping as keyword arguments and a tuple as positional ones.
         targets: what the objective takes, such as integers (N,) or (N, L), or floats (N, K). An integer target of
             `IGNORED` counts neither in the loss nor in the metric.
+        counted: False for rows that stand in where a process has no share of a batch; they count for nothing.
     """
 
     inputs: Inputs
     targets: Tensor
+    counted: bool = True
 
     @property
     def size(self) -> int:
@@ -98,7 +100,7 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `function` applied to every tensor."""
-        return Batch(map_tensors(function, self.inputs), map_tensors(function, self.targets))
+        return Batch(map_tensors(function, self.inputs), map_tensors(function, self.targets), self.counted)
 
     def to(self, device: object, *, non_blocking: bool = False, copy: bool = False) -> Batch:
         """The batch on a device; `copy` makes new tensors even where they are there already."""
@@ -130,6 +132,23 @@ class Split(Protocol):
 
     def batch_count(self, batch_size: int) -> int | None:
         """Batches in one epoch, or None for a stream of unknown length."""
+
+
+@runtime_checkable
+class DivisibleSplit(Protocol):
+    """A split that can make a process's rows of its batches without making the others'."""
+
+    def part(self, rank: int, ranks: int) -> Split:
+        """The split whose batches are rows `rows_of(size, rank, ranks)` of this one's, stand-ins as `rows_of` says."""
+
+
+def rows_of(size: int, rank: int, ranks: int) -> tuple[slice, bool]:
+    """Which of a batch's `size` rows belong to process `rank` of `ranks`, and whether they count.
+
+    The first row stands in for a process without any, so that every process computes something; it does not count.
+    """
+    rows = slice(rank * size // ranks, (rank + 1) * size // ranks)
+    return (rows, True) if rows.start < rows.stop else (slice(0, 1), False)
 
 
 class TaskProtocol(Protocol):

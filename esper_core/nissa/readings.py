@@ -15,6 +15,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from esper_core.kasmina.ranks import Ranks
+
 FLOW: Final = (
     "host_gradient_norm", "need", "delta_norm", "activation_mean", "activation_std", "proxy_loss", "proxy_square",
 )  # fmt: skip
@@ -60,6 +62,18 @@ def flow_readings(calls: Tensor, root_elements: Tensor, unscale: float | Tensor)
     proxy = met * unscale
     delta = s_norm / h_norm.clamp_min(1e-30)
     return torch.stack([g_norm * unscale, need * unscale, delta, mean, variance.sqrt(), proxy, proxy.square()], dim=1)
+
+
+def of_all_ranks(calls: Tensor, root_elements: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The arguments of `flow_readings` for the rows of every process, from those for the rows of each."""
+    h_norm, mean, variance, g_norm, met, need = calls.unbind(1)
+    elements = root_elements.square()
+    sums = (h_norm.square(), mean * elements, (variance + mean.square()) * elements, g_norm.square(), met, need)
+    h, first, second, g, met, need, elements = ranks.add_up_(torch.stack([*sums, elements])).unbind(0)
+    count = elements.clamp_min(1.0)
+    mean = first / count
+    variance = (second / count - mean.square()).clamp_min(0.0)
+    return torch.stack([h.sqrt(), mean, variance, g.sqrt(), met, need], dim=1), elements.sqrt()
 
 
 def summarise_readings(

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.ranks import local
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.leyline.errors import BadOption, did_you_mean
 from esper_core.leyline.sensors import READINGS
 from esper_core.leyline.stages import STAGES
-from esper_core.nissa.readings import COLUMN, FLOW, SUMS, Counts, flow_readings, summarise_readings
+from esper_core.nissa.readings import COLUMN, FLOW, SUMS, Counts, flow_readings, of_all_ranks, summarise_readings
 
 
 class SensorArray:
@@ -94,7 +95,8 @@ class SensorArray:
                 moved.append((path, [_length(now - before), _length(before)]))
                 self._counts[path].updates += 1
         if moved:
-            step, size = torch.stack([norm for _, norms in moved for norm in norms]).view(-1, 2).unbind(1)
+            norms = torch.stack([norm for _, pair in moved for norm in pair])
+            step, size = self.plane.ranks.add_up_norms(norms).view(-1, 2).unbind(1)
             self._sums[:, COLUMN["update_ratio"]].index_add_(
                 0, self._index([path for path, _ in moved]), step / size.clamp_min(1e-12)
             )
@@ -207,7 +209,10 @@ class SensorArray:
         paths = [path for path, _, _ in self._calls]
         if paths:
             felt = torch.stack([value for _, _, values in self._calls for value in values]).view(len(paths), -1)
-            flow = flow_readings(felt, self._roots([n for _, n, _ in self._calls]), 1.0 / loss_scale)
+            roots = self._roots([n for _, n, _ in self._calls])
+            if self.plane.ranks.size > 1:
+                felt, roots = of_all_ranks(felt, roots, self.plane.ranks)
+            flow = flow_readings(felt, roots, 1.0 / loss_scale)
             self._sums[:, : len(FLOW)].index_add_(0, self._index(paths), flow)
             for number, (path, elements, _) in enumerate(self._calls):
                 self._count(path, elements > 0, flow[number, FLOW.index("proxy_loss")])
@@ -238,10 +243,11 @@ class SensorArray:
                     self._before[path] = _flat(parameters)
         if not paths:
             return
-        rows, found = self._index(paths), torch.stack(norms)
-        self._sums[:, COLUMN["gradient_norm"]].index_add_(0, rows, found / loss_scale)
         host = _gradients(self._host) if "gradient_ratio" in self.names else []
-        ratio = found / self._constant("sizes", sizes) / _norm(host).clamp_min(1e-30) if host else found * math.nan
+        found = self.plane.ranks.add_up_norms(torch.stack([*norms, _norm(host)] if host else norms))
+        rows, whole, found = self._index(paths), found[-1], found[: len(paths)]
+        self._sums[:, COLUMN["gradient_norm"]].index_add_(0, rows, found / loss_scale)
+        ratio = found / self._constant("sizes", sizes) / whole.clamp_min(1e-30) if host else found * math.nan
         self._sums[:, COLUMN["gradient_ratio"]].index_add_(0, rows, ratio)
 
     def _index(self, paths: Sequence[str]) -> Tensor:
@@ -284,7 +290,7 @@ class _SlotReader:
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    return [local(p.grad) for p in parameters if p.grad is not None]
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -301,5 +307,5 @@ def _length(value: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
 
 
 def _flat(parameters: Iterable[nn.Parameter]) -> Tensor:
-    parts = [p.detach().flatten() for p in parameters]
+    parts = [local(p.detach()).flatten() for p in parameters]
     return torch.cat(parts) if parts else torch.zeros(0)

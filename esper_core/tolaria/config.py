@@ -137,6 +137,10 @@ class RunConfig:
         group="machine",
         choices=("auto", "off", "bf16", "fp16"),
     )
+    strategy: str = _option(
+        "auto", "how several processes share a model: ddp, each holds all of it; fsdp2, each holds a shard; auto: ddp",
+        group="machine", choices=("auto", "ddp", "fsdp2"),
+    )  # fmt: skip
     compile: str = _option(
         "off", "blocks: train the host's blocks, and their copies, by compiled code", group="machine",
         choices=("off", "blocks"),

@@ -69,13 +69,11 @@ def _sick(setup: Setup, plane: Plane, batch: Batch, training: bool) -> Iterator[
 
 
 def _latest(setup: Setup, epoch: int, batch: int, count: int) -> Iterator[tuple[int, Batch]]:
-    config, first = setup.config, max(0, batch + 1 - count)
-    batches = setup.task.train.batches(
-        config.batch_size, seed=config.seed, epoch=epoch, start=first, shuffle=True, device=str(setup.device)
-    )
-    return enumerate(islice(batches, batch + 1 - first), start=first)
+    first = max(0, batch + 1 - count)
+    return enumerate(islice(setup.training(epoch, first), batch + 1 - first), start=first)
 
 
 def _is_finite(setup: Setup, plane: Plane, batch: Batch, training: bool) -> bool:
-    with torch.set_grad_enabled(training):
-        return bool(forward(plane.host, setup.objective, batch, setup.precision)[1].detach().isfinite())
+    with plane.ranks.together(), torch.set_grad_enabled(training):
+        loss = forward(plane.host, setup.objective, batch, setup.precision)[1].detach()
+    return bool(plane.ranks.add_up((~loss.isfinite()).double()) == 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.ranks import local
 from esper_core.leyline.stages import STAGES
 
 
@@ -16,8 +17,9 @@ def find_not_finite(plane: Plane) -> list[str]:
     """Paths of seeds with a parameter that is not finite; the empty path stands for the host."""
     groups = {"": [p for p in plane.host.module.parameters() if p.is_floating_point()]}
     groups |= {path: parameters for path, parameters in plane.seed_groups().items() if parameters}
-    norms = [torch.stack(_absolute_sums(g)).sum(dtype=torch.float64) for g in groups.values() if g]
-    finite = torch.stack(norms).isfinite().tolist()
+    parts = [[local(p.detach()) for p in group] for group in groups.values() if group]
+    norms = torch.stack([torch.stack(_absolute_sums(part)).sum(dtype=torch.float64) for part in parts])
+    finite = (plane.ranks.add_up(norms) if plane.ranks.sharded else norms).isfinite().tolist()
     return [path for path, fine in zip([p for p, g in groups.items() if g], finite, strict=True) if not fine]
 
 

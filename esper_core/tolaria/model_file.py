@@ -53,18 +53,25 @@ def describe_origin(config: RunConfig, task: TaskProtocol) -> dict[str, Any]:
     }
 
 
-def save_model(plane: Plane, path: Path, about: Mapping[str, Any]) -> None:
-    """Write the grown model. `about` is `describe_origin()`'s answer.
+def save_model(plane: Plane, path: Path | None, about: Mapping[str, Any]) -> None:
+    """Write the grown model; every process calls, and the one with a path writes.
+
+    Args:
+        path: of the file; None to help the process that writes. about: `describe_origin()`'s answer.
 
     Raises:
         OSError: it could not be written.
     """
-    path.parent.mkdir(exist_ok=True)
+    if path is None and not plane.ranks.sharded:
+        return
     config = RunConfig.from_mapping(about["config"])
     header = {"format": FORMAT, **about, **growth_of(plane, config)}
     if config.host == OWN and isinstance(plane.host, ModuleHost):
         header["own"] = recipe_of(plane.host)
-    write_tensor_file(path, model_tensors(plane), header)
+    tensors = {name: plane.ranks.whole(tensor) for name, tensor in model_tensors(plane).items()}
+    if path is not None:
+        path.parent.mkdir(exist_ok=True)
+        write_tensor_file(path, tensors, header)
 
 
 def save_growth(plane: Plane, path: str | Path) -> None:

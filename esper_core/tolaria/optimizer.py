@@ -15,6 +15,7 @@ from esper_core.leyline.errors import UntrackedParameter
 from esper_core.tolaria.caller_groups import family_of, source_of
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.muon import MuonAdamW, hidden_matrices
+from esper_core.tolaria.sharding import copy_all
 
 
 @attrs.frozen
@@ -295,4 +296,4 @@ def _load_state(owner: torch.optim.Optimizer, parameter: nn.Parameter, saved: Ma
             # a step count lives on the CPU, unless one kernel updates a whole group
             device = parameter.device if moment or owner.defaults.get("fused") else tensor.device
             state[key] = torch.empty_like(parameter) if moment else torch.empty_like(tensor, device=device)
-        state[key].copy_(tensor)
+        copy_all([state[key]], [tensor])

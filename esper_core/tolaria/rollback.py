@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from esper_core.kasmina.growth import Growth, StageChange
@@ -11,6 +11,7 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.events import GovernorAlarm, RolledBack
 from esper_core.leyline.stages import EMPTY, STAGES, Op, Stage
+from esper_core.tolaria.consult import consult
 from esper_core.tolaria.inquest import auditors, withering
 
 if TYPE_CHECKING:
@@ -74,15 +75,19 @@ def roll_back(tolaria: Tolaria, alarm: Alarm) -> None:
             "a loss that stays finite",
             "a lower --learning-rate",
         )
-    for path in missed:
-        for auditor in auditors(tolaria.controller) if path in plane.growths else ():
-            auditor.collapsed(path, tolaria.clock.decision, plane.rent_of(path), rise)
+    consult(tolaria, lambda: _tell_auditors(tolaria, missed, rise))
     if guilty is not None and guilty["slot"] in plane.growths and guilty["op"] not in (Op.WITHER, Op.CULL):
         slot = guilty["slot"]
         plane.embargo(slot, governor.config.embargo)
         entering = plane.growths[slot].stage.spec.entering
         if (entering and (found is None or slot in found.seeds)) or governor.offences[slot] > 1:
             tolaria.remove_seed(slot, f"guilty of: {alarm.cause}")
+
+
+def _tell_auditors(tolaria: Tolaria, missed: Iterable[str], rise: float) -> None:
+    for path in missed:
+        for auditor in auditors(tolaria.controller) if path in tolaria.plane.growths else ():
+            auditor.collapsed(path, tolaria.clock.decision, tolaria.plane.rent_of(path), rise)
 
 
 def tell_restored(tolaria: Tolaria, before: Mapping[str, tuple[Stage, int, str, str, int]]) -> None:

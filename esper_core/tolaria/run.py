@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.counterfactual import measure_counterfactuals
-from esper_core.leyline.errors import BadOption, RunFailed
+from esper_core.kasmina.ranks import Ranks
+from esper_core.leyline.errors import BadFile, BadOption, EsperError, RunFailed
 from esper_core.leyline.events import Sink
 from esper_core.leyline.files import typed
 from esper_core.leyline.host import Batch
@@ -28,9 +29,11 @@ from esper_core.tolaria.flop_budget import measure_speed
 from esper_core.tolaria.model_file import bind, describe_origin, load_plane, origins_of
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
 from esper_core.tolaria.origin import check_origin, compare_data, data_of, parts_of, split_fingerprint
+from esper_core.tolaria.process_group import ProcessGroup
+from esper_core.tolaria.processes import launched, meet_others
 from esper_core.tolaria.room import Room, measure_room
 from esper_core.tolaria.run_folder import RunFolder
-from esper_core.tolaria.setup import Setup, set_up
+from esper_core.tolaria.setup import Setup, set_up, spread
 from esper_core.tolaria.trainer import RunResult, Trainer
 
 Notify = Callable[[str], None]
@@ -46,9 +49,17 @@ def build_trainer(
     open_folder: Callable[[], RunFolder | None] = lambda: None,
     *,
     test: bool = True,
+    keeps: bool | None = None,
 ) -> Trainer:
-    """Everything that can be refused is built before the folder, so that a refused run leaves none behind."""
+    """Everything that can be refused is built before the folder, so that a refused run leaves none behind.
+
+    Only the first of several processes has a folder and sinks. `keeps`: whether it has a folder; None: this one's word.
+    """
     config, registry = setup.config, setup.registry
+    if not setup.ranks.first:
+        silent = Hub({})
+        about = describe_origin(attrs.evolve(config, task=setup.task_name), setup.task)
+        return Trainer(setup, setup.build_tolaria(silent.emit), silent, None, about=about, test=test, keeps=keeps)
     tolaria = setup.build_tolaria(lambda event: hub.emit(event))
     names = dict.fromkeys(("jsonl", *config.sinks))
     for name in names:
@@ -63,7 +74,7 @@ def build_trainer(
     about = describe_origin(attrs.evolve(config, task=setup.task_name), setup.task)
     if folder is not None:
         about |= {"data": data_of(setup.task), "parts": parts_of(config, setup.plane, registry)}
-    return Trainer(setup, tolaria, hub, folder, about=about, test=test)
+    return Trainer(setup, tolaria, hub, folder, about=about, test=test, keeps=keeps)
 
 
 def start_run(
@@ -86,13 +97,20 @@ def start_run(
         EsperError: something in the configuration cannot be used; nothing was trained.
         RunFailed: the run could not go on; its last good model was saved.
     """
-    setup = set_up(config, registry, notify=notify)
-    origins = origins_of(setup.registry, setup.config, setup.task_name, setup.plane)
-    create = partial(RunFolder.create, setup.config, setup.task_name, setup.registry, origins)
-    trainer = build_trainer(setup, sinks or {}, create if keep else lambda: None, test=test)
+    ranks = meet_others(config)
+    notify = notify if ranks.first else _silent
+    with ranks.together(forward=False):
+        setup = set_up(config, registry, ranks=ranks, notify=notify)
+    spread(setup, ranks)
+    with ranks.together(forward=False):
+        origins = origins_of(setup.registry, setup.config, setup.task_name, setup.plane)
+        create = partial(RunFolder.create, setup.config, setup.task_name, setup.registry, origins)
+        trainer = build_trainer(setup, sinks or {}, create if keep else lambda: None, test=test, keeps=keep)
     if trainer.folder is not None:
         trainer.folder.add_to_manifest({key: trainer.about[key] for key in ("data", "parts")})
         notify(f"run folder: {trainer.folder.path}")
+    if isinstance(ranks, ProcessGroup):
+        ranks.part_ways(config.seed)
     return _run(trainer)
 
 
@@ -126,9 +144,17 @@ def resume_run(
         raise BadOption(
             f"{folder.path} is complete", "a run that was interrupted", f"esper report {typed(folder.path)}"
         )
-    folder.hold()
+    ranks = meet_others(config) if launched() else Ranks()
+    if ranks.size == 1 and config.strategy != "auto":
+        notify(f"one process resumes a run of --strategy {config.strategy}: nothing is shared")
+    notify = notify if ranks.first else _silent
+    with ranks.together(forward=False):
+        if ranks.first:
+            folder.hold()
     try:
-        trainer = _take_up(folder, config, about, sinks or {}, registry, notify, from_scratch, download, accept_changes)
+        trainer = _take_up(
+            folder, config, about, sinks or {}, registry, notify, from_scratch, download, accept_changes, ranks
+        )
     except BaseException:
         folder.release()
         raise
@@ -137,7 +163,7 @@ def resume_run(
 
 def _take_up(
     folder: RunFolder, config: RunConfig, about: Mapping[str, Any], sinks: Mapping[str, Sink],
-    registry: Registry | None, notify: Notify, from_scratch: bool, download: bool, accept_changes: bool,
+    registry: Registry | None, notify: Notify, from_scratch: bool, download: bool, accept_changes: bool, ranks: Ranks,
 ) -> Trainer:  # fmt: skip
     """The trainer of a run that is held, where it stopped."""
     versions = about.get("versions")
@@ -148,28 +174,51 @@ def _take_up(
         notify(f"the run began with torch {version}; with {torch.__version__} results may differ in the last bits")
     with expect_well_formed(folder.path / "run.json"):
         origins = Origins.read(about.get("origins", {}))
-    registry = bind(registry or load_registry(), origins)
-    found = None if from_scratch else folder.checkpoints.newest(notify)
-    with offline(not download):
-        asked = config if download else without_fetching(config)
-        setup = set_up(asked, registry, lenient=True, notify=notify)
-    setup = attrs.evolve(setup, config=with_fetching(setup.config, config))
-    standing = setup.task, setup.plane, config, setup.registry
-    check_origin(about, *standing, accept_changes=accept_changes, notify=notify)
-    if found is None:
+    with ranks.together(forward=False):
+        registry = bind(registry or load_registry(), origins)
+        found = _newest(folder, ranks, notify) if not from_scratch else None
+        with offline(not download):
+            asked = config if download else without_fetching(config)
+            setup = set_up(asked, registry, lenient=True, ranks=ranks, notify=notify)
+        setup = attrs.evolve(setup, config=with_fetching(setup.config, config))
+        standing = setup.task, setup.plane, config, setup.registry
+        if ranks.first:
+            check_origin(about, *standing, accept_changes=accept_changes, notify=notify)
+    spread(setup, ranks)
+    if found is None and ranks.first:
         aside = folder.set_aside()
         told = f"; what it left is in {aside}" if aside is not None else ""
         notify(f"{'starting' if from_scratch else 'no checkpoint yet: starting'} from the beginning{told}")
-    trainer = build_trainer(setup, sinks, lambda: folder)
+    with ranks.together(forward=False):
+        trainer = build_trainer(setup, sinks, lambda: folder, keeps=True)
     if found is None:
         # `set_up` has seeded the random state; parts that drew as they were built moved it on, as in `start_run`
         trainer.hub.rewind(trainer.hub.positions())  # nothing yet: their files were put aside
+        if isinstance(ranks, ProcessGroup):
+            ranks.part_ways(config.seed)
     else:
         trainer.load(*found)
         notify(f"resumed at step {trainer.tolaria.clock.step} of {setup.timetable.steps}")
-        folder.checkpoints.forget_after(trainer.tolaria.clock.step)
-    folder.forget_result()
+        if ranks.first:
+            folder.checkpoints.forget_after(trainer.tolaria.clock.step)
+    if ranks.first:
+        folder.forget_result()
     return trainer
+
+
+def _newest(folder: RunFolder, ranks: Ranks, notify: Notify) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that the first process can read, on every process."""
+    if ranks.size == 1:
+        return folder.checkpoints.newest(notify)
+    found, why = None, ""
+    try:
+        found = folder.checkpoints.newest(notify) if ranks.first else None
+    except EsperError as error:  # the others wait for its word
+        why = str(error)
+    step, why = ranks.share([found[1]["step"] if found is not None else None, why])
+    if why:
+        raise BadFile(why)
+    return found if ranks.first or step is None else folder.checkpoints.load(step)
 
 
 def _run(trainer: Trainer) -> RunResult:

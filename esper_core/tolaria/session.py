@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
@@ -36,6 +36,7 @@ from esper_core.leyline.view import Controller, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.nissa.trees import tree_readings
+from esper_core.tolaria.consult import command_of, consult, plain_command, plain_verdict
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
 from esper_core.tolaria.finite import find_not_finite
 from esper_core.tolaria.governor import Alarm, Governor
@@ -44,11 +45,14 @@ from esper_core.tolaria.measuring import measure
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.reward_books import RewardBooks
 from esper_core.tolaria.rollback import roll_back
-from esper_core.tolaria.snapshot import Snapshot
+from esper_core.tolaria.snapshot import Snapshot, model_tensors
 from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.tolaria.telling import audited, stage_changed
 from esper_core.tolaria.timetable import decision_step
 from esper_core.tolaria.viewing import controller_view
+
+_COMPARED: Final = 100
+"""Optimizer steps between two comparisons of the processes, beside one at each decision."""
 
 
 @attrs.define
@@ -123,6 +127,7 @@ class Tolaria:
         self.budget: float | None = None
         self.examine: Callable[[Alarm], Evidence | None] | None = None
         self.books = RewardBooks(rewards, audited=next(auditors(controller), None) is not None)
+        self.consulting = False  # the controller is being asked, and what it wants is done on every process
         self.host_readings = dict[str, float]()  # the latest; a controller sees them at every decision that follows
         self.flops_each: float | None = None  # a training step's for one example; None once the structure changed
         self.probe_flops: dict[tuple[str, ...], float] = {}  # by the paths measured; forgotten with the structure
@@ -192,6 +197,7 @@ class Tolaria:
         """
         if self.clock.step % self.governor.config.check_every == 0 or self._waiting == len(self._losses):
             alarm = self._drain()
+            self._compare_ranks(every=_COMPARED)
             if alarm is not None:
                 self.respond(alarm)
             elif self.clock.step - self.snapshot.step >= self.governor.config.snapshot_every:
@@ -223,6 +229,7 @@ class Tolaria:
         """
         self.batches = batches = list(batches) if iter(batches) is batches else batches  # audits read them again
         alarm = self._drain()
+        self._compare_ranks()
         if self.snapshot.step < 0:
             self.keep()
         self._read_sensors()
@@ -256,6 +263,12 @@ class Tolaria:
             self.plane.rent = self._rent * abs(first)
 
     def _ask(self, view: RunView) -> list[Command]:
+        """What the controller of the first process says, see `consult`."""
+        if self.plane.ranks.size == 1:
+            return self._ask_here(view)
+        return [command_of(c) for c in consult(self, lambda: [plain_command(c) for c in self._ask_here(view)])]
+
+    def _ask_here(self, view: RunView) -> list[Command]:
         """The commands of the controller; none if it raises or returns something else, which removes no seed."""
         try:
             said = list(self.controller.decide(view))
@@ -336,6 +349,17 @@ class Tolaria:
         if not withering(self) and self.governor.calm() and self._is_finite():
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
 
+    def _compare_ranks(self, every: int = 1) -> None:
+        """Make sure, about every so many optimizer steps, that the processes hold the same model.
+
+        Raises:
+            RunFailed: they do not; the message names the place.
+        """
+        if self.plane.ranks.size > 1 and self.clock.step % every < self.governor.config.check_every:
+            slots = {f"slot {entry['path']}": entry for entry in self.plane.structure()}
+            plain = {**slots, "the governor's state": self.governor.state_dict()}
+            self.plane.ranks.compare(model_tensors(self.plane), plain, self.clock.step)
+
     def read_host(self, batch: Batch) -> None:
         """Read the host's attention and layers on the first examples of `batch`; controllers see it from now on."""
         try:
@@ -380,7 +404,7 @@ class Tolaria:
         """Transfer the waiting losses from the device, and pass them to the governor."""
         if not self._waiting:
             return None
-        values = self._losses[: self._waiting].tolist()
+        values = self.plane.ranks.add_up(self._losses[: self._waiting]).tolist()
         self._waiting = 0
         self.clock.loss_sum += math.fsum(values)
         self.clock.loss_count += len(values)
@@ -463,15 +487,17 @@ class Tolaria:
         """Connect auditors around the controller to the measurements of the loop."""
         while controller is not None:
             if getattr(controller, "measure", self) is None:
-                controller.measure = self._churn_of  # type: ignore[attr-defined]
+                controller.measure = self.churn_of  # type: ignore[attr-defined]
             if getattr(controller, "report", self) is None:
                 controller.report = self.tell_audit  # type: ignore[attr-defined]
             if getattr(controller, "announce", self) is None:
                 controller.announce = self._tell_regions  # type: ignore[attr-defined]
             controller = getattr(controller, "inner", None)
 
-    def _churn_of(self, path: str) -> Interval:
+    def churn_of(self, path: str) -> Interval:
         """Validation loss without the withered seed at `path` minus with it at full alpha."""
+        if self.consulting:
+            self.plane.ranks.share({"do": "churn", "slot": path})
         measured = measure_churn(self.plane, self.batches, self.objective, path)
         self.clock.total_flops += measured.flops
         self.books.churn[path] = measured.worth[path].loss.mean
@@ -502,6 +528,8 @@ class Tolaria:
 
     def tell_audit(self, verdict: Verdict) -> None:
         """Emit a verdict, and record in the slot which family was useless there."""
+        if self.consulting:
+            self.plane.ranks.share({"do": "audit", "verdict": plain_verdict(verdict)})
         self.emit(audited(self.clock.step, verdict))
         growth = self.plane.growths[verdict.slot]
         if verdict.verdict is Op.CULL and growth.blueprint in self.plane.candidates:
@@ -529,7 +557,7 @@ class Tolaria:
             "governor": self.governor.state_dict(),
             "controller": self._controller_state(),
             "sensors": self.sensors.state_dict() if self.sensors is not None else {},
-            "waiting": self._losses[: self._waiting].tolist(),
+            "waiting": self.plane.ranks.add_up(self._losses[: self._waiting]).tolist() if self._waiting else [],
             **self.books.state_dict(),
             "host": self.host_readings,
             "probe_flops": [[list(paths), flops] for paths, flops in self.probe_flops.items()],
@@ -559,7 +587,7 @@ class Tolaria:
             self.sensors.load_state_dict(state["sensors"])
         waiting = [float(value) for value in state["waiting"]]
         self._waiting = len(waiting)
-        self._losses[: len(waiting)] = torch.tensor(waiting)
+        self._losses[: len(waiting)] = torch.tensor(waiting) * self.plane.ranks.first  # which counts for all
         self.flops_each = None
         self.probe_flops = {tuple(map(str, paths)): float(flops) for paths, flops in state.get("probe_flops", ())}
         self.books.load_state_dict(state)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import attrs
@@ -18,6 +18,7 @@ from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.ranks import Ranks
 from esper_core.leyline.errors import BadOption, did_you_mean
 from esper_core.leyline.events import Event
 from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
@@ -40,10 +41,12 @@ from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
 from esper_core.tolaria.pretrained import keep_seeds
+from esper_core.tolaria.process_group import ProcessGroup
+from esper_core.tolaria.processes import own_device, strategy_of
 from esper_core.tolaria.room import refuse_no_room
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.step import Precision, TrainingStep
-from esper_core.tolaria.timetable import Timetable, ValidationSlice, steps_per_epoch
+from esper_core.tolaria.timetable import Timetable, ValidationSlice, rows_of_rank, steps_per_epoch
 
 Notify = Callable[[str], None]
 
@@ -76,6 +79,11 @@ class Setup:
     plane: Plane
     timetable: Timetable
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return self.plane.ranks
+
     def build_optimizer(self, **changes: Any) -> GrowthOptimizer:
         """An optimizer of the host and, as soon as it follows a plane, of seeds. `changes`: of `OptimizerConfig`."""
         options = attrs.evolve(assembly.part_config(self.config, "optimizer", OptimizerConfig), **changes)
@@ -102,12 +110,30 @@ class Setup:
 
     def build_step(self, plane: Plane, optimizer: GrowthOptimizer, **more: Any) -> TrainingStep:
         """The training step of the run. `more`: `watch`, `tally` and `strategy` of `TrainingStep`."""
+        more.setdefault("strategy", strategy_of(plane))
         return TrainingStep(plane, self.objective, optimizer, self.precision, accumulate=self.config.accumulate, **more)
 
-    def validation(self, batch_size: int = 0) -> ValidationSlice:
-        """What a decision reads, in batches of the run's size or of another."""
+    def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The training batches of an epoch from the `start`-th on; this process's rows of them."""
         config = self.config
-        return ValidationSlice(self.task, batch_size or config.batch_size, config.decision_examples, str(self.device))
+        return rows_of_rank(
+            self.task.train, self.ranks, config.batch_size, seed=config.seed, epoch=epoch, start=start, shuffle=True,
+            device=str(self.device),
+        )  # fmt: skip
+
+    def validation(self, batch_size: int = 0, *, whole: bool = False) -> ValidationSlice:
+        """What a decision reads, in batches of the run's size or of another.
+
+        Args:
+            whole: all rows, and not only this process's.
+        """
+        config = self.config
+        size, ranks = batch_size or config.batch_size, Ranks() if whole else self.ranks
+        return ValidationSlice(self.task, size, config.decision_examples, str(self.device), ranks)
+
+    def test(self) -> Iterator[Batch]:
+        """The test batches; this process's rows of them."""
+        return rows_of_rank(self.task.test, self.ranks, self.config.batch_size, device=str(self.device))
 
 
 def set_up(
@@ -117,6 +143,7 @@ def set_up(
     task: TaskProtocol | None = None,
     lenient: bool = False,
     gym: bool = False,
+    ranks: Ranks | None = None,
     notify: Notify = _silent,
 ) -> Setup:
     """Build what `config` describes: task, objective, host, plane and timetable.
@@ -125,6 +152,7 @@ def set_up(
         task: the run's task, where it has been built already.
         lenient: let settings of unused parts pass, as earlier versions did when they wrote a run's folder.
         gym: the run is a world of a curriculum, in which other controllers than its own decide.
+        ranks: the processes that train together; None for this one alone.
         notify: told what the user should know before training.
 
     Raises:
@@ -133,7 +161,11 @@ def set_up(
     registry = registry or load_registry()
     budget = bool(config.budget_total or config.minutes)  # which may choose other parts; what is left is checked below
     check_settings(config, registry, lenient=lenient or budget, gym=gym)
-    device = assembly.choose_device(config.device)
+    ranks = ranks or Ranks()
+    several = ranks.size > 1
+    if several:
+        refuse_ranks(config, ranks.size)
+    device = assembly.choose_device(own_device(config.device) if several else config.device)
     precision = Precision.of(config.amp, device)
     assembly.make_deterministic(config.seed)
     name = config.task
@@ -145,6 +177,7 @@ def set_up(
     host, flops = _build_host(config, registry, task, objective, device)
     if config.minutes and not config.budget_total:
         speed = measure_speed(host, task, objective, flops, config.batch_size, precision)
+        speed = ranks.share(speed) * ranks.size
         config, note = budget_of_minutes(config, speed)
         notify(note)
     part = registry.find("host", split_reference(config.host)[0])
@@ -171,6 +204,35 @@ def set_up(
     if config.compile == "blocks":
         assembly.compile_host(host)
     return Setup(config, registry, device, precision, task, name, objective, plane, timetable)
+
+
+def spread(setup: Setup, ranks: Ranks) -> None:
+    """Have several processes train what each has built alike. Every process calls; before there is an optimizer.
+
+    Raises:
+        BadOption: the host cannot be spread.
+    """
+    if isinstance(ranks, ProcessGroup):
+        setup.plane.ranks = ranks
+        ranks.compute_in(setup.precision.dtype)
+        ranks.spread(setup.plane.host)
+
+
+def refuse_ranks(config: RunConfig, ranks: int) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        BadOption: so it is.
+    """
+    sharded = config.strategy == "fsdp2"
+    if config.batch_size < ranks:
+        given = f"--batch-size {config.batch_size} for {ranks} processes"
+        raise BadOption(given, "at least one example for each", f"--batch-size {ranks}")
+    if config.amp == "fp16":
+        raise BadOption(f"--amp fp16 with {ranks} processes", "bf16 or off: loss scales would differ", "--amp bf16")
+    if sharded and config.optimizer == "muon":
+        given = "--optimizer muon with --strategy fsdp2"
+        raise BadOption(given, "whole matrices, which fsdp2 does not keep", "--strategy ddp, or --optimizer adamw")
 
 
 def host_params(config: RunConfig, registry: Registry, task: TaskProtocol) -> int:

@@ -12,6 +12,7 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile
 from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria.optimizer import GrowthOptimizer
+from esper_core.tolaria.sharding import copy_all, is_sharded
 
 
 def model_tensors(plane: Plane) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ def load_weights(plane: Plane, tensors: Mapping[str, Tensor], source: object) ->
                 f"{tuple(tensor.shape)} {tensor.dtype}",
             )
     if live:
-        torch._foreach_copy_(list(live.values()), [saved[name] for name in live])
+        copy_all(list(live.values()), [saved[name] for name in live])
 
 
 def load_training(
@@ -118,11 +119,9 @@ class Snapshot:
             del self.tensors[name]
         for name, tensor in live.items():
             buffer = self.tensors.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            if buffer is None or _kind(buffer) != _kind(tensor):
                 self.tensors[name] = torch.empty_like(tensor, requires_grad=False)
-        for kind in {tensor.device for tensor in live.values()}:
-            names = [name for name, tensor in live.items() if tensor.device == kind]
-            torch._foreach_copy_([self.tensors[n] for n in names], [live[n] for n in names])
+        copy_all([self.tensors[name] for name in live], list(live.values()))
         self.tensors |= random_tensors(device)
         self.plain, self.step = training_plain(plane, optimizer), step
 
@@ -144,15 +143,21 @@ class Snapshot:
         return {f"snapshot.{name}": tensor for name, tensor in self.tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], plane: Plane) -> None:
-        """Restore from `state_tensors()` and (`plain`, `step`)."""
+        """Restore `tensors`, as `state_tensors()` names them without their prefix, and what (`plain`, `step`) saved."""
         live = model_tensors(plane)
-        saved = {n.removeprefix("snapshot."): t for n, t in tensors.items() if n.startswith("snapshot.")}
         device = next(iter(plane.host.module.parameters())).device
+        if any(is_sharded(tensor) for tensor in live.values()):  # whole tensors stay where there is room for them
+            device = torch.device("cpu")
         self.tensors = {
             name: tensor.clone() if name.startswith("random.") else tensor.to(device, copy=True)
-            for name, tensor in saved.items()
+            for name, tensor in tensors.items()
         }
         for name, tensor in self.tensors.items():
             if name in live and live[name].shape == tensor.shape:
-                self.tensors[name] = torch.empty_like(live[name], requires_grad=False).copy_(tensor)
+                self.tensors[name] = torch.empty_like(live[name], requires_grad=False)
+                copy_all([self.tensors[name]], [tensor])
         self.plain, self.step = dict(plain["plain"]), int(plain["step"])
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, is_sharded(tensor)

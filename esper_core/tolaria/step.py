@@ -5,7 +5,8 @@ Every loop of the package trains through `TrainingStep`. `Strategy` is where sev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import attrs
 import torch
@@ -59,10 +60,26 @@ def forward(
 
 
 class Strategy:
-    """How one step is computed by several processes. This one is for a single process; subclass it for others."""
+    """How one step is computed by several processes. This one is for a single process; subclass it for others.
+
+    Attributes:
+        share: rows of this process over all rows of the batch. parts: micro-batches; None to follow `accumulate`.
+    """
+
+    share: float = 1.0
+    parts: int | None = None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The passes of one step. What raises on one process raises on all."""
+        yield
+
+    def announce(self, *, last: bool) -> None:
+        """Called before each backward pass of a step; `last`: it is the step's last one."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss` to those of the step; `last`: nothing will be added after this."""
+        self.announce(last=last)
         if loss.requires_grad:  # a frozen host in which nothing grows yet has nothing to learn
             loss.backward()  # type: ignore[no-untyped-call]
 
@@ -97,23 +114,34 @@ class TrainingStep:
         return loss
 
     def backward(self, batch: Batch) -> Tensor:
-        """Compute the gradients of host and seeds; the batch's mean loss, 0-dim, detached."""
+        """Compute the gradients of host and seeds.
+
+        Returns:
+            The batch's mean loss, 0-dim, detached; of this process's rows, times its share, where there are several.
+        """
         counts: list[Tensor] = []
-        if self.accumulate == 1:
-            loss = self._backward(batch, 1.0, counts, last=True)
-        else:
-            size = -(-batch.size // self.accumulate)
-            starts = range(0, batch.size, size)
-            losses = []
-            for start in starts:
-                part = batch.map(lambda t, start=start: t[start : start + size])  # type: ignore[misc]
-                share = part.size / batch.size
-                losses.append(share * self._backward(part, share, counts, last=start == starts[-1]))
-            loss = torch.stack(losses).sum()
-        if self.tally is not None and counts:
+        with self.strategy.together():
+            loss = self._passes(batch, counts)
+        if self.tally is not None and counts and batch.counted:
             self.tally += torch.stack(counts).sum(0)
         self.strategy.complete(self.parameters())
         return loss
+
+    def _passes(self, batch: Batch, counts: list[Tensor]) -> Tensor:
+        whole, parts = self.strategy.share, self.strategy.parts or self.accumulate
+        if parts == 1:
+            loss = self._backward(batch, whole, counts, last=True)
+            return loss if whole == 1.0 else whole * loss
+        size = -(-batch.size // parts)
+        bounds = list(range(0, batch.size, size))
+        if self.strategy.parts is not None:  # as many on every process
+            bounds = [number * batch.size // parts for number in range(parts)]
+        losses = []
+        for start, stop in zip(bounds, [*bounds[1:], batch.size], strict=True):
+            part = batch.map(lambda t, start=start, stop=stop: t[start:stop])  # type: ignore[misc]
+            share = part.size / batch.size * whole
+            losses.append(share * self._backward(part, share, counts, last=stop == batch.size))
+        return torch.stack(losses).sum()
 
     def _backward(self, batch: Batch, share: float, counts: list[Tensor], *, last: bool) -> Tensor:
         outputs, loss = forward(self.plane.host, self.objective, batch, self.precision)

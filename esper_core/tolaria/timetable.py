@@ -6,12 +6,13 @@ This is the only definition of each. A run goes by steps, or by FLOPs where it h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
+from esper_core.kasmina.ranks import Ranks
 from esper_core.leyline.errors import BadOption
-from esper_core.leyline.host import Batch, TaskProtocol
+from esper_core.leyline.host import Batch, DivisibleSplit, Split, TaskProtocol
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.flop_budget import budget_of, decisions_in
 from esper_core.tolaria.schedules import learning_rate_share
@@ -121,18 +122,33 @@ class ValidationSlice:
     """The validation batches that a decision reads: the same ones each time it is iterated.
 
     Attributes:
-        limit: examples after which to stop; 0 for all.
+        limit: examples after which to stop; 0 for all. ranks: whose process reads its rows of each batch.
     """
 
     task: TaskProtocol
     batch_size: int
     limit: int
     device: str
+    ranks: Ranks = attrs.field(factory=Ranks)
 
     def __iter__(self) -> Iterator[Batch]:
         seen = 0
         for batch in self.task.validation.batches(self.batch_size, device=self.device):
-            yield batch
+            yield self.ranks.mine(batch)
             seen += batch.size
             if self.limit and seen >= self.limit:
                 return
+
+
+def rows_of_rank(split: Split, ranks: Ranks, batch_size: int, *, device: str, **more: Any) -> Iterator[Batch]:
+    """The batches of a split, of which every process takes its own rows; see `Split.batches` for the arguments.
+
+    A split that can make the rows of one process alone is asked to. A loader of the caller's gives them by itself.
+    """
+    if ranks.size == 1 or hasattr(split, "loader"):
+        yield from split.batches(batch_size, device=device, **more)
+    elif isinstance(split, DivisibleSplit):
+        yield from split.part(ranks.rank, ranks.size).batches(batch_size, device=device, **more)
+    else:
+        for batch in split.batches(batch_size, device="cpu", **more):
+            yield ranks.mine(batch).to(device, non_blocking=True)

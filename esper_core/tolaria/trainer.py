@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import torch
 from torch import Tensor
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
+from esper_core.kasmina.ranks import RankFault
 from esper_core.leyline.errors import BadFile, BadOption, EsperError, RunFailed
 from esper_core.leyline.events import EpochEnded, FaultCaught, RunEnded, RunStarted, renamed
 from esper_core.leyline.files import typed
@@ -27,6 +28,7 @@ from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Evidence, find_gu
 from esper_core.tolaria.finite import model_is_finite
 from esper_core.tolaria.governor import Alarm
 from esper_core.tolaria.model_file import save_model
+from esper_core.tolaria.process_group import Meeting, ProcessGroup, RankLost, pick_random
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.setup import Setup
@@ -87,6 +89,7 @@ class Trainer:
         hub: takes events. folder: where the run lives; None to leave no trace.
         about: what a saved model says of its origin.
         test: whether to read the test split at the end.
+        keeps: whether the run has a folder, here or in the first process; None: as `folder` says.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Trainer:
         *,
         about: Mapping[str, Any],
         test: bool = True,
+        keeps: bool | None = None,
     ) -> None:
         self.setup, self.config, self.task, self.device = setup, setup.config, setup.task, setup.device
         self.timetable, self.precision = setup.timetable, setup.precision
@@ -108,6 +112,9 @@ class Trainer:
         self.training_step = setup.build_step(
             tolaria.plane, tolaria.optimizer, watch=tolaria.after_backward, tally=self._hits
         )
+        self.ranks = setup.ranks
+        self.keeps = folder is not None if keeps is None else keeps
+        self._meeting: Meeting | None = None  # of this step, where several processes train
         self._signal = ""
         self._saved_at, self._save_cost = time.monotonic(), 0.0
         tolaria.examine = self._examine
@@ -122,7 +129,7 @@ class Trainer:
         """
         with self._signals():
             result = self._run()
-        if result.status == "interrupted" and self.folder is None:  # nothing was saved: it is the caller's to end
+        if result.status == "interrupted" and not self.keeps:  # nothing was saved: it is the caller's to end
             signal.raise_signal(signal.Signals[self._signal])
         return result
 
@@ -132,7 +139,7 @@ class Trainer:
         try:
             if self.tolaria.snapshot.step < 0:
                 self.tolaria.keep()
-            if self.folder is not None:
+            if self.keeps:
                 check_savable(self._tensors(), self.plain_state(), "a checkpoint of this run")
             while self.position.epoch < self.config.epochs and not self._spent():
                 if not self._epoch():
@@ -184,28 +191,54 @@ class Trainer:
         return due or unmeasured or self._spent()
 
     def _batches(self) -> Iterator[Batch]:
-        position = self.position
-        batches = self.task.train.batches(
-            self.config.batch_size, seed=self.config.seed, epoch=position.epoch, start=position.batch,
-            shuffle=True, device=str(self.device),
-        )  # fmt: skip
-        try:
-            yield from batches
-        except EsperError:
-            raise
-        except PART_FAULTS as error:
-            self.save()
-            self._fault("task", error, "the run stopped with its state saved")
-            raise RunFailed(
-                f"the training data of {self.task.name} failed: {type(error).__name__}: {error}",
-                "readable data",
-                f"fix it, then esper resume {typed(self.folder.path) if self.folder else ''}",
-            ) from error
+        batches = iter(self.setup.training(self.position.epoch, self.position.batch))
+        while True:
+            batch: Batch | None = None
+            error: BaseException | None = None
+            try:
+                batch = next(batches, None)
+            except PART_FAULTS as raised:
+                error = raised
+            if isinstance(self.ranks, ProcessGroup):
+                batch, error = self._meet(self.ranks, batch, error)
+            if error is not None:
+                self._refuse_data(error)
+            if batch is None:
+                return
+            yield batch
+
+    def _meet(
+        self, ranks: ProcessGroup, batch: Batch | None, error: BaseException | None
+    ) -> tuple[Batch | None, BaseException | None]:
+        """Begin a step with the other processes: it is a step for all of them or for none."""
+        fine = batch is None or self.device.type != "cpu" or is_finite(batch)
+        number = signal.Signals[self._signal].value if self._signal else 0
+        meeting = self._meeting = ranks.meet(batch, fine=fine, signal=number, unread=error is not None)
+        if meeting.signal:
+            self._signal = signal.Signals(meeting.signal).name
+        if error is None and meeting.unread >= 0:
+            error = RankFault(f"process {meeting.unread} could not read its rows")
+        strategy = self.training_step.strategy
+        strategy.share, strategy.parts = meeting.share, max(1, min(self.config.accumulate, meeting.least))
+        return (batch if meeting.more else None), error
+
+    def _refuse_data(self, error: BaseException) -> NoReturn:
+        """End the run because of its training data."""
+        if isinstance(error, EsperError):
+            raise error
+        self.save()
+        self._fault("task", error, "the run stopped with its state saved")
+        raise RunFailed(
+            f"the training data of {self.task.name} failed: {type(error).__name__}: {error}",
+            "readable data",
+            f"fix it, then esper resume {typed(self.folder.path) if self.folder else ''}",
+        ) from error
 
     def step(self, batch: Batch) -> None:
         """Train on one batch. Waits for nothing on the device."""
         tolaria = self.tolaria
         rate = self.position.learning_rate = self.timetable.rate(self.progress) * tolaria.governor.caution
+        meeting = self._meeting
         if not self._admit(batch):
             return
         random = torch.get_rng_state()
@@ -219,9 +252,12 @@ class Trainer:
             loss = verdict.answer
             tolaria.cull_faulty(verdict.guilty, error)
         self.training_step.update(rate)
-        tolaria.after_step(loss, batch.size)
-        tolaria.clock.targets += batch.targets.numel()
-        tolaria.clock.examples += batch.size
+        examples, targets = batch.size, batch.targets.numel()
+        if meeting is not None:
+            examples, targets = meeting.examples, meeting.targets
+        tolaria.after_step(loss, examples)
+        tolaria.clock.targets += targets
+        tolaria.clock.examples += examples
 
     def _again(self, batch: Batch, hits: Tensor) -> Tensor:
         """The same batch, after a pass that broke off half-way; `hits`: as they stood before it."""
@@ -241,7 +277,7 @@ class Trainer:
         """
         if self.device.type != "cpu":
             return True
-        fine = is_finite(batch)
+        fine = is_finite(batch) if self._meeting is None else self._meeting.fine
         governor, position = self.tolaria.governor, self.position
         usable = governor.note_batch(fine)
         if not fine:
@@ -276,7 +312,7 @@ class Trainer:
 
     def _end_epoch(self, began: float, first: int) -> None:
         position, clock, ledger = self.position, self.tolaria.clock, self.tolaria.plane.ledger
-        hits, seen = self._hits.tolist()
+        hits, seen = self.ranks.add_up(self._hits).tolist()
         self._hits.zero_()
         self._read_host()
         assert position.validation_loss is not None and position.validation_score is not None
@@ -305,7 +341,7 @@ class Trainer:
         """Once an epoch, where the host works on sequences: how its attention and its layers stand."""
         if works_on_sequences(self.tolaria.plane):
             with self.precision.autocast():
-                self.tolaria.read_host(next(iter(self.setup.validation())))
+                self.tolaria.read_host(next(iter(self.setup.validation(whole=True))))
 
     # --- Beginning and end ---
 
@@ -331,15 +367,14 @@ class Trainer:
         if not self.test:
             return self._end("finished", "", None)
         with self.precision.autocast():
-            batches = self.task.test.batches(self.config.batch_size, device=str(self.device))
-            test = measure_counterfactuals(self.tolaria.plane, batches, self.tolaria.objective, paths=[])
+            test = measure_counterfactuals(self.tolaria.plane, self.setup.test(), self.tolaria.objective, paths=[])
         self.tolaria.clock.total_flops += test.flops
         return self._end("finished", "", test)
 
     def _end(self, status: str, reason: str, test: Measurement | None) -> RunResult:
         """Save the model, then say that the run is over."""
-        if self.folder is not None:
-            save_model(self.tolaria.plane, self.folder.model, self.about)
+        if self.keeps and not (self.ranks.sharded and status == "failed"):  # perhaps not every process has failed
+            save_model(self.tolaria.plane, self.folder.model if self.folder is not None else None, self.about)
         result = self._result(status, reason, test)
         self.hub.emit(
             RunEnded(
@@ -389,6 +424,8 @@ class Trainer:
         except OSError as full:
             hint = f"esper resume {typed(self.folder.path)}, once there is room" if self.folder else ""
             return RunFailed(f"{error}; and that could not be recorded: {full}", "", hint)
+        if self.ranks.sharded:
+            return error
         fine = model_is_finite(self.tolaria.plane)
         which = "the last good model" if fine else "the model as it stood, which is not finite,"
         where = f"; {which} is in {self.folder.model}" if self.folder else ""
@@ -424,35 +461,48 @@ class Trainer:
         if every:
             if self.tolaria.clock.step % every == 0:
                 self.save()
-        elif epoch_ended and _AFFORDABLE * (time.monotonic() - self._saved_at) >= self._save_cost:
-            self.save()
+        elif epoch_ended:
+            affordable = _AFFORDABLE * (time.monotonic() - self._saved_at) >= self._save_cost
+            if self.ranks.share(affordable):
+                self.save()
 
     def save(self) -> None:
         """Write a checkpoint; if that fails, report it and keep the earlier ones."""
-        if self.folder is None:
+        if not self.keeps:
             return
         began = time.monotonic()
         self.hub.flush()
         try:
-            self.folder.checkpoints.save(
-                self.tolaria.clock.step,
-                self._tensors(),
-                {**self.plain_state(), "sinks": self.hub.positions()},
-                self.position.validation_loss,
-            )
+            tensors, plain = self._tensors(), {**self.plain_state(), "sinks": self.hub.positions()}
+            if self.folder is not None:
+                step, loss = self.tolaria.clock.step, self.position.validation_loss
+                self.folder.checkpoints.save(step, tensors, plain, loss)
+        except RankLost:
+            raise
         except PART_FAULTS as error:  # a full disk, or a part that cannot say how it stands
             self._fault("checkpoint", error, "the earlier checkpoints stay; training goes on")
         self._saved_at = time.monotonic()
         self._save_cost = self._saved_at - began
 
     def _tensors(self) -> dict[str, Tensor]:
-        tolaria = self.tolaria
-        return {
+        tolaria, ranks = self.tolaria, self.ranks
+        tensors = {
             **training_tensors(tolaria.plane, tolaria.optimizer),
             **random_tensors(self.device),
             **tolaria.snapshot.state_tensors(),
-            "trainer.hits": self._hits,
+            "trainer.hits": ranks.add_up(self._hits),
         }
+        if not isinstance(ranks, ProcessGroup):
+            return tensors
+        tensors = ranks.with_every_random(tensors)
+        if not ranks.sharded:
+            return tensors
+        found = {}
+        for name, tensor in tensors.items():
+            whole = ranks.whole(tensor)
+            if ranks.first:
+                found[name] = whole.cpu()
+        return found
 
     def plain_state(self) -> dict[str, Any]:
         """JSON-compatible state of a checkpoint; its tensors are kept apart."""
@@ -481,10 +531,12 @@ class Trainer:
         with expect_well_formed("the checkpoint"):
             load_training(self.tolaria.plane, self.tolaria.optimizer, tensors, plain["training"], "the checkpoint")
             self.tolaria.load_state_dict(plain["tolaria"])
-            self.tolaria.snapshot.load_state(tensors, plain["tolaria"]["snapshot"], self.tolaria.plane)
+            kept = {n.removeprefix("snapshot."): t for n, t in tensors.items() if n.startswith("snapshot.")}
+            kept = pick_random(kept, self.ranks, self.config.seed)
+            self.tolaria.snapshot.load_state(kept, plain["tolaria"]["snapshot"], self.tolaria.plane)
             self.position = Position(**renamed(plain["position"]))
-            self._hits.copy_(tensors["trainer.hits"])
-            load_random(tensors, self.device)
+            self._hits.copy_(tensors["trainer.hits"]).mul_(self.ranks.first)  # the first process counts for all
+            load_random(pick_random(tensors, self.ranks, self.config.seed), self.device)
             if self.training_step.scaler is not None:
                 self.training_step.scaler.load_state_dict(plain["scaler"])
             self.hub.rewind(plain["sinks"], self.tolaria.clock.step)

@@ -15,6 +15,11 @@ from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.host import IGNORED
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """At least float32: half precision is widened, and float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def words(tensor: Tensor) -> str:
     """Shape and dtype of a tensor, such as `(64, 10) float32`."""
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -73,7 +78,7 @@ def token_loss(logits: Tensor, targets: Tensor, weight: Tensor | None = None, la
         logits: (N, …, C). targets: (N, …). weight: (C,), of each class.
     """
     return F.cross_entropy(
-        logits.flatten(0, -2).float(),
+        widened(logits.flatten(0, -2)),
         targets.flatten(),
         weight,
         ignore_index=IGNORED,
@@ -91,7 +96,7 @@ def token_scores(logits: Tensor, targets: Tensor, weight: Tensor | None = None) 
         Two float tensors (N,).
     """
     flat = targets.flatten()
-    losses = F.cross_entropy(logits.flatten(0, -2).float(), flat, weight, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(widened(logits.flatten(0, -2)), flat, weight, ignore_index=IGNORED, reduction="none")
     hits = (logits.argmax(-1).flatten() == flat).float()
     counted = (flat != IGNORED).float().view(targets.shape[0], -1)
     positions = counted.sum(1).clamp(min=1)

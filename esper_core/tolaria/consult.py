@@ -1,0 +1,85 @@
+"""The controller of the first process decides for all; what it asks of the loop meanwhile is done on every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.errors import EsperError, RunFailed
+from esper_core.leyline.stages import Op
+from esper_core.leyline.verdict import Verdict
+from esper_core.leyline.view import Interval
+from esper_core.tolaria.faults import PART_FAULTS
+
+if TYPE_CHECKING:
+    from esper_core.tolaria.session import Tolaria
+
+
+def consult(tolaria: Tolaria, ask: Callable[[], Any]) -> Any:
+    """What `ask` answers on the first process, on every process.
+
+    Args:
+        ask: called on the first process alone; JSON-compatible. A churn that it has measured is measured by all, and a
+            verdict that it reports is carried out by all.
+
+    Raises:
+        RunFailed: `ask` raised it.
+    """
+    ranks = tolaria.plane.ranks
+    if ranks.size == 1:
+        return ask()
+    if not ranks.first:
+        return _serve(tolaria)
+    tolaria.consulting = True
+    try:
+        answer = ask()
+    except EsperError as error:
+        if not getattr(ranks, "lost", False):
+            ranks.share({"do": "end", "why": str(error)})
+        raise
+    finally:
+        tolaria.consulting = False
+    ranks.share({"do": "go on", "answer": answer})
+    return answer
+
+
+def _serve(tolaria: Tolaria) -> Any:
+    """Do what the first process asks, until it has its answer."""
+    while True:
+        asked = tolaria.plane.ranks.share()
+        if asked["do"] == "go on":
+            return asked["answer"]
+        if asked["do"] == "end":
+            raise RunFailed(asked["why"])
+        try:
+            if asked["do"] == "churn":
+                tolaria.churn_of(asked["slot"])
+            else:
+                tolaria.tell_audit(_verdict_of(asked["verdict"]))
+        except EsperError:
+            raise
+        except PART_FAULTS:  # it was raised on every process, and the first one's controller hears of it
+            continue
+
+
+def plain_command(command: Command) -> dict[str, Any]:
+    """A command as JSON-compatible data."""
+    return attrs.asdict(command, value_serializer=lambda _, __, v: v.value if isinstance(v, Op | Tempo) else v)
+
+
+def command_of(plain: Mapping[str, Any]) -> Command:
+    """The command that `plain_command` wrote."""
+    return Command(**{**plain, "op": Op(plain["op"]), "tempo": Tempo(plain["tempo"])})
+
+
+def plain_verdict(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON-compatible data."""
+    return attrs.asdict(verdict, value_serializer=lambda _, __, v: v.value if isinstance(v, Op) else v)
+
+
+def _verdict_of(plain: Mapping[str, Any]) -> Verdict:
+    read = {key: Interval(**plain[key]) if plain[key] is not None else None for key in ("churn", "worth")}
+    return Verdict(**{**plain, **read, "verdict": Op(plain["verdict"])})
