@@ -453,8 +453,8 @@ def _subclass(base: type[nn.Module], kind: str) -> type[nn.Module]:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise EsperError(
             f"save_pretrained of a composed {base.__name__} would lose what has grown, which is not among its keys",
-            "the model that grew, whose save_pretrained writes its seeds beside it",
-            "plane.host.module.save_pretrained(FOLDER), or torch.save(composed)",
+            "a folder of both",
+            "esper_core.save_pretrained(plane, FOLDER), or torch.save(composed, FILE)",
         )
 
     origin: Any = getattr(base, "_origin", base)
