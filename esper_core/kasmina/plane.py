@@ -479,6 +479,8 @@ class Plane:
                 None,
             )
             if transition is None:
+                if changes and not growth.stage.spec.ramping and not waits_for_steps(growth.stage):
+                    self._ramps.drop(path)  # as after `rebuild`: a stage that a step moves nothing in counts none
                 return changes
             command = Command(Op.ADVANCE, path, source="plane", reason=transition.gates[-1].summary)
             changes.append(self._take(transition, command))
