@@ -158,7 +158,8 @@ class LightningGrowth(Callback):
         clip = trainer.gradient_clip_val if by_norm else None
         self.tolaria = accompany(
             model, list(trainer.optimizers), self._sample(), steps=self._total, decisions=self.decisions,
-            convert=self.convert, emit=self.on_event, **{"clip": clip or 0.0, **self.options},
+            convert=self.convert, emit=self.on_event,
+            **{"clip": clip or 0.0, "accumulate": self._parts(trainer, pl_module), **self.options},
         )  # fmt: skip
         self.convert = self.tolaria.convert or self.convert
         held, self._held = self._held, None

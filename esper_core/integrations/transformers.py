@@ -119,7 +119,8 @@ class GrowthCallback(TrainerCallback):
         self._device = str(next(model.parameters()).device)
         self.tolaria = accompany(
             model, optimizer, sample, steps=state.max_steps, decisions=self.decisions, convert=self.convert,
-            emit=self.on_event, **{"clip": args.max_grad_norm or 0.0, **self.options},
+            emit=self.on_event,
+            **{"clip": args.max_grad_norm or 0.0, "accumulate": args.gradient_accumulation_steps, **self.options},
         )  # fmt: skip
         self.convert = self.tolaria.convert or self.convert
         if state.global_step > 0:

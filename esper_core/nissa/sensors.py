@@ -33,13 +33,14 @@ class SensorArray:
         plane: whose slots are watched, those that come later included.
         names: the readings wanted; none: attaching does nothing and nothing is paid.
         every: sample one batch in so many, the first after a reading among them.
+        parts: passes whose gradients make one step; each pass's loss is divided by it.
 
     Raises:
         BadOption: a name that is no reading.
     """
 
-    def __init__(self, plane: Plane, names: Iterable[str] = tuple(READINGS), *, every: int = 4) -> None:
-        self.plane, self.names, self.every = plane, frozenset(names), max(1, every)
+    def __init__(self, plane: Plane, names: Iterable[str] = tuple(READINGS), *, every: int = 4, parts: int = 1) -> None:
+        self.plane, self.names, self.every, self.parts = plane, frozenset(names), max(1, every), parts
         for name in sorted(self.names - READINGS.keys()):
             raise BadOption(f"no reading {name!r}", ", ".join(READINGS), did_you_mean(name, READINGS))
         self._attached = self._sampling = self._newcomers = False
@@ -212,7 +213,7 @@ class SensorArray:
             roots = self._roots([n for _, n, _ in self._calls])
             if self.plane.ranks.size > 1:
                 felt, roots = of_all_ranks(felt, roots, self.plane.ranks)
-            flow = flow_readings(felt, roots, 1.0 / loss_scale)
+            flow = flow_readings(felt, roots, self.parts / loss_scale)
             self._sums[:, : len(FLOW)].index_add_(0, self._index(paths), flow)
             for number, (path, elements, _) in enumerate(self._calls):
                 self._count(path, elements > 0, flow[number, FLOW.index("proxy_loss")])

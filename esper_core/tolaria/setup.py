@@ -97,7 +97,9 @@ class Setup:
             self.plane, optimizer or self.build_optimizer(), assembly.build_controller(config, registry),
             self.build_governor(), self.objective, emit=emit, decisions=timetable.decisions, epochs=config.epochs,
             controller_name=config.controller,
-            sensors=SensorArray(self.plane, every=timetable.sensor_interval(sensing.every)),
+            sensors=SensorArray(
+                self.plane, every=timetable.sensor_interval(sensing.every), parts=self.config.accumulate
+            ),
             rewards=assembly.build_rewards(config, registry), fossils_every=sensing.fossils,
         )  # fmt: skip
         tolaria.budget = timetable.budget

@@ -164,13 +164,15 @@ def unshifted(given) -> Batch:
 @pytest.mark.parametrize("k", [2, 4])
 def test_accumulated_gradients_divide_no_loss(tmp_path, k) -> None:
     """The training loss that controllers read is the same, however many passes one step has."""
-    losses = []
+    losses, needs = [], []
     for count in (1, k):
         seen = []
         train(tmp_path / f"{count}", "causal", callback("causal", tmp_path, seen), learning_rate=1e-9,
               gradient_accumulation_steps=count, per_device_train_batch_size=16 // count)  # fmt: skip
         losses.append([event.train_loss for event in seen if event.kind == "decided"][-1])
+        needs.append([event.readings["need"] for event in seen if event.kind == "slot_read"][-1])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert needs[1] == pytest.approx(needs[0], rel=0.3) and needs[0] > 0
 
 
 def test_growth_goes_on_where_the_output_has_no_loss_and_says_so(tmp_path) -> None:
