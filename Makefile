@@ -66,6 +66,7 @@ sweep-transformers: $(INSTALLED) ## every transformers architecture as a host; r
 
 docs: $(INSTALLED) ## write again the pages that are made from code
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/pictures/draw.py
 
 site: docs ## the documentation as a site in build/site; needs nothing from outside when it is read
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[docs]"

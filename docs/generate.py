@@ -18,7 +18,7 @@ from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.sensors import HOST_READINGS, READINGS, SLOT_FIELDS, TREE_READINGS
 from esper_core.leyline.specs import BlendSpec, BlueprintSpec, PluginSpec
-from esper_core.leyline.stages import STAGES, TRANSITIONS, diagram
+from esper_core.leyline.stages import STAGES, TRANSITIONS
 from esper_core.nissa.host_sensors import EXAMPLES
 from esper_core.registry import load_registry
 
@@ -33,6 +33,12 @@ def lifecycle_page() -> str:
         f"| {_mark(spec.contributes)} | {_mark(spec.pays_rent)} | {', '.join(spec.sensors)} |"
         for stage, spec in STAGES.items()
     ]
+    moves = [
+        f"| {t.source.name} | {t.target.name if t.target else 'the stage that it left'} | `{t.op.value}`"
+        f"{' (automatic)' if t.automatic else ''}{' (auditor only)' if t.auditor_only else ''} "
+        f"| {'; '.join(gate.summary for gate in t.gates)} |"
+        for t in TRANSITIONS
+    ]
     gates = {gate.summary: gate for transition in TRANSITIONS for gate in transition.gates}
     conditions = [f"| `{g.measure}` | {g.comparison} {g.threshold:g} | {g.summary} |" for g in gates.values()]
     return "\n".join(
@@ -42,13 +48,18 @@ def lifecycle_page() -> str:
             "One table in `esper_core/leyline/stages.py` says which stages a seed passes through, what holds in",
             "each and what leads from one to the next. Masks, gates and this page are derived from it. WAIT is",
             "legal everywhere.\n",
-            "```mermaid\n" + diagram() + "```\n",
+            "![The stages of a seed in a row, and the way out by withering](pictures/lifecycle.svg)\n",
             "## Stages\n",
             "| stage | | seed exists | isolated | contributes | pays rent | sensors |",
             "|---|---|:-:|:-:|:-:|:-:|---|",
             *stages,
             "\n*Isolated*: the host computes, and learns, exactly as if nothing grew. *Contributes*: the output",
             "depends on the seed when its alpha is above zero.\n",
+            "## Transitions\n",
+            "| from | to | command | gates |",
+            "|---|---|---|---|",
+            *moves,
+            "",
             "## Gates\n",
             "A quantity that is not measured passes no gate.\n",
             "| measure | must be | that is |",

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from esper_core.tolaria.run import start_run as start_run
     from esper_core.tolaria.session import Tolaria as Tolaria
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PUBLIC: dict[str, str] = {
     "Adapter": "esper_core.tamiyo.adapter:Adapter",

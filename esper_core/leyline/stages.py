@@ -290,7 +290,7 @@ BORN: Final = _GERMINATION.target
 
 
 def diagram() -> str:
-    """The lifecycle as a Mermaid state diagram; `docs/lifecycle.md` holds it and a test compares."""
+    """The lifecycle as a Mermaid state diagram."""
 
     def lines() -> Iterator[str]:
         yield "stateDiagram-v2"

@@ -157,10 +157,11 @@ def _build_transformers(recipe: Mapping[str, Any], source: object) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
         raise BadFile(f"{source} grew from {recipe['class']}", "a model class of transformers")
     told = {key: value for key, value in recipe["config"].items() if key not in ("auto_map", "dtype", "torch_dtype")}
-    config = kind.config_class.from_dict(told)
+    chosen: Any = kind
+    config = chosen.config_class.from_dict(told)
     if recipe.get("attention") in ("eager", "sdpa"):
         config._attn_implementation = recipe["attention"]
-    built: nn.Module = kind(config)
+    built: nn.Module = chosen(config)
     return built
 
 

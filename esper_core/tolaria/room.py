@@ -74,7 +74,14 @@ def refuse_no_room(config: RunConfig, plane: Plane) -> str:
     )
     flag = f"--{field.replace('_', '-')}"
     told = f"{field}={value} has no room for any seed: the smallest, {small.blueprint} at {small.point}, takes {needed}"
-    share = f"{value}%" if value.isdigit() and 0 < int(value) <= 100 else "20%" if value != "20%" else "100%"
+    whole, least = (
+        (plane.host_params, small.params)
+        if short is not None
+        else (plane.host_flops, min(entry.flops for entry in room))
+    )
+    percent = -(-100 * least // max(1, whole))
+    meant = value.isdigit() and percent <= int(value) <= 100  # 20 for 20%
+    share = f"{value}%" if meant else f"{max(20, -(-percent // 10) * 10)}%"
     if value == getattr(default, field):
         return f"{told}, so nothing will grow; try {flag} {share}"
     raise BadOption(told, "a budget of at least that, or --controller wait to grow nothing", f"{flag} {share}")

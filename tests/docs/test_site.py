@@ -28,6 +28,21 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path: Path) -> N
         assert not re.search(r"(?:@import|url\()\s*['\"]?https?:", sheet.read_text("utf-8")), sheet.name
 
 
+def test_the_pictures_are_those_that_the_script_draws() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "pictures" / "draw.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_program_of_the_page_on_keeping_runs(tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "keeping.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "keep.py").write_text(program)
+    done = subprocess.run([sys.executable, "keep.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240,
+                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "my-model" / "README.md").is_file() and done.stdout.split() == ["torch.Size([4,", "10])"] * 3
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text("utf-8")
     for page in (ROOT / "docs").rglob("*.md"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,10 @@ def test_progress_is_a_line_an_epoch() -> None:
     stream = io.StringIO()
     grown(sinks={"lines": Lines(stream)}, progress=False)
     assert sum("epoch" in line and "validation" in line for line in stream.getvalue().splitlines()) == 3
+
+
+def test_a_budget_without_room_is_told_with_one_that_has_room() -> None:
+    with pytest.raises(BadOption, match="no room") as caught:
+        grown(budget_params="100%")
+    (share,) = re.findall(r"--budget-params (\d+%)", str(caught.value))
+    assert grown(budget_params=share, epochs=1).result.status == "finished"
