@@ -11,6 +11,7 @@ import click
 
 from esper_core.cli.arguments import find_run, run_argument
 from esper_core.cli.context import CliSettings
+from esper_core.cli.output import make_console, say
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
@@ -57,9 +58,9 @@ def print_frontier(run: str, seeds: int, workers: int, *, as_json: bool) -> None
     from esper_core.trials.frontier.table import show_frontier
 
     summary = compare_frontier(
-        run, current_registry(), seeds=seeds, workers=workers, notify=lambda text: click.echo(text, err=True)
+        run, current_registry(), seeds=seeds, workers=workers, notify=lambda text: say(text, err=True)
     )
-    click.echo(json.dumps(summary, indent=1) if as_json else show_frontier(summary))
+    say(json.dumps(summary, indent=1) if as_json else show_frontier(summary))
 
 
 def print_arms(
@@ -67,19 +68,18 @@ def print_arms(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Compare, print the table or the JSON, and bring the run's report up to date."""
-    from rich.console import Console
 
     from esper_core.cli.arms import show_arms
     from esper_core.nissa.report import write_report
     from esper_core.trials.compare import ARMS, CompareConfig, compare_run
 
     config = CompareConfig(seeds=seeds, arms=arms or ARMS, candidates=candidates, workers=workers, disabled=disabled)
-    summary = compare_run(run, config, notify=lambda text: click.echo(text, err=True))
+    summary = compare_run(run, config, notify=lambda text: say(text, err=True))
     write_report(run)
     if as_json:
-        click.echo(json.dumps(summary, indent=1))
+        say(json.dumps(summary, indent=1))
     else:
-        show_arms(summary, Console())
+        show_arms(summary, make_console())
 
 
 def compare_after_run(folder: Path, seeds: int, display: Display, arms: tuple[str, ...] = ()) -> Mapping[str, Any]:

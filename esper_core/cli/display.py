@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-import click
-from rich.console import Console
 from rich.text import Text
 
 from esper_core.cli.live import LiveView
 from esper_core.cli.live_state import LiveState
+from esper_core.cli.output import make_console, say
 from esper_core.cli.plain import JsonLinesView, PlainLines
 from esper_core.leyline.events import Sink
 
@@ -32,7 +31,7 @@ class Display:
 
     def __init__(self, mode: str, epochs: int, log: Path | None = None) -> None:
         self.mode = mode
-        self.console = Console(highlight=False, emoji=False, markup=False)
+        self.console = make_console()
         self._view: LiveView | None = None
         self.sinks: dict[str, Sink] = {}
         watch = LiveState(epochs, log)
@@ -49,7 +48,7 @@ class Display:
         if self.mode == "auto":
             self.console.print(Text(text, style="dim" if self._view else ""), soft_wrap=not self._view)
         else:
-            click.echo(text, err=True)
+            say(text, err=True)
 
     def __enter__(self) -> Display:
         return self

@@ -7,7 +7,7 @@ import click
 
 from esper_core.cli.arguments import find_run, run_argument
 from esper_core.cli.context import current_registry
-from esper_core.cli.output import print_json
+from esper_core.cli.output import print_json, say
 from esper_core.leyline.events import with_accuracy
 
 SPLITS = ("train", "validation", "test")
@@ -26,9 +26,9 @@ def evaluate(run: str, split: str, device: str, download: bool, as_json: bool) -
     from esper_core.tolaria.run import eval_run
 
     found = eval_run(folder, split=split, device=device, registry=current_registry(), download=download,
-                     notify=lambda text: click.echo(text, err=True))  # fmt: skip
+                     notify=lambda text: say(text, err=True))  # fmt: skip
     if as_json:
         print_json(with_accuracy(attrs.asdict(found)))
     else:
         told = f"{show_score(found.score, found.metric, 2)} {found.metric.name}, loss {nats(found.loss)}"
-        click.echo(f"{told} on {found.examples} {split} examples")
+        say(f"{told} on {found.examples} {split} examples")

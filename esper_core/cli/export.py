@@ -6,7 +6,7 @@ import click
 
 from esper_core.cli.arguments import find_run, run_argument
 from esper_core.cli.context import current_registry
-from esper_core.cli.output import print_json
+from esper_core.cli.output import print_json, say
 
 FORMATS = ("torch", "torch-export", "onnx", "peft")
 
@@ -34,7 +34,7 @@ def export(run: str, form: str, out: str | None, as_json: bool) -> None:
     if as_json:
         print_json(describe_export(found))
         return
-    click.echo(found.path)
+    say(found.path)
     batch = "any batch size" if found.fixed_batch is None else f"batches of {found.fixed_batch} only"
     agrees = f"within {found.difference:.1g} of the model on {found.examples} examples"
-    click.echo(f"takes {', '.join(found.inputs)}, {batch}; {agrees}", err=True)
+    say(f"takes {', '.join(found.inputs)}, {batch}; {agrees}", err=True)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -53,10 +53,32 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def make_console() -> Console:
-    """A console on stdout that never colours words by guessing."""
-    from rich.console import Console
+    """A console on stdout that never colours words by guessing.
 
-    return Console(highlight=False, soft_wrap=False, emoji=False, markup=False)
+    Control characters in what it prints become question marks: names of files and plugins cannot control a terminal.
+    """
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Tame(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else segment._replace(text=tame(segment.text))
+
+    return Tame(highlight=False, soft_wrap=False, emoji=False, markup=False)
+
+
+_UNTAMED: Final = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def tame(text: str) -> str:
+    """`text` with question marks for control characters, line feeds and tabs excepted."""
+    return text.translate(_UNTAMED)
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Write a line to stdout or stderr, see `tame`."""
+    click.echo(tame(str(text)), err=err)
 
 
 def make_table(*columns: str, header: bool = False) -> Table:

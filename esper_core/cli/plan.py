@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
 from rich.text import Text
 
 from esper_core.cli.context import current_registry
 from esper_core.cli.live import clock
-from esper_core.cli.output import make_console, make_table, print_json
+from esper_core.cli.output import make_console, make_table, print_json, say
 from esper_core.nissa.report.wording import quantity
 from esper_core.tolaria.config import RunConfig
 
@@ -77,4 +76,4 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
         shape = "×".join(map(str, point.feature_shape))
         points.add_row(point.name, f"{point.layout} {shape}", point.role, ", ".join(sorted(point.tags)))
     console.print(points)
-    click.echo("\nnothing was trained (--dry-run)")
+    say("\nnothing was trained (--dry-run)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from esper_core.cli.context import current_registry
-from esper_core.cli.output import InOrder, print_json, waiting
+from esper_core.cli.output import InOrder, print_json, say, waiting
 from esper_core.leyline.specs import KINDS
 
 if TYPE_CHECKING:
@@ -160,9 +160,9 @@ def new(name: str, kind: str, into: str, as_json: bool) -> None:
         print_json({"distribution": scaffold.distribution, "part": scaffold.part, "kind": kind, "files": written})
         return
     for path in written:
-        click.echo(path)
+        say(path)
     folder = Path(into) / scaffold.distribution
-    click.echo(f"\nnext: pip install -e '{folder}[dev]' && pytest {folder} && esper plugins check {scaffold.part}")
+    say(f"\nnext: pip install -e '{folder}[dev]' && pytest {folder} && esper plugins check {scaffold.part}")
 
 
 def select_plugins(registry: Registry, names: Sequence[str]) -> tuple[list[Registered], list[Broken], set[str]]:

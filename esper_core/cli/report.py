@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from esper_core.cli.arguments import find_run, run_argument
+from esper_core.cli.output import say
 
 
 @click.command()
@@ -19,6 +20,6 @@ def report(run: str, out: str | None, show: bool) -> None:
     from esper_core.nissa.report import write_report
 
     path = write_report(find_run(run), out)
-    click.echo(path)
+    say(path)
     if show:
         click.launch(path.resolve().as_uri())

@@ -10,7 +10,7 @@ import attrs
 import click
 
 from esper_core.cli.arguments import find_run, run_argument
-from esper_core.cli.output import InOrder, make_console, make_table, print_json
+from esper_core.cli.output import InOrder, make_console, make_table, print_json, say
 from esper_core.leyline.events import with_accuracy
 from esper_core.leyline.stages import BORN, stages_where
 from esper_core.tolaria.run_names import ROOT as RUNS
@@ -40,7 +40,7 @@ def list_all(folder: str, as_json: bool) -> None:
         print_json([with_accuracy(summary) for summary in summaries])
         return
     if not summaries:
-        click.echo(f"no runs in {folder}; start one with: esper run --host cnn")
+        say(f"no runs in {folder}; start one with: esper run --host cnn")
         return
     from esper_core.nissa.report.wording import percent, quantity
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from esper_core.cli.arms import arm_scores, judge_of
 from esper_core.cli.live import clock
+from esper_core.cli.output import say
 from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.files import typed
@@ -42,15 +42,15 @@ def conclude(
         report: Path | None = write_report(folder)
     except EsperError as error:  # the run itself is safe; a full disk must not make it look lost
         report = None
-        click.echo(f"no report: {error}", err=True)
+        say(f"no report: {error}", err=True)
     run = summarise_run(folder)
     for name in dropped_sinks(folder):
         log = ", the event log, which is incomplete" if name == "jsonl" else ""
-        click.echo(f"warning: sink {name}{log} failed and was dropped before the end", err=True)
+        say(f"warning: sink {name}{log} failed and was dropped before the end", err=True)
     if display.mode == "quiet" and report is not None:
-        click.echo(report)
+        say(report)
     elif display.mode == "json-lines":
-        click.echo(f"{run['status']}; report: {report}", err=True)
+        say(f"{run['status']}; report: {report}", err=True)
     elif display.mode == "auto":
         show(run, display.console, report, seconds, compare, resumed)
     return 0 if run["status"] != "unfinished" else STOPPED

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esper_core.cli.output import InOrder, print_json
+from esper_core.cli.output import InOrder, print_json, say
 from esper_core.tolaria.run_names import ROOT as RUNS
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def evaluate(
 
     def notify(played: int) -> None:
         if not as_json:
-            click.echo(f"{played} of {groups} contests", err=True)
+            say(f"{played} of {groups} contests", err=True)
 
     result = play(plan, _contenders(files, adapters), told, workers=workers, notify=notify)
     if out:
@@ -195,7 +195,7 @@ def merge(adapter: str, base: str, out: str) -> None:
     core, file = load_agent(base), open_adapter(adapter)
     core.attach(file, "merged")
     merged(core, "merged").save(out)
-    click.echo(out)
+    say(out)
 
 
 def _where(backend: str | None, device: str, worlds_at_once: int, group_size: int | None) -> dict[str, Any]:
@@ -228,12 +228,12 @@ def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -
             from esper_core.leyline.files import typed
 
             view.close()
-            click.echo(f"resume with: esper tamiyo resume {typed(training.path)}", err=True)
+            say(f"resume with: esper tamiyo resume {typed(training.path)}", err=True)
             raise click.Abort from None
     for notice in sorted(training.notices):
-        click.echo(notice, err=True)
+        say(notice, err=True)
     if not json_lines:
-        click.echo(product)
+        say(product)
 
 
 def _contenders(files: Sequence[str], adapters: Sequence[str]) -> dict[str, TamiyoCore]:

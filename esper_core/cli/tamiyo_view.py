@@ -9,13 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import click
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
 from esper_core.cli.live import bar, clock, sparkline
-from esper_core.cli.output import make_console, make_table
+from esper_core.cli.output import make_console, make_table, say
 from esper_core.nissa.report.wording import printable, quantity
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class TrainingView:
 
     def __init__(self, training: Training, *, quiet: bool = False, json_lines: bool = False) -> None:
         self.training, self.json_lines = training, json_lines
-        self.console = Console(highlight=False, emoji=False, markup=False)
+        self.console = make_console()
         live = not (quiet or json_lines) and self.console.is_terminal and not self.console.is_dumb_terminal
         self.lines = not (quiet or json_lines or live)
         self._live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop") if live else None
@@ -37,16 +36,16 @@ class TrainingView:
             self._live.start()
             self._live.update(render_training(training, self.console.width), refresh=True)
         elif self.lines:
-            click.echo(f"training in {training.path}, {training.done} of {training.iterations} iterations done")
+            say(f"training in {training.path}, {training.done} of {training.iterations} iterations done")
 
     def take(self, record: Record) -> None:
         """Show one more iteration."""
         if self.json_lines:
-            click.echo(json.dumps(record))
+            say(json.dumps(record))
         elif self._live is not None:
             self._live.update(render_training(self.training, self.console.width), refresh=True)
         elif self.lines:
-            click.echo(iteration_line(record, self.training.iterations))
+            say(iteration_line(record, self.training.iterations))
 
     def close(self) -> None:
         """Restore the terminal. May be called again."""

@@ -44,9 +44,17 @@ def open_regular(
     return descriptor
 
 
-def open_text(path: str | os.PathLike[str], errors: str = "strict", *, follow: bool = False) -> IO[str]:
-    """The regular file at `path` for reading as UTF-8; see `open_regular`."""
-    return os.fdopen(open_regular(path, follow=follow), "r", encoding="utf-8", errors=errors)
+def open_text(
+    path: str | os.PathLike[str],
+    errors: str = "strict",
+    *,
+    follow: bool = False,
+    encoding: str = "utf-8",
+    newline: str | None = None,
+) -> IO[str]:
+    """The regular file at `path` for reading as text; see `open_regular`, and `open` for the rest."""
+    descriptor = open_regular(path, follow=follow)
+    return os.fdopen(descriptor, "r", encoding=encoding, errors=errors, newline=newline)
 
 
 def open_append(path: str | os.PathLike[str]) -> IO[bytes]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from esper_core.leyline.errors import BadFile
+from esper_core.leyline.files import open_text
 
 MAX_TOML_BYTES: Final = 1 << 20
 MAX_TOML_DEPTH: Final = 16
@@ -20,13 +21,15 @@ def read_text_file(path: str | Path, expected: str) -> str:
         expected: what the file should be, for the message.
 
     Raises:
-        BadFile: missing, too large, or not UTF-8.
+        BadFile: missing, no regular file, too large, or not UTF-8.
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_TOML_BYTES:
+        with open_text(path, follow=True) as file:  # a device or a pipe might never end
+            text = file.read(MAX_TOML_BYTES + 1)
+        if len(text) > MAX_TOML_BYTES:
             raise BadFile(f"{path} is larger than {MAX_TOML_BYTES} bytes", expected)
-        return path.read_text(encoding="utf-8")
+        return text
     except (OSError, ValueError) as error:
         raise BadFile(f"{path} cannot be read: {error}", expected) from error
 

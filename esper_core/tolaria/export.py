@@ -30,6 +30,7 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.export_peft import compare_with_peft, write_peft
 from esper_core.tolaria.export_source import write_source
 from esper_core.tolaria.model_file import load_plane
+from esper_core.tolaria.offline import offline, without_fetching
 
 if TYPE_CHECKING:
     from esper_core.kasmina.plane import Plane
@@ -100,16 +101,20 @@ def export_run(
     if form == "peft":
         return _export_peft(plane, header, target)
     model = compose(plane).eval()
-    task, _ = build_task(RunConfig.from_mapping(header["config"]), plane.registry)
-    batch = next(iter(task.validation.batches(_COMPARED))).inputs
-    return export_model(model, batch, form, target)
+    return export_model(model, _examples(header, plane.registry), form, target)
+
+
+def _examples(header: Mapping[str, Any], registry: Registry) -> Inputs:
+    """A batch of the validation split that a model's file names. Nothing is fetched for it."""
+    with offline():
+        task, _ = build_task(without_fetching(RunConfig.from_mapping(header["config"])), registry)
+        return next(iter(task.validation.batches(_COMPARED))).inputs
 
 
 def _export_peft(plane: Plane, header: Mapping[str, Any], target: Path) -> Exported:
     """Write the seeds for peft, and compare the host with what peft makes of them."""
     config = RunConfig.from_mapping(header["config"])
-    task, _ = build_task(config, plane.registry)
-    batch = next(iter(task.validation.batches(_COMPARED))).inputs
+    batch = _examples(header, plane.registry)
     try:
         write_peft(plane, target, config.host.partition(":")[2])
     except OSError as error:

@@ -234,6 +234,9 @@ def load_plane(
         tensors = _best(path, header)
     registry = bind(registry, origins)
     with _as_written(file, origins, registry):
+        entries = sum(1 for entry in header["structure"] if entry["params"])
+        if entries > len(tensors):  # before so many seeds are built
+            raise BadFile(f"{file} names {entries} seeds and holds {len(tensors)} tensors", "one or more for each seed")
         with offline():
             if config.host == OWN:
                 host: HostProtocol = rebuild_host(header["own"], model, path)

@@ -139,8 +139,16 @@ class RunFolder:
         write_json_file(self.path / "result.json", result)
 
     def forget_result(self) -> None:
-        """The run goes on."""
-        (self.path / "result.json").unlink(missing_ok=True)
+        """The run goes on.
+
+        Raises:
+            BadFile: its earlier result cannot be removed.
+        """
+        path = self.path / "result.json"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise BadFile(f"{path} cannot be removed: {error.strerror}", "a file in a writable run folder") from error
 
     def set_aside(self) -> Path | None:
         """Move files of an earlier attempt into `aside-N/`; None if there are none.

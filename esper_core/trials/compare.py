@@ -10,7 +10,6 @@ random. The test split is read once an arm and seed, at its end, and decides not
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -28,8 +27,10 @@ from esper_core.leyline.files import typed
 from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
+from esper_core.nissa.report.reading import read_events, read_lines
+from esper_core.nissa.report.wording import number
 from esper_core.registry import Registry, load_registry, split_reference
-from esper_core.storage.tensor_file import parse_json, read_json_file, write_json_file
+from esper_core.storage.tensor_file import read_json_file, write_json_file
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
@@ -278,7 +279,8 @@ def _describe_grown(arm: str, seed: int, path: Path, result: Mapping[str, Any], 
     config, registry = RunFolder.open(path)[1], load_registry()
     _, header = load_plane(path, registry)
     language = header["task"]["kind"] == "language-modelling"
-    unit = _token(assembly.build_task(without_fetching(config), registry)[0]) if language else "token"
+    with offline():
+        unit = _token(assembly.build_task(without_fetching(config), registry)[0]) if language else "token"
     return {
         "arm": arm,
         "seed": seed,
@@ -305,9 +307,9 @@ def training_flops(path: Path) -> float:
         BadFile: the run logged no epoch.
     """
     total = None
-    for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines():
-        if '"kind":"epoch_ended"' in line:
-            total = float(parse_json(line, path)["total_flops"])
+    for event in read_events(path / "events.jsonl", frozenset({"epoch_ended"})):
+        if event is not None and event["kind"] == "epoch_ended":
+            total = number(event.get("total_flops"))
     if total is None:
         raise BadFile(f"{path} logged no epoch", "a finished run")
     return total
@@ -315,8 +317,8 @@ def training_flops(path: Path) -> float:
 
 def _seconds(path: Path) -> float:
     """Seconds of training that a run noted, over all its sittings."""
-    lines = (path / "timings.jsonl").read_text(encoding="utf-8").splitlines()
-    return math.fsum(float(json.loads(line)["seconds"]) for line in lines if line.strip())
+    lines = read_lines(path / "timings.jsonl")
+    return math.fsum(number(line.get("seconds")) or 0.0 for line in lines if line is not None)
 
 
 def _train_fixed(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[StaticSeed, ...]]:
@@ -361,7 +363,8 @@ def deeper_host(config: RunConfig, plane: Plane, organs: Sequence[StaticSeed], r
     )
     if not isinstance(depth, int) or depth < 1:
         return None
-    task, _ = assembly.build_task(config, registry)
+    with offline():
+        task, _ = assembly.build_task(without_fetching(config), registry)
     for times in range(2, 33):
         deeper = attrs.evolve(config, settings={**config.settings, name: depth * times})
         params = host_params(deeper, registry, task)

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import shutil
 import struct
 import sys
@@ -21,6 +22,9 @@ from typing import Any
 RECORDED = Path(__file__).parent / "recorded"
 VERBS = ("resume", "eval", "report", "export", "load_model", "compare", "tamiyo show", "runs list")
 CHECKPOINT = "step-0000000010"
+
+_CEILING = 6 << 30
+"""Bytes that this program may take, so that a case which goes wrong does not take the machine's."""
 
 Prepare = Callable[[Path, Path], None]
 CASES: dict[str, Prepare] = {}
@@ -103,8 +107,9 @@ def _config(**changes: Any) -> Prepare:
     def prepare(folder: Path, outside: Path) -> None:
         from esper_core.storage.tensor_file import read_tensor_file, write_tensor_file
 
-        values = {k: v.replace("OUTSIDE", str(outside)) if isinstance(v, str) else v for k, v in changes.items()}
+        values = json.loads(json.dumps(changes).replace("OUTSIDE", str(outside)))
         about = json.loads((folder / "run.json").read_text())
+        values["settings"] = about["config"]["settings"] | values.get("settings", {})
         about["config"] |= values
         (folder / "run.json").write_text(json.dumps(about))
         tensors, header = read_tensor_file(folder / "model" / "model.safetensors")
@@ -129,6 +134,10 @@ for _name, _changes in {
     "a parquet bomb": {"task": "text-labels:OUTSIDE/bomb.parquet"},
     "a parquet bomb in a stream": {"task": "datasets:OUTSIDE/bomb.parquet"},
     "an IDX bomb": {"task": "torchvision:MNIST", "settings": {"torchvision.root": "OUTSIDE/idx"}},
+    "a pipe among pictures": {"task": "images:OUTSIDE/pipes"},
+    "a pipe as a table": {"task": "text-labels:OUTSIDE/tables"},
+    "a device as a table": {"task": "text-labels:OUTSIDE/devices"},
+    "a pipe as parquet": {"task": "datasets:OUTSIDE/parquets"},
     "a device as text": {"task": "text:/dev/zero"},
     "rows nested without end": {"task": "text-labels:OUTSIDE/deep.jsonl"},
     "a schedule that is a device": {"controller": "schedule:/dev/zero"},
@@ -160,13 +169,13 @@ def _(folder: Path, outside: Path) -> None:
             file.truncate(1 << 40)
 
 
-@case("a structure of 100,000 seeds")
+@case("a structure of 30,000 seeds")
 def _(folder: Path, outside: Path) -> None:
     from esper_core.storage.tensor_file import read_tensor_file, write_tensor_file
 
     path = folder / "model" / "model.safetensors"
     tensors, header = read_tensor_file(path)
-    header["structure"] = [{**header["structure"][0], "path": f"block1+{n}"} for n in range(100_000)]
+    header["structure"] = [{**header["structure"][0], "path": f"block1+{n}"} for n in range(30_000)]
     write_tensor_file(path, tensors, header)
 
 
@@ -221,6 +230,13 @@ def lay_outside(outside: Path) -> None:
                 b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
             )
             (outside / "bombs" / split / f"{number}.png").write_bytes(png_bomb(30_000, 30_000))
+        (outside / "pipes" / split).mkdir(parents=True)
+        os.mkfifo(outside / "pipes" / split / "0.png")
+    for name, kind in (("tables", "csv"), ("parquets", "parquet")):
+        (outside / name).mkdir()
+        os.mkfifo(outside / name / f"train.{kind}")
+    (outside / "devices").mkdir()
+    (outside / "devices" / "train.csv").symlink_to("/dev/zero")
     (outside / "idx").mkdir()
     for part in ("train", "t10k"):
         for kind, dims in (("images-idx3", (60_000, 2800, 2800)), ("labels-idx1", (60_000,))):
@@ -285,6 +301,8 @@ class AccessRecorder:
             self.seen.append(f"{event} {arguments[-1:]}")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & self.WRITES:
             self._note_write(arguments[0])
+        elif event == "os.mkdir" and os.path.isdir(arguments[0]):
+            return  # libraries make sure that their folders are there
         elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"):
             self._note_write(arguments[1] if event == "os.rename" else arguments[0])
 
@@ -337,9 +355,11 @@ def call(verb: str, folder: Path) -> tuple[int, str]:
 
 def warm_up(root: Path) -> None:
     """Open a good folder with every verb, unwatched: what libraries do at their first import is not the case's."""
+    import datasets
     import timm  # noqa: F401
     import transformers  # noqa: F401
 
+    Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
     for verb in VERBS:
         folder = root / "good" / verb.replace(" ", "-") / "run"
         folder.parent.mkdir(parents=True)
@@ -355,10 +375,15 @@ def _peak_mebibytes() -> float:
     return int(line.split()[1]) / 1024
 
 
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def main() -> None:
     """Lay every case and open it with every verb."""
 
     root, names = Path(sys.argv[1]).resolve(), sys.argv[2:] or list(CASES)
+    resource.setrlimit(resource.RLIMIT_DATA, (_CEILING, _CEILING))
     outside = root / "outside"
     lay_outside(outside)
     answers = os.fdopen(os.dup(1), "w")
@@ -372,6 +397,7 @@ def main() -> None:
             CASES[name](folder, outside)
             os.chdir(folder.parent)
             began = time.monotonic()
+            _forget_peak()
             watch.seen, watch.inside = [], folder.parent
             code, said = call(verb, folder)
             watch.inside = None

@@ -36,6 +36,7 @@ def _judge(found: list[dict], cases: int) -> None:
         fine = (
             one["untouched"] and not one["seen"] and one["mebibytes"] < 2048 and one["seconds"] < 120
             and one["code"] in (0, 1, 2, 130) and "Traceback" not in one["said"]
+            and "\x1b" not in one["said"]
             and (one["code"] in (0, 130) or len(lines) == 1)
         )  # fmt: skip
         if not fine:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from esper_core.leyline.errors import BadFile
+from esper_core.leyline.files import open_regular
 
 _SIXTEEN_BITS = ("PNG", "PPM", None)
 """Formats whose integers Pillow gives from 0 to 65,535 where it calls the mode `I`; None is an array's."""
@@ -50,10 +52,17 @@ def pixels(image: Image.Image, size: int, channels: int) -> Tensor:
     return torch.from_numpy(array.copy()).view(size, size, channels).permute(2, 0, 1)
 
 
+@contextmanager
+def _open(path: str) -> Iterator[Image.Image]:
+    """The picture at `path`, of which only the head was read. A pipe or a device is none: it might never end."""
+    with os.fdopen(open_regular(path, follow=True), "rb") as file, Image.open(file, formats=FORMATS) as image:
+        yield image
+
+
 def is_deep(path: str) -> bool:
     """Whether the picture at `path` has more than 8 bits a channel and can be read; only its head is looked at."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             return image.mode[:2] in ("I", "I;", "F")
     except _FAULTS:
         return False  # the reader reports the error
@@ -78,7 +87,7 @@ def read_picture(path: str, size: int, channels: int) -> Tensor:
         BadFile: no picture, or a damaged one.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             area = image.width * image.height
             if area > MAX_PIXELS:
                 raise BadFile(f"{path} has {area:,} pixels", f"at most {MAX_PIXELS:,}", "make it smaller")

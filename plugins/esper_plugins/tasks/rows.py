@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from esper_core.leyline.errors import BadFile, EsperError
+from esper_core.leyline.files import open_regular, open_text
 
 Row = Mapping[str, Any]
 
@@ -68,7 +70,7 @@ def read_table(path: Path) -> list[Row]:
     try:
         if path.suffix in (".csv", ".tsv"):
             return _separated(path)
-        with open(path, encoding="utf-8-sig") as file:
+        with open_text(path, follow=True, encoding="utf-8-sig") as file:
             if path.suffix == ".json":
                 return list(json.load(file))
             return [json.loads(line) for line in file if line.strip()]
@@ -89,12 +91,47 @@ def check_parquet(path: Path) -> None:
     from pyarrow import ArrowException, parquet
 
     try:
+        os.close(open_regular(path, follow=True))  # pyarrow would wait for a pipe
         about = parquet.ParquetFile(path).metadata
         largest = max((about.row_group(i).total_byte_size for i in range(about.num_row_groups)), default=0)
     except (OSError, ArrowException) as error:
         raise BadFile(f"{path} cannot be read: {error}", "a whole parquet file") from error
     if largest > MAX_BYTES:
         raise BadFile(f"{path} has a row group of {largest:,} bytes", f"at most {MAX_BYTES:,}", "smaller row groups")
+
+
+def check_unpacked(path: Path) -> None:
+    """`check_parquet`, where values that a dictionary holds once are counted as often as they occur.
+
+    Raises:
+        BadFile: see `check_parquet`.
+    """
+    from pyarrow import ArrowException, compute, parquet, types
+
+    check_parquet(path)
+    try:
+        source = parquet.ParquetFile(path)
+        words = [field.name for field in source.schema_arrow if _is_text(getattr(field.type, "value_type", field.type))]
+        source = parquet.ParquetFile(path, read_dictionary=words)
+        for number in range(source.metadata.num_row_groups):
+            rows = source.metadata.row_group(number).num_rows
+            size = 8 * rows
+            for name in words if size <= MAX_BYTES else ():
+                for chunk in source.read_row_group(number, [name]).column(0).chunks:
+                    if types.is_dictionary(chunk.type):
+                        lengths = compute.binary_length(chunk.dictionary).cast("int64").take(chunk.indices)
+                        size += compute.sum(lengths).as_py() or 0
+            if size > MAX_BYTES:
+                given = f"{path} has a row group of {size:,} bytes when it is unpacked"
+                raise BadFile(given, f"at most {MAX_BYTES:,}", "smaller row groups")
+    except (OSError, ArrowException, MemoryError) as error:
+        raise BadFile(f"{path} cannot be read: {error}", "a whole parquet file") from error
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return any(check(kind) for check in (types.is_string, types.is_large_string, types.is_binary))
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -132,7 +169,7 @@ def check_header(path: Path) -> None:
         BadFile: they do, or a name stands twice in the header.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="", errors="replace") as file, _long_fields():
+        with open_text(path, "replace", follow=True, encoding="utf-8-sig", newline="") as file, _long_fields():
             rows = csv.reader(file)
             header = next(rows, [])
             first = next((row for row in rows if row), header)
@@ -144,7 +181,7 @@ def check_header(path: Path) -> None:
 
 def _separated(path: Path) -> list[Row]:
     found: list[Row] = []
-    with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
+    with open_text(path, follow=True, encoding="utf-8-sig", newline="") as file, _long_fields():
         rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:
             header = next(rows, [])

@@ -18,7 +18,7 @@ from typing import Final
 from esper_core.leyline.errors import BadFile, EsperError, UnknownName, did_you_mean
 from esper_plugins.tasks.codecs import make_codec
 from esper_plugins.tasks.cutters import Cutter, Labelled, Packed, Row
-from esper_plugins.tasks.rows import check_header, check_label_count, check_parquet, label_of, text_of
+from esper_plugins.tasks.rows import check_header, check_label_count, check_unpacked, label_of, text_of
 from esper_plugins.tasks.splits import ResidentSplit, Task
 from esper_plugins.tasks.stream_split import StreamSplit
 
@@ -103,12 +103,12 @@ def _open(name: str, argument: str, config: str) -> dict[str, Callable[[], Itera
             if path.suffix == ".csv":
                 check_header(path)
             if path.suffix == ".parquet":
-                check_parquet(path)
+                check_unpacked(path)
             found = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), streaming=True)
         else:
             place = str(path) if path.is_dir() else argument
             for part in path.rglob("*.parquet") if path.is_dir() else ():
-                check_parquet(part)
+                check_unpacked(part)
             found = datasets.load_dataset(place, *([config] if config else []), streaming=True)
     except (OSError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
