@@ -227,15 +227,23 @@ def parse_rewards(references: Iterable[str]) -> dict[str, float]:
 
 
 def build_rewards(config: RunConfig, registry: Registry) -> dict[str, tuple[RewardTerm, float]]:
-    """Term and weight of each reward.
+    """Term and weight of each reward. What a rollback costs is the governor's own `penalty`, in log and reward alike.
 
     Raises:
-        EsperError: see `parse_rewards`; or no such reward.
+        EsperError: see `parse_rewards`; no such reward; or a weight for what the governor's penalty says.
     """
-    return {
-        name: (registry.build("reward", name, options=options_for(config, registry, "reward", name)), weight)
-        for name, weight in parse_rewards(config.rewards).items()
-    }
+    rewards = {}
+    for name, weight in parse_rewards(config.rewards).items():
+        factory = registry.load(registry.find("reward", name))
+        governed = {}
+        if "governor_penalty" in inspect.signature(factory).parameters:
+            if weight != 1:
+                given = f"reward {name}={weight:g}: what a rollback costs is the governor's penalty"
+                raise BadOption(given, f"{name}=1", f"--set governor.penalty={weight:g}")
+            governed["governor_penalty"] = part_config(config, "governor", GovernorConfig).penalty
+        options = options_for(config, registry, "reward", name)
+        rewards[name] = registry.build("reward", name, options=options, **governed), weight
+    return rewards
 
 
 def parse_budget(name: str, text: str, whole: int) -> int | None:

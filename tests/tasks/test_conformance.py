@@ -42,6 +42,22 @@ class TestMnist1d(TaskConformance):
     spec = "mnist1d"
 
 
+class TestSynthetic(TaskConformance):
+    spec, argument = "synthetic", "copy"
+
+
+class TestSyntheticMap(TaskConformance):
+    spec, argument = "synthetic", "map"
+
+
+class TestSyntheticRecall(TaskConformance):
+    spec, argument = "synthetic", "recall"
+
+
+class TestSyntheticPair(TaskConformance):
+    spec, argument = "synthetic", "pair"
+
+
 class TestPydoc(TaskConformance):
     spec = "pydoc"
 

@@ -2,6 +2,7 @@
 
 A world is a family of runs: fields of `RunConfig`, and under `vary` lists from which each episode draws. `blueprints`
 may be a table `{pool, least, most}`: each episode offers a random subset, so that no blueprint is learnt by heart.
+A world with `hosts` and `tasks` is a generator: each episode pairs one of each, at one of its `horizons` and `rents`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 
@@ -34,6 +35,10 @@ class World:
         apart: only drawn when its domain is named, so that a core never hears the dialect of an adapter.
         run: fields of `RunConfig`. vary: field, or `settings.part.option`, to values that an episode draws from.
         schedule: the blueprint of the fixed-schedule control.
+        hosts, tasks: tables of further fields, each with a `vary` of its own; an episode takes one of each.
+        horizons: factors on the steps between two decisions, so on the length of the run. rents: values of lambda.
+        planted: blueprints of `simic.gym.planted` that an offer may hold beside the others.
+        planted_chance: the share of episodes in which each of them does.
     """
 
     name: str
@@ -44,22 +49,62 @@ class World:
     run: Mapping[str, Any] = attrs.field(factory=dict)
     vary: Mapping[str, Sequence[Any]] = attrs.field(factory=dict)
     schedule: str = ""
+    hosts: Sequence[Mapping[str, Any]] = ()
+    tasks: Sequence[Mapping[str, Any]] = ()
+    horizons: Sequence[float] = ()
+    rents: Sequence[float] = ()
+    planted: Sequence[str] = ()
+    planted_chance: float = 0.5
 
-    def draw(self, rng: random.Random, seed: int) -> RunConfig:
-        """One run of this family."""
+    def draw(self, rng: random.Random, seed: int, build: random.Random | None = None) -> RunConfig:
+        """One run of this family.
+
+        Args:
+            rng: of all draws. build: of those that say what is computed (host, task, length), where these are shared.
+        """
+        build = build or rng
         fields = {**self.run, "settings": dict(self.run.get("settings", {})), "seed": seed}
         for name, values in self.vary.items():
-            value = rng.choice(list(values))
-            if name.startswith("settings."):
-                fields["settings"][name.removeprefix("settings.")] = value
-            else:
-                fields[name] = value
+            _set(fields, name, (rng if name in OWN else build).choice(list(values)))
+        for choices in (self.hosts, self.tasks):
+            if choices:
+                _take(fields, build.choice(list(choices)), build)
+        if self.horizons:
+            name = "steps_per_epoch" if fields.get("steps_per_epoch") else "epochs"
+            fields[name] = max(1, round(fields.get(name, RunConfig().epochs) * build.choice(list(self.horizons))))
+        if self.rents:
+            fields["rent"] = fields["settings"]["rent.rate"] = rng.choice(list(self.rents))
         offer = fields.get("blueprints")
         if isinstance(offer, Mapping):
             pool = list(offer["pool"])
             count = rng.randint(int(offer.get("least", len(pool))), int(offer.get("most", len(pool))))
             fields["blueprints"] = sorted(rng.sample(pool, count))
+        if self.planted:
+            more = [name for name in self.planted if rng.random() < self.planted_chance]
+            fields["blueprints"] = sorted([*fields.get("blueprints", ()), *more])
         return RunConfig.from_mapping(fields)
+
+
+OWN: Final = ("seed", "blueprints", "blends", "budget_params", "budget_flops", "rent", "rewards", "controller")
+"""Fields in which runs that are computed as one may differ."""
+
+
+def _set(fields: dict[str, Any], name: str, value: Any) -> None:
+    if name.startswith("settings."):
+        fields["settings"][name.removeprefix("settings.")] = value
+    else:
+        fields[name] = value
+
+
+def _take(fields: dict[str, Any], table: Mapping[str, Any], rng: random.Random) -> None:
+    """Add the fields of a host or task to those of a run, and draw what the table varies."""
+    for name, value in table.items():
+        if name == "settings":
+            fields["settings"] |= dict(flatten(value))
+        elif name != "vary":
+            fields[name] = value
+    for name, values in table.get("vary", {}).items():
+        _set(fields, name, rng.choice(list(values)))
 
 
 @attrs.frozen(kw_only=True)
@@ -70,6 +115,8 @@ class Curriculum:
         iterations: policy updates. groups: episode groups in each. group_size: environments in a group.
         rewards: `name=weight`. controllers: what an evaluation puts beside the agent.
         checkpoint_every: iterations between checkpoints.
+        alike: how many groups in a row share world, host, task and length, and differ in weights, batches, offer,
+            budget and rent, so that a device computes them as one.
         ppo, core, imitation: of the policy update, the network, and the demonstrations before the first update.
         tuning: of the policy update where there is a core to go on from or to adapt; as `ppo` but for what it names.
     """
@@ -82,6 +129,7 @@ class Curriculum:
     rewards: Sequence[str] = ("loss=1", "rent=1", "governor_death=1")
     controllers: Sequence[str] = ("wait", "random", "schedule", "heuristic")
     checkpoint_every: int = 5
+    alike: int = attrs.field(default=1, validator=attrs.validators.ge(1))
     ppo: PPOConfig = attrs.Factory(PPOConfig)
     tuning: PPOConfig = attrs.Factory(PPOConfig)
     core: CoreConfig = attrs.Factory(CoreConfig)
@@ -107,9 +155,10 @@ class Curriculum:
     ) -> tuple[World, RunConfig]:
         """The world and run of one episode group; the same arguments give the same."""
         rng = random.Random(f"{seed}|{iteration}|{group}|{held_out}")
+        build = random.Random(f"{seed}|{iteration}|{group // self.alike}|{held_out}|alike") if self.alike > 1 else rng
         worlds = self.chosen(held_out=held_out, domain=domain)
-        world = rng.choices(worlds, [w.weight for w in worlds])[0]
-        run = world.draw(rng, rng.randrange(1 << 31))
+        world = build.choices(worlds, [w.weight for w in worlds])[0]
+        run = world.draw(rng, rng.randrange(1 << 31), build)
         return world, attrs.evolve(run, rewards=tuple(self.rewards))
 
 

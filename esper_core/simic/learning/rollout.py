@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -24,10 +24,11 @@ from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.stages import Op
 from esper_core.leyline.view import Controller, RunView
-from esper_core.registry import Registry, load_registry, split_reference
+from esper_core.registry import Registry, split_reference
 from esper_core.simic.gym.environment import EpisodeGroup, Ground, Paid
+from esper_core.simic.gym.planted import gym_registry
 from esper_core.simic.gym.stacked_cohort import unstackable
-from esper_core.simic.learning.curriculum import World
+from esper_core.simic.learning.curriculum import OWN, World
 from esper_core.simic.learning.imitation import ImitationConfig, Scribe
 from esper_core.simic.learning.ppo import Episode
 from esper_core.tamiyo.adapter import build_adapter
@@ -129,7 +130,7 @@ class _EpisodeTotals:
 
 
 def _registry(state: dict[str, Any]) -> Registry:
-    registry: Registry = state.setdefault("registry", None) or load_registry()
+    registry: Registry = state.setdefault("registry", None) or gym_registry()
     state["registry"] = registry
     return registry
 
@@ -238,15 +239,12 @@ def _play(
     return answers
 
 
-_OWN: Final = ("seed", "blueprints", "blends", "budget_params", "budget_flops", "rent", "rewards", "controller")
-"""Fields in which runs of one stack may differ."""
-
-
 def stackable_parts(runs: Sequence[RunConfig], most: int) -> list[list[int]]:
     """Indices of `runs` in parts of at most `most` that may be computed as one: hosts and rhythms are the same."""
     alike: dict[str, list[int]] = {}
     for g, run in enumerate(runs):
-        fields = {name: value for name, value in run.to_mapping().items() if name not in _OWN}
+        fields = {name: value for name, value in run.to_mapping().items() if name not in OWN}
+        fields["settings"] = {name: v for name, v in run.settings.items() if name != "rent.rate"}
         alike.setdefault(json.dumps(fields, sort_keys=True), []).append(g)
     return [group[i : i + most] for group in alike.values() for i in range(0, len(group), most)]
 

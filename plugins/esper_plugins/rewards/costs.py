@@ -46,10 +46,10 @@ class Churn:
 
 @attrs.frozen
 class GovernorDeath:
-    """-penalty for every rollback of the governor in this step."""
+    """-governor_penalty for every rollback of the governor in this step: the run's `governor.penalty`."""
 
-    penalty: float = 1.0
+    governor_penalty: float = 1.0
 
     def __call__(self, outcome: StepOutcome) -> float:
         """0 when the governor stayed calm."""
-        return 0.0 - self.penalty * outcome.deaths
+        return 0.0 - self.governor_penalty * outcome.deaths

@@ -55,8 +55,7 @@ def esper_rewards() -> list[RewardSpec]:
         ),
         RewardSpec(
             name="governor_death",
-            summary="minus a penalty for each rollback of the governor",
+            summary="minus governor.penalty for each rollback of the governor",
             factory="esper_plugins.rewards.costs:GovernorDeath",
-            options=(Option("penalty", "float", 1.0, "what a rollback costs", minimum=0.0),),
         ),
     ]

@@ -83,6 +83,18 @@ def esper_tasks() -> list[TaskSpec]:
             source="Greydanus and Kobak, ICML 2024, arXiv:2011.14439",
         ),
         TaskSpec(
+            name="synthetic",
+            argument="copy",
+            summary="tasks with a known solution: copy, recall, map, sort (sequences), texture, pair (8×8 images)",
+            factory="esper_plugins.tasks.synthetic:synthetic",
+            options=(
+                Option("length", "int", 24, "tokens in a window of a sequence", minimum=4, maximum=4096),
+                Option("vocabulary", "int", 16, "tokens that occur in a sequence", minimum=4, maximum=4096),
+            ),
+            capabilities=_LANGUAGE | _VISION,
+            source="Graves, Wayne and Danihelka, 2014, arXiv:1410.5401",
+        ),
+        TaskSpec(
             name="torchvision",
             argument="NAME",
             summary="a classification set of torchvision (MNIST, FashionMNIST, CIFAR10, …), local or downloaded",

@@ -1,0 +1,80 @@
+"""Blueprints that exist in worlds alone, so that a policy learns to try and to measure.
+
+Each says by its descriptor that it is an ordinary adapter; what it is shows only when it grows:
+
+- `planted_useless`: answers nothing, whatever its parameters.
+- `planted_essential`: a linear map of the feature and of the mean over all positions, which few offers have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.leyline.hookspecs import hookimpl
+from esper_core.leyline.injection import InjectionSpec
+from esper_core.leyline.specs import BlueprintSpec
+from esper_core.registry import Registry, load_registry
+
+
+class Planted(nn.Module):
+    """Two linear maps over channels, of the feature and of its mean over positions.
+
+    Args:
+        point: where it grows; any layout.
+    """
+
+    def __init__(self, point: InjectionSpec) -> None:
+        super().__init__()
+        self.axis = 1 if point.layout == "NCHW" else -1
+        scale = point.channels**-0.5
+        self.own = nn.Parameter(torch.zeros(point.channels, point.channels))
+        self.whole = nn.Parameter(scale * torch.randn(point.channels, point.channels))
+        self.gate = nn.Parameter(torch.zeros(point.channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Feature (N, …) in, delta of the same shape out."""
+        x = h.movedim(self.axis, -1)  # N … C
+        positions = tuple(range(1, x.dim() - 1))
+        mean = x.mean(positions, keepdim=True) if positions else x
+        delta = x @ self.own + torch.tanh(mean @ self.whole) * self.gate
+        return delta.movedim(-1, self.axis).to(h.dtype)
+
+
+class Useless(Planted):
+    """Zeros; its parameters are met by a gradient of zero."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Feature (N, …) in, zeros of its shape out."""
+        return torch.zeros_like(h) + 0.0 * (self.own.sum() + self.whole.sum() + self.gate.sum())
+
+
+def estimate(point: InjectionSpec) -> tuple[int, int]:
+    """Parameters and forward FLOPs of one example."""
+    weights = 2 * point.channels**2 + point.channels
+    return weights, 2 * weights * point.positions
+
+
+class PlantedPlugin:
+    """Both as a plugin."""
+
+    @hookimpl
+    def esper_blueprints(self) -> list[BlueprintSpec]:
+        """See the module's docstring."""
+        factories = {"useless": "Useless", "essential": "Planted"}
+        return [
+            BlueprintSpec(
+                name=f"planted_{name}", summary=f"{name}, planted in worlds alone", family="adapter",
+                layouts=("NCHW", "NHWC", "NLD"), capabilities={"learned"}, sensors=("gradient_norm", "delta_norm"),
+                factory=f"{__name__}:{factory}", estimate=f"{__name__}:estimate",
+            )
+            for name, factory in factories.items()
+        ]  # fmt: skip
+
+
+def gym_registry() -> Registry:
+    """What is installed, and what is planted in worlds."""
+    registry = load_registry()
+    if not any(part.name == "planted_useless" for part in registry.specs("blueprint")):
+        registry.register(PlantedPlugin(), name="planted", distribution="esper-core")
+    return registry
