@@ -37,6 +37,7 @@ def main(epochs: int = 12) -> Tolaria:
             optimizer.zero_grad()
             if tolaria.due(steps):
                 tolaria.decide(map(to_batch, validation), epoch)
+    tolaria.conclude()
     return tolaria
 
 

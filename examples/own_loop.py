@@ -61,6 +61,7 @@ def main(epochs: int = 12) -> tuple[Tolaria, nn.Module]:
             scheduler.step()
             if tolaria.due(steps):
                 tolaria.decide(map(to_batch, validation), epoch)
+    tolaria.conclude()
     return tolaria, compose(tolaria.plane).eval()
 
 

@@ -197,6 +197,8 @@ class LightningGrowth(Callback):
         self.tolaria.step(mean, examples)
         if self.tolaria.due(self._total):
             self.tolaria.decide(OnDevice(self.validation, self.convert, self._device), float(trainer.current_epoch))
+        if self._steps >= self._total:
+            self.tolaria.conclude()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop listening to the module."""

@@ -145,6 +145,8 @@ class GrowthCallback(TrainerCallback):
         """Decide when it is time."""
         if self.tolaria is not None and self.tolaria.due(state.max_steps):
             self.tolaria.decide(OnDevice(self.validation, self.convert, self._device), float(state.epoch or 0.0))
+        if self.tolaria is not None and state.global_step >= state.max_steps:
+            self.tolaria.conclude()
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Save the seeds beside the trainer's checkpoint."""
@@ -160,6 +162,7 @@ class GrowthCallback(TrainerCallback):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load_growth(self.tolaria.plane, Path(state.best_model_checkpoint) / GROWTH_FILE)
+            self.tolaria.conclude()
         if self.tolaria.clock.step == 0:
             self._say("no growth step happened: the trainer never told of an optimizer step")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from esper_core.leyline.options import OptionValue
 from esper_core.leyline.stages import Op
+
+if TYPE_CHECKING:
+    from esper_core.leyline.view import Interval
 
 
 class Tempo(StrEnum):
@@ -48,6 +51,8 @@ class Command:
         reason: why, in words for the event log.
         others: further slots to which the same happens in the same event, all of them or none.
         options: of the blueprint, for GERMINATE; they come before those of the run.
+        gain: the seed's measured gain on which the command rests (nats); None where it rests on the latest
+            counterfactual, or on none.
     """
 
     op: Op
@@ -59,6 +64,7 @@ class Command:
     reason: str = ""
     others: tuple[str, ...] = attrs.field(default=(), converter=_paths)
     options: Mapping[str, OptionValue] = attrs.field(factory=dict, hash=False)
+    gain: Interval | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:

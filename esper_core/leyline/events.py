@@ -161,7 +161,11 @@ class CommandRefused(Event):
 
 @attrs.frozen(kw_only=True)
 class StageChanged(Event):
-    """A slot moved in the lifecycle."""
+    """A slot moved in the lifecycle.
+
+    `gain` with its interval is the figure on which a seed was fossilised or withered, and `rent` what it had to exceed
+    (both in nats); None where the change needed no figure, or none was measured.
+    """
 
     kind: ClassVar[str] = "stage_changed"
     slot: str
@@ -172,6 +176,10 @@ class StageChanged(Event):
     source: str
     reason: str
     params: int
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    rent: float | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -286,7 +294,7 @@ class FaultCaught(Event):
 
 @attrs.frozen(kw_only=True)
 class RunEnded(Event):
-    """Last event of a run. Test figures come from the only reading of the test split."""
+    """Last event of a run. Test figures come from the only reading of the test split; all are of one model."""
 
     kind: ClassVar[str] = "run_ended"
     status: str
@@ -296,6 +304,8 @@ class RunEnded(Event):
     total_flops: float
     params: int
     host_params: int
+    validation_loss: float | None = None
+    validation_score: float | None = None
 
 
 EVENT_KINDS: tuple[type[Event], ...] = (

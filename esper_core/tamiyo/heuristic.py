@@ -226,9 +226,10 @@ class HeuristicController:
             if Op.WITHER not in slot.legal:
                 return None
             self._withering.add(slot.path)
-            return self._command(Op.WITHER, slot, reason)
+            return attrs.evolve(self._command(Op.WITHER, slot, reason), gain=pooled)
         if Op.ADVANCE in slot.legal and pooled.mean > rent and (pooled.low > 0 or not young):
-            return self._command(Op.ADVANCE, slot, reason)
+            reason += "" if pooled.low > rent else ", undecided"
+            return attrs.evolve(self._command(Op.ADVANCE, slot, reason), gain=pooled)
         return None
 
     def _pool(self, path: str, latest: Interval) -> Interval:

@@ -291,6 +291,7 @@ def accompany(
             optimizer.zero_grad()
             if tolaria.due(steps):
                 tolaria.decide(map(tolaria.convert, val_loader))
+        tolaria.conclude()
 
     Seeds have an optimizer of the kind of `optimizer`, since rates differ between kinds: SGD beside SGD, Muon beside
     Muon alone, AdamW beside any other. A seed takes rate, weight decay and momentum or betas of the param group that

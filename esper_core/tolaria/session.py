@@ -37,6 +37,7 @@ from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.nissa.trees import tree_readings
 from esper_core.tolaria.consult import command_of, consult, plain_command, plain_verdict
+from esper_core.tolaria.ending import resolve
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
 from esper_core.tolaria.finite import find_not_finite
 from esper_core.tolaria.governor import Alarm, Governor
@@ -282,6 +283,16 @@ class Tolaria:
             self.tell_fault(f"controller {self.controller_name}", error, "it decided nothing this time")
             return []
 
+    def conclude(self) -> bool:
+        """Leave nothing half decided: call it after the last step, before the test split is read; see `ending`.
+
+        Returns:
+            Whether the model's output changed, so that figures of the validation split are out of date.
+        """
+        changed = resolve(self.plane)
+        self.optimizer.check(self.plane)
+        return changed
+
     def obey(self, command: Command) -> bool:
         """Carry out one command; a refusal is emitted as an event and changes nothing."""
         if command.op is Op.WAIT:
@@ -509,7 +520,9 @@ class Tolaria:
         self.forget_costs()
         if growth is not None and growth.direct and change.after.spec.ramps_to == 1.0:
             self.governor.hold_still(self.clock.step + growth.ramp_steps - growth.ramp_done)
-        self.emit(stage_changed(self.clock.step, change, growth.params if growth else 0))
+        params, known = (growth.params, growth.loss) if growth else (0, None)
+        rent = self.plane.rent_of(change.slot) if growth else None
+        self.emit(stage_changed(self.clock.step, change, params, known, rent))
 
     def forget_costs(self) -> None:
         """Count the FLOPs of steps and probes anew, since the structure has changed."""

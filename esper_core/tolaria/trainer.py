@@ -364,12 +364,22 @@ class Trainer:
         )
 
     def _finish(self) -> RunResult:
+        if self.tolaria.conclude():
+            self._measure_again()
         if not self.test:
             return self._end("finished", "", None)
         with self.precision.autocast():
             test = measure_counterfactuals(self.tolaria.plane, self.setup.test(), self.tolaria.objective, paths=[])
         self.tolaria.clock.total_flops += test.flops
         return self._end("finished", "", test)
+
+    def _measure_again(self) -> None:
+        """The validation split, for a model that has changed since the last decision."""
+        with self.precision.autocast():
+            tolaria, split = self.tolaria, self.setup.validation()
+            measured = measure_counterfactuals(tolaria.plane, split, tolaria.objective, paths=[])
+        tolaria.clock.total_flops += measured.flops
+        self.position.validation_loss, self.position.validation_score = measured.loss, measured.score
 
     def _end(self, status: str, reason: str, test: Measurement | None) -> RunResult:
         """Save the model, then say that the run is over."""
@@ -386,6 +396,8 @@ class Trainer:
                 total_flops=result.total_flops,
                 params=result.params,
                 host_params=result.host_params,
+                validation_loss=result.validation_loss,
+                validation_score=result.validation_score,
             )
         )
         self.hub.flush()

@@ -19,6 +19,7 @@ from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, Inc
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.stages import STAGES, TRANSITIONS, Op, Stage
 from esper_core.leyline.view import Interval
+from esper_core.tolaria.ending import resolve
 from tests.kasmina.small import batch, small_host, small_plane, small_registry
 
 GOOD = Interval(1.0, 0.9, 1.1, 100)
@@ -294,3 +295,27 @@ def test_any_sequence_of_commands_keeps_the_books(sequence) -> None:
     x, _ = batch()
     plane.host.module.eval(), twin.host.module.eval()
     assert torch.equal(plane.host.forward_with_slots(x.clone()), twin.host.forward_with_slots(x.clone()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(commands, min_size=1, max_size=25))
+def test_whatever_was_asked_no_seed_ends_condemned_or_isolated(sequence) -> None:
+    """The end of a run leaves no seed that withers or never took part, keeps fossils, and tells if the output moved."""
+    plane = small_plane(ramp_steps=2, max_stack=2, embargo=1)
+    for op, path, blueprint, source, gated in sequence:
+        with suppress(EsperError):
+            plane.apply(Command(op, path, blueprint if op is Op.GERMINATE else "", source=source), gated=gated)
+        plane.step()
+    x, _ = batch()
+    plane.host.module.eval(), plane.module.eval()
+    before = plane.host.forward_with_slots(x.clone())
+    fossils = {path for path, growth in plane.growths.items() if growth.stage.spec.permanent}
+    audited = {p for p, g in plane.growths.items() if g.resume_stage is not None and g.resume_stage.spec.permanent}
+    condemned = {p for p, g in plane.growths.items() if g.stage.spec.leaving} - audited
+    changed = resolve(plane)
+    stages = {path: growth.stage.spec for path, growth in plane.growths.items()}
+    assert not any(stage.leaving or stage.isolated for stage in stages.values())
+    kept = {path for path in fossils | audited if not any(path.startswith(f"{held}/") for held in condemned)}
+    assert all(stages[path].permanent for path in kept)
+    assert changed or torch.equal(before, plane.host.forward_with_slots(x.clone()))
+    assert changed == bool(condemned) and not resolve(plane)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from esper_core.tolaria.run import start_run
+from esper_core.tolaria.run import eval_run, start_run
 from tests.tolaria import ground
 
 LIFE = [
@@ -41,3 +41,22 @@ def test_a_run_at_a_fixed_seed_reaches_what_it_always_did(tmp_path):
     epochs = ground.events(tmp_path / "run", "epoch_ended")
     for name, expected in EPOCHS.items():
         assert [epoch[name] for epoch in epochs] == pytest.approx(expected, rel=1e-4), name
+
+
+def test_a_seed_that_is_withered_at_the_last_decision_is_gone_before_the_test_split_is_read(tmp_path):
+    plan = [
+        {"decision": 1, "op": "germinate", "slot": "block1", "blueprint": "depthwise", "tempo": "fast"},
+        {"decision": 5, "op": "wither", "slot": "block1"},
+        {"decision": 5, "op": "germinate", "slot": "block2", "blueprint": "depthwise"},
+    ]
+    controller = ground.schedule(tmp_path / "plan.json", *plan)
+    about = {"blueprints": ("depthwise",), "blends": ("residual:cosine",)}
+    result = start_run(ground.config(tmp_path / "run", controller=controller, **about))
+    events = ground.events(tmp_path / "run", "stage_changed", "run_ended")
+    withered, culled, ended = events[-5], events[-3:-1], events[-1]
+    assert withered["after"] == "withering" and withered["gain_low"] < withered["gain"] < withered["gain_high"]
+    assert withered["rent"] > 0
+    assert {(e["slot"], e["source"]) for e in culled} == {("block1", "tolaria"), ("block2", "tolaria")}
+    assert result.params == result.host_params == ended["params"]
+    found = eval_run(tmp_path / "run", split="validation", device="cpu")
+    assert found.loss == pytest.approx(ended["validation_loss"], rel=1e-5) == result.validation_loss
