@@ -72,7 +72,8 @@ def plain_command(command: Command) -> dict[str, Any]:
 
 def command_of(plain: Mapping[str, Any]) -> Command:
     """The command that `plain_command` wrote."""
-    return Command(**{**plain, "op": Op(plain["op"]), "tempo": Tempo(plain["tempo"])})
+    gain = Interval(**plain["gain"]) if plain["gain"] is not None else None
+    return Command(**{**plain, "op": Op(plain["op"]), "tempo": Tempo(plain["tempo"]), "gain": gain})
 
 
 def plain_verdict(verdict: Verdict) -> dict[str, Any]:

@@ -284,11 +284,7 @@ class Tolaria:
             return []
 
     def conclude(self) -> bool:
-        """Leave nothing half decided: call it after the last step, before the test split is read; see `ending`.
-
-        Returns:
-            Whether the model's output changed, so that figures of the validation split are out of date.
-        """
+        """Leave nothing half decided, see `ending`: after the last step. True if the model's output changed."""
         changed = resolve(self.plane)
         self.optimizer.check(self.plane)
         return changed
@@ -520,9 +516,7 @@ class Tolaria:
         self.forget_costs()
         if growth is not None and growth.direct and change.after.spec.ramps_to == 1.0:
             self.governor.hold_still(self.clock.step + growth.ramp_steps - growth.ramp_done)
-        params, known = (growth.params, growth.loss) if growth else (0, None)
-        rent = self.plane.rent_of(change.slot) if growth else None
-        self.emit(stage_changed(self.clock.step, change, params, known, rent))
+        self.emit(stage_changed(self.clock.step, change, growth, self.plane.rent_of(change.slot) if growth else None))
 
     def forget_costs(self) -> None:
         """Count the FLOPs of steps and probes anew, since the structure has changed."""

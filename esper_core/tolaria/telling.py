@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 
-from esper_core.kasmina.growth import StageChange
+from esper_core.kasmina.growth import Growth, StageChange
 from esper_core.leyline.events import Audited, StageChanged
 from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Interval
 
 
 def stage_changed(
-    step: int, change: StageChange, params: int, measured: Interval | None = None, rent: float | None = None
+    step: int, change: StageChange, growth: Growth | None = None, rent: float | None = None
 ) -> StageChanged:
     """The event of a change of a stage.
 
     Args:
-        params: of what is in the slot after it. measured: the slot's latest counterfactual. rent: what it pays.
+        growth: what is in the slot after it; None if the slot is gone. rent: what it pays.
     """
+    params, measured = (growth.params, growth.loss) if growth is not None else (0, None)
     decided = change.after.spec.permanent or change.after.spec.leaving
     gain = (change.command.gain or measured) if decided else None
-    if gain is None:
-        rent = None
+    figure = {} if gain is None else {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "rent": rent}
     return StageChanged(
         step=step, slot=change.slot, before=change.before.value, after=change.after.value, blueprint=change.blueprint,
         blend=change.blend, source=change.command.source, reason=change.command.reason, params=params,
-        gain=gain and gain.mean, gain_low=gain and gain.low, gain_high=gain and gain.high, rent=rent,
+        **figure,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import attrs
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lab import CONV, NORM, USELESS, Lab
 
-from esper_core.leyline.actions import Tempo
+from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op, Stage
-from esper_core.leyline.view import BlueprintView
+from esper_core.leyline.view import BlueprintView, Interval
 from esper_core.tamiyo.heuristic import HeuristicController, Offer, choose, measured_need
 from esper_core.tamiyo.heuristic_config import HeuristicConfig
+from esper_core.tolaria.consult import command_of, plain_command
 
 NEEDS = {"a": 1.0, "b": 2.0, "c": 0.5}
 
@@ -195,3 +197,9 @@ def test_ample_budgets_buy_what_gains_most_and_scarce_ones_what_gains_most_for_i
     poor = choose(offers_of(lab, table), attrs.evolve(view, params_left=180), 3)
     assert [o.blueprint.name for o in rich] == ["big"] * 3
     assert [o.blueprint.name for o in poor] == ["conv"] * 3
+
+
+def test_a_command_keeps_the_figure_that_it_rests_on_on_its_way_to_every_process() -> None:
+    for gain in (None, Interval(0.2, 0.1, 0.3, 90)):
+        command = Command(Op.WITHER, "a", source="heuristic", reason="why", gain=gain)
+        assert command_of(json.loads(json.dumps(plain_command(command)))) == command
