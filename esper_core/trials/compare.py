@@ -30,7 +30,7 @@ from esper_core.leyline.specs import HostSpec
 from esper_core.nissa.report.reading import read_events, read_lines
 from esper_core.nissa.report.wording import number
 from esper_core.registry import Registry, load_registry, split_reference
-from esper_core.storage.tensor_file import read_json_file, write_json_file
+from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
@@ -147,7 +147,8 @@ def compare_run(
         outcome = read_json_file(unit.file)
         told = f"{outcome['metric']['name']} {outcome['score']:.4f}, loss {outcome['loss']:.4f}"
         notify(f"{unit.arm}, seed {unit.seed}: {told}; {left} to go")
-    summary = summarise_arms(beside, run, config)
+    with expect_well_formed(beside):
+        summary = summarise_arms(beside, run, config)
     write_json_file(folder.path / "compare.json", summary)
     return summary
 
