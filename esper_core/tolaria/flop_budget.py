@@ -149,13 +149,15 @@ def measure_speed(
             module.zero_grad(set_to_none=True)
             forward(host, objective, batch, precision)[1].backward()  # type: ignore[no-untyped-call]
 
+        began, count = clock(), 1
         train_once()
         _wait(device)
-        began, count = clock(), 0
-        while clock() - began < TRIAL_SECONDS:
-            train_once()
-            count += 1
-            _wait(device)
+        if clock() - began < TRIAL_SECONDS:  # else a long step, whose first is as good a measure as its second
+            began, count = clock(), 0
+            while clock() - began < TRIAL_SECONDS:
+                train_once()
+                count += 1
+                _wait(device)
         seconds = clock() - began
     module.load_state_dict(kept)
     module.zero_grad(set_to_none=True)

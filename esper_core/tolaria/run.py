@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
@@ -41,6 +41,10 @@ Notify = Callable[[str], None]
 
 def _silent(text: str) -> None:
     """Say nothing."""
+
+
+_TRIAL_FLOPS: Final = 5e10
+"""Largest step of the trial by which a dry run tells how long the run takes: seconds on a slow processor."""
 
 
 def build_trainer(
@@ -346,9 +350,10 @@ def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Not
 
 
 def _estimate_seconds(setup: Setup) -> float:
-    """Seconds of training the host alone, at the speed of a short trial."""
+    """Seconds of training the host alone, at the speed of a short trial: of one example where a step takes long."""
     plane, config, timetable = setup.plane, setup.config, setup.timetable
-    speed = measure_speed(plane.host, setup.task, setup.objective, plane.host_flops, config.batch_size, setup.precision)
+    examples = max(1, min(config.batch_size, int(_TRIAL_FLOPS / (3.0 * max(1, plane.host_flops)))))
+    speed = measure_speed(plane.host, setup.task, setup.objective, plane.host_flops, examples, setup.precision)
     steps = 3.0 * plane.host_flops * config.batch_size * timetable.steps
     return (timetable.budget or steps) / speed
 

@@ -13,6 +13,7 @@ import torch
 from esper_core.cli.summary import last_note
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import Op
 from esper_core.registry import load_registry
 from esper_core.tolaria.config import RunConfig
@@ -81,7 +82,12 @@ def test_the_log_and_the_summary_tell_why_nothing_grew(tmp_path: Path) -> None:
     assert last_note(tmp_path / "small") in notes
 
 
-@pytest.mark.parametrize("form", FORMATS)
+def test_adapters_of_peft_cannot_hold_it(doubled: Path, tmp_path: Path) -> None:
+    with pytest.raises(EsperError, match="LoRA"):
+        export_run(doubled / "reference", "peft", tmp_path / "peft")
+
+
+@pytest.mark.parametrize("form", sorted({*FORMATS} - {"peft"}))
 def test_it_exports(doubled: Path, tmp_path: Path, form: str) -> None:
     exported = export_run(doubled / "reference", form, tmp_path / form)
     assert exported.difference < 1e-4 and exported.examples > 10

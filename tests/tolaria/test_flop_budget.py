@@ -8,10 +8,10 @@ from esper_core.leyline import scaling
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.specs import HostSpec
 from esper_core.registry import load_registry
-from esper_core.tolaria import flop_budget, setup
+from esper_core.tolaria import flop_budget, run, setup
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
-from esper_core.tolaria.run import resume_run, start_run
+from esper_core.tolaria.run import plan_run, resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.trials.compare import deeper_host
 from esper_core.trials.static import organs_of
@@ -78,6 +78,15 @@ def test_measuring_the_speed_leaves_no_trace(tmp_path):
         config = ground.config(tmp_path / "b", controller="wait", minutes=1.0)
         start_run(config, registry=ground.registry())
     assert ground.events(tmp_path / "b", "decided") == seen
+
+
+def test_a_dry_run_of_a_large_host_tries_one_example(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(run, "measure_speed", lambda *args: tried.append(args[4]) or 1e9)
+    for flops in (run._TRIAL_FLOPS, 1.0):
+        monkeypatch.setattr(run, "_TRIAL_FLOPS", flops)
+        assert plan_run(ground.config(tmp_path / "a"), registry=ground.registry()).seconds > 0
+    assert tried == [ground.config(tmp_path / "a").batch_size, 1]
 
 
 @pytest.mark.parametrize("text", ["much", "-1e9", "0", "nan", "inf"])
