@@ -102,7 +102,12 @@ def examples_of(*kinds: str) -> list[str]:
     return [s.example for s in specs if not getattr(s, "argument", "").isupper() and s.example.startswith("esper run ")]
 
 
-@pytest.mark.parametrize("example", examples_of("task", "controller", "sink"))
+def typed(example: str) -> object:
+    """A model of full size takes half a minute to plan."""
+    return pytest.param(example, marks=[pytest.mark.slow] if "transformers:" in example else [])
+
+
+@pytest.mark.parametrize("example", map(typed, examples_of("task", "controller", "sink")))
 def test_the_example_of_a_part_can_be_typed(example: str) -> None:
     result = esper(*example.split()[1:], "--dry-run")
     assert result.exit_code == 0, result.output
