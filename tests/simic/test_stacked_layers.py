@@ -76,8 +76,9 @@ class _Kernels(TorchDispatchMode):
 
 
 MAPS = [
-    r.name for r in load_registry().specs("blueprint") if "NCHW" in r.spec.layouts and r.name not in ("noop", "copy")
-]
+    r.name for r in load_registry().specs("blueprint") if "NCHW" in r.spec.layouts
+    and r.name not in ("noop", "copy") and "around" not in r.spec.needs
+]  # fmt: skip
 """Without `copy`, which needs a block that keeps the shape of its feature, which this host's blocks do not."""
 
 

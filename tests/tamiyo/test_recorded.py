@@ -84,7 +84,7 @@ def test_a_view_says_what_grows_in_a_slot(run: str) -> None:
     for slot in (slot for view in recorded_views(run) for slot in view.slots):
         if slot.stage.spec.occupied:
             spec: Any = registry.find("blueprint", slot.blueprint).spec
-            assert (slot.seed_family, slot.seed_tags) == (spec.family, spec.capabilities)
+            assert slot.seed_family == spec.family and slot.seed_tags <= spec.capabilities  # which may have grown since
         else:
             assert (slot.seed_family, slot.seed_tags) == ("", frozenset())
 
