@@ -93,7 +93,7 @@ def test_the_card_has_a_head_in_yaml_and_says_what_grew(tmp_path: Path) -> None:
 def test_a_timm_model_comes_back_by_itself(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
-    grown = germinated(model, images(32)[:16], "conv", seed=1)
+    grown = germinated(model, images(32)[:16], "conv", seed=1, epochs=14)
     assert stands(grown)
     again = esper_core.from_pretrained(grown.save(tmp_path / "timm"))
     assert torch.equal(again(images(32)[:2]), grown.model(images(32)[:2]))
