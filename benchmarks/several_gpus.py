@@ -37,6 +37,7 @@ from esper_core.leyline.host import Batch  # noqa: E402
 from esper_core.registry import Registry, load_registry  # noqa: E402
 from esper_core.tolaria.checkpoint import Checkpoints  # noqa: E402
 from esper_core.tolaria.config import RunConfig  # noqa: E402
+from esper_core.tolaria.consult import compare_processes  # noqa: E402
 from esper_core.tolaria.process_group import ProcessGroup  # noqa: E402
 from esper_core.tolaria.processes import build, join, own_device  # noqa: E402
 from esper_core.tolaria.run import build_trainer  # noqa: E402
@@ -183,7 +184,7 @@ def _pieces(trainer: Trainer, folder: Path, began: float, limit: float) -> None:
     tolaria, ranks = trainer.tolaria, trainer.ranks
     take = partial(tolaria.snapshot.take, tolaria.plane, tolaria.optimizer, tolaria.clock.step)
     tell(stage="snapshot", first=timed(take), again=timed(take))
-    tell(stage="comparison of processes", seconds=timed(tolaria._compare_ranks))
+    tell(stage="comparison of processes", seconds=timed(lambda: compare_processes(tolaria)))
     tell(stage="rollback", seconds=timed(lambda: tolaria.snapshot.restore(tolaria.plane, tolaria.optimizer)))
     if ranks.share(time.perf_counter() - began > 0.6 * limit):
         return tell(stage="checkpoint", left_out="no time")

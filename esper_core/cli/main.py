@@ -116,9 +116,10 @@ class Verbs(click.Group):
 
 def _is_told_by_another(message: str) -> bool:
     """Whether the first of several processes prints this error, which all of them came to."""
-    rank = os.environ.get("RANK", "0")
-    several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
-    return several and rank != "0" and not message.startswith(f"process {rank} raised")
+    from esper_core.tolaria.process_count import process_number
+
+    number = process_number()
+    return number > 0 and not message.startswith(f"process {number} raised")
 
 
 def fail(message: str, code: int) -> NoReturn:

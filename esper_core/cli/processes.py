@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from esper_core.leyline.errors import BadOption, RunFailed
+from esper_core.tolaria.process_count import process_count, process_number
 
 TOGETHER: Final = ("run", "resume")
 """Verbs that several processes can do together."""
@@ -22,14 +23,9 @@ devices_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.optio
 )
 
 
-def process_count() -> int:
-    """Processes that torchrun has started for this command; 1 where it has not."""
-    return int(os.environ.get("WORLD_SIZE", "1") or 1) if "RANK" in os.environ else 1
-
-
 def is_follower() -> bool:
     """Whether this is one of several processes, and not the one that talks to the user."""
-    return process_count() > 1 and os.environ["RANK"] != "0"
+    return process_number() > 0
 
 
 def refuse_verb(verb: str) -> None:

@@ -8,7 +8,7 @@ import click
 
 from esper_core.cli.arguments import find_run, run_argument
 from esper_core.cli.context import current_registry
-from esper_core.cli.processes import devices_option, is_follower, launch
+from esper_core.cli.processes import STOPPED, devices_option, is_follower, launch
 
 
 @click.command()
@@ -30,7 +30,7 @@ def resume(
     if devices is not None and devices > 1:
         return launch(devices)
     from esper_core.cli.display import Display, chosen_mode
-    from esper_core.cli.summary import STOPPED, conclude
+    from esper_core.cli.summary import conclude
     from esper_core.leyline.errors import RunFailed
     from esper_core.tolaria.run import resume_run
     from esper_core.tolaria.run_folder import RunFolder

@@ -10,9 +10,10 @@ import click
 
 from esper_core.cli.arguments import GroupedCommand, check_names, config_options, resolve_config
 from esper_core.cli.context import current_registry
-from esper_core.cli.processes import devices_option, is_follower, launch, process_count
+from esper_core.cli.processes import STOPPED, devices_option, is_follower, launch
 from esper_core.leyline.errors import BadOption
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.process_count import process_count
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
@@ -99,7 +100,7 @@ def run(
 
 def _train(config: RunConfig, display: Display, seeds: int, arms: tuple[str, ...]) -> int:
     """Train, and compare with `arms` (all of them if empty) over `seeds` seeds if that is above 0."""
-    from esper_core.cli.summary import STOPPED, conclude
+    from esper_core.cli.summary import conclude
     from esper_core.leyline.errors import RunFailed
     from esper_core.tolaria.run import start_run
 

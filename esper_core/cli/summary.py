@@ -14,6 +14,7 @@ from rich.text import Text
 from esper_core.cli.arms import arm_scores, judge_of
 from esper_core.cli.live import clock
 from esper_core.cli.output import say
+from esper_core.cli.processes import STOPPED
 from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.files import typed
@@ -23,9 +24,6 @@ from esper_core.nissa.report.wording import metric_of, nats, number, percent, pr
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
-
-STOPPED = 130
-"""Exit code of a run that a signal stopped; it can be resumed."""
 
 
 def conclude(

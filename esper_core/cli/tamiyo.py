@@ -21,7 +21,7 @@ Function = Callable[..., Any]
 def _curriculum(function: Function) -> Function:
     return click.option(
         "--curriculum", default="university", metavar="NAME|FILE", show_default=True,
-        help="university, internship, masterpiece, or the path of a TOML file",
+        help="university, differing, internship, masterpiece, or the path of a TOML file",
     )(function)  # fmt: skip
 
 

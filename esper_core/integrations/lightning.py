@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,12 +11,12 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from esper_core.integrations.batches import OnDevice
+from esper_core.integrations.loss_check import LossCheck, tell
 from esper_core.kasmina.compose import compose
-from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
-from esper_core.leyline.events import Event, FaultCaught
+from esper_core.leyline.events import Event
 from esper_core.registry import load_registry
 from esper_core.tolaria.grow import accompany
 from esper_core.tolaria.labels import ToBatch, to_batch
@@ -33,8 +31,6 @@ MARK: Final = "grown seeds (read by esper_core.integrations.lightning.load_grown
 """Key of the state dict in a checkpoint with seeds: `load_from_checkpoint` alone, which would lose them, refuses it."""
 
 _AVERAGES = {"StochasticWeightAveraging", "WeightAveraging"}
-_COMPARED = 3
-_DIFFERENT = 0.01
 
 
 class LightningGrowth(Callback):
@@ -75,7 +71,8 @@ class LightningGrowth(Callback):
         self._used: Plane | None = None  # of a module that is only tested
         self._held: Tensor | None = None
         self._losses: list[Tensor] = []
-        self._steps = self._total = self._seen = self._compared = 0
+        self._steps = self._total = self._seen = 0
+        self._check = LossCheck(self._say)
         self._output: Any = None
         self._hook: Any = None
         self._device = "cpu"
@@ -182,9 +179,9 @@ class LightningGrowth(Callback):
         output, self._output = self._output, None
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach().float())
-            if self._compared < _COMPARED and output is not None:
-                self._compared += 1
-                self._compare(batch, output, float(loss.detach()), self._parts(trainer, pl_module))
+            if self._check.wanted and output is not None:
+                whole = float(loss.detach()) * self._parts(trainer, pl_module)
+                self._check.compare(self.tolaria, self.convert, batch, output, whole)
         self._seen += _size_of(batch)
         if trainer.global_step == self._steps:  # gradients are accumulated
             return
@@ -236,28 +233,12 @@ class LightningGrowth(Callback):
         return int(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else 1
 
     def _look(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module.training and torch.is_grad_enabled() and self._compared < _COMPARED:
+        if module.training and torch.is_grad_enabled() and self._check.wanted:
             self._output = output
-
-    def _compare(self, batch: Any, output: Any, loss: float, parts: int) -> None:
-        assert self.tolaria is not None
-        loss *= parts
-        try:
-            with torch.no_grad():
-                own = float(self.tolaria.objective.loss(pick_logits(output).detach(), self.convert(batch).targets))
-        except Exception as error:  # noqa: BLE001 - `convert` and batches are the caller's
-            self._say(f"the trainer's loss could not be compared: {type(error).__name__}: {error}")
-            return
-        if abs(own - loss) > _DIFFERENT * max(abs(loss), 0.1):
-            self._say(
-                f"growth is judged by another loss than the trainer's: {own:.4g} and {loss:.4g} on one batch; "
-                "give convert= or loss="
-            )
 
     def _say(self, what: str) -> None:
         assert self.tolaria is not None
-        warnings.warn(what, stacklevel=3)
-        self.on_event(FaultCaught(step=self.tolaria.clock.step, where="trainer", error=what, action="training goes on"))
+        tell(self.tolaria, self.on_event, what)
 
 
 def load_grown(
@@ -275,18 +256,23 @@ def load_grown(
     Raises:
         EsperError: the checkpoint holds no seeds.
     """
-    checkpoint = torch.load(path, map_location=options.get("map_location", "cpu"), weights_only=True)
-    held = checkpoint.get(PROGRESS)
-    if held is None:
+    held: list[Tensor] = []
+
+    class Loading(kind):  # type: ignore[misc]
+        """The same class, which takes out what is the seeds' before its weights are loaded."""
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            held.extend(found for found in [checkpoint.get(PROGRESS)] if found is not None)
+            checkpoint["state_dict"].pop(MARK, None)
+            super().on_load_checkpoint(checkpoint)
+
+    loaded = Loading.load_from_checkpoint(path, weights_only=True, **options)
+    loaded.__class__ = kind
+    if not held:
         raise EsperError(f"{path} holds no seeds", "a checkpoint of a trainer with LightningGrowth",
                          f"{kind.__name__}.load_from_checkpoint(PATH)")  # fmt: skip
-    checkpoint["state_dict"].pop(MARK, None)
-    file = io.BytesIO()
-    torch.save(checkpoint, file)
-    file.seek(0)
-    loaded = kind.load_from_checkpoint(file, **options)
     plane = _plane_over(loaded.get_submodule(module), convert(sample).inputs, points)
-    with_file(held, lambda name: load_growth(plane, name))
+    with_file(held[0], lambda name: load_growth(plane, name))
     return loaded, plane
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,17 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from esper_core.integrations.batches import OnDevice
+from esper_core.integrations.loss_check import LossCheck, tell
 from esper_core.kasmina.compose import compose
-from esper_core.kasmina.feature_trace import pick_logits
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
-from esper_core.leyline.events import Event, FaultCaught
-from esper_core.leyline.host import IGNORED
+from esper_core.leyline.events import Event
 from esper_core.tolaria.grow import accompany
 from esper_core.tolaria.labels import ToBatch, to_batch
 from esper_core.tolaria.model_file import load_growth
 from esper_core.tolaria.pretrained import GROWTH_FILE
 from esper_core.tolaria.progress_file import resume, save_progress
 from esper_core.tolaria.session import Tolaria
-
-_COMPARED = 3
-_DIFFERENT = 0.01
 
 
 class GrowthCallback(TrainerCallback):
@@ -64,7 +59,8 @@ class GrowthCallback(TrainerCallback):
         self.options = options
         self.tolaria: Tolaria | None = None
         self._losses: list[Tensor] = []
-        self._summed, self._watched, self._compared, self._unseen = False, False, 0, 0
+        self._summed, self._watched, self._unseen = False, False, 0
+        self._check = LossCheck(self._say)
         self._device = "cpu"
         self._hook: Any = None
 
@@ -162,6 +158,7 @@ class GrowthCallback(TrainerCallback):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load_growth(self.tolaria.plane, Path(state.best_model_checkpoint) / GROWTH_FILE)
+            self.tolaria.optimizer.sync(self.tolaria.plane)
             self.tolaria.conclude()
         if self.tolaria.clock.step == 0:
             self._say("no growth step happened: the trainer never told of an optimizer step")
@@ -187,27 +184,10 @@ class GrowthCallback(TrainerCallback):
             return
         whole = given.get("num_items_in_batch") is None
         self._note(loss, not whole)
-        if self._compared < _COMPARED and "labels" in given and self.tolaria is not None:
-            self._compared += 1
-            self._compare(given, output, float(loss.detach()))
-
-    def _compare(self, given: Any, output: Any, loss: float) -> None:
-        assert self.tolaria is not None
-        try:
-            targets = self.convert({name: value for name, value in given.items() if value is not None}).targets
-            with torch.no_grad():
-                own = float(self.tolaria.objective.loss(pick_logits(output).detach(), targets))
-            items = given.get("num_items_in_batch")
-            if items is not None and isinstance(targets, Tensor) and not targets.is_floating_point():
-                own *= int((targets != IGNORED).sum()) / max(1.0, float(items))  # the trainer's is a sum over a share
-        except Exception as error:  # noqa: BLE001 - `convert` is the caller's code
-            self._say(f"the trainer's loss could not be compared: {type(error).__name__}: {error}")
-            return
-        if abs(own - loss) > _DIFFERENT * max(abs(loss), 0.1):
-            self._say(
-                f"growth is judged by another loss than the trainer's: {own:.4g} and {loss:.4g} on one batch; "
-                "give convert= or loss="
-            )
+        if self._check.wanted and "labels" in given and self.tolaria is not None:
+            item = {name: value for name, value in given.items() if value is not None}
+            items = None if whole else float(given["num_items_in_batch"])
+            self._check.compare(self.tolaria, self.convert, item, output, float(loss.detach()), items)
 
     def _note(self, loss: Tensor, summed: bool) -> None:
         self._losses.append(loss.detach().float().mean())
@@ -215,5 +195,4 @@ class GrowthCallback(TrainerCallback):
 
     def _say(self, what: str) -> None:
         assert self.tolaria is not None
-        warnings.warn(what, stacklevel=3)
-        self.on_event(FaultCaught(step=self.tolaria.clock.step, where="trainer", error=what, action="training goes on"))
+        tell(self.tolaria, self.on_event, what)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -18,13 +14,11 @@ from torch.utils._pytree import tree_map_only
 from esper_core.kasmina.around import AroundView, Layer, find_layers
 from esper_core.kasmina.block_compile import compile_blocks
 from esper_core.kasmina.block_run import BlockInfo, Pass, find_blocks, trace_blocks
-from esper_core.kasmina.caches import block_count, number_of
-from esper_core.kasmina.calls import Call, argument_names
 from esper_core.kasmina.causality import find_causal
+from esper_core.kasmina.composed_model import ComposedModel
 from esper_core.kasmina.feature_trace import (
     Trace,
     call,
-    feature_of,
     pick_logits,
     repeat_example,
     trace_features,
@@ -35,8 +29,7 @@ from esper_core.kasmina.module_copy import copy_module
 from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
 from esper_core.kasmina.point_discovery import Found, discover, view_of
 from esper_core.kasmina.sight import find_around
-from esper_core.kasmina.slot import SlotStack
-from esper_core.kasmina.stray_copy import StrayCopy
+from esper_core.kasmina.slot_hook import CallKeeper, SlotHook
 from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import list_tensors
 from esper_core.leyline.injection import InjectionSpec
@@ -45,113 +38,6 @@ if TYPE_CHECKING:
     from esper_core.leyline.host import Inputs, SlotModule
 
 _PLAIN = FeatureView("NCHW", 1, (), 2)
-
-
-class SlotHook:
-    """A forward hook that passes a module's feature through a slot; copies and pickles with the module.
-
-    The feature is the module's output, or the first tensor in it. A slot that hands its input back leaves the
-    output object itself in place. A slot that `wants_call` gets the module's arguments too.
-
-    Args:
-        slot: feature to feature of the same shape. view: how it sees the module's. model: the model. path: the module.
-        alone: the call of the module is all that the slot's seeds may want, and not the masks of those around it.
-    """
-
-    belongs_to_plane = True
-
-    def __init__(
-        self, slot: SlotModule, view: FeatureView | AroundView, model: nn.Module | None = None, path: str = "",
-        alone: bool = False,
-    ) -> None:  # fmt: skip
-        self.slot, self.view = slot, view
-        self.plain = view.plain
-        self.model = weakref.ref(model) if model is not None else None
-        self.original: StrayCopy | None = None
-        self.names: tuple[str, ...] = ()
-        self.around_names: tuple[str, ...] = ()
-        self.number: int | None = None
-        self.count = 0
-        self.around: Call | None = None
-        if model is not None and not alone:
-            place, around = model.get_submodule(path), find_around(model, path)
-            self.names = argument_names(place)
-            self.around_names = argument_names(around) if around is not None else ()
-            self.number, self.count = number_of(around if around is not None else place), block_count(model)
-
-    @property
-    def wants_call(self) -> bool:
-        """Whether the slot wants the call of the module before it."""
-        return getattr(self.slot, "wants_call", False)
-
-    def keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before the module around is called: its masks are those of the slot's feature too."""
-        if self.wants_call:
-            self.around = Call(args, kwargs, self.around_names, None, self.number, self.count)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SlotHook:
-        """The hook of a copied model; a plane that is copied with its model takes it over, see `adopt_hooks`."""
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        twin.around = None
-        twin.slot, twin.view = copy.deepcopy(self.slot, memo), copy.deepcopy(self.view, memo)
-        model = self.model() if self.model is not None else None
-        copied = memo.get(id(model)) if model is not None else None
-        twin.model = weakref.ref(copied) if isinstance(copied, nn.Module) else None
-        twin.original = StrayCopy(self.slot) if isinstance(self.slot, SlotStack) and twin.model is not None else None
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "model": None, "original": None, "around": None}
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        feature = output if isinstance(output, Tensor) else feature_of(output)
-        if feature is None:
-            raise TypeError(f"{type(module).__name__} answered without a tensor, and a slot stands behind it")
-        seen = feature if self.plain else self.view.see(feature)
-        slot: Any = self.slot
-        if self.model is not None and not torch.compiler.is_compiling():
-            model = self.model()
-            if model is not None and model.training != getattr(slot, "training", model.training):
-                slot.train(model.training)  # seeds are no children of the model, whose mode they go by
-            if self.original is not None and self.original.look(model or module, slot):
-                self.original = None
-        if self.wants_call:
-            grown = slot(seen, Call(args, kwargs, self.names, self.around, self.number, self.count, module))
-        else:
-            grown = slot(seen)
-        if grown is seen:
-            return None
-        return replace_feature(output, grown if self.plain else self.view.restore(grown, feature))
-
-
-class CallKeeper:
-    """A forward pre-hook on the module around a slot's, for its masks, and the forward hook that lets go of them."""
-
-    belongs_to_plane = True
-
-    def __init__(self, hook: SlotHook) -> None:
-        self.hook = hook
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if output is None:
-            self.hook.keep(module, args, kwargs)
-        else:
-            self.hook.around = None
-
-
-def replace_feature(output: Any, feature: Tensor) -> Any:
-    """`output` with its first tensor replaced; containers keep their type."""
-    if isinstance(output, Tensor):
-        return feature
-    if isinstance(output, Mapping):
-        name = next(iter(output))
-        value = replace_feature(output[name], feature)
-        if dataclasses.is_dataclass(type(output)):
-            return dataclasses.replace(cast("Any", output), **{name: value})
-        return type(output)({**output, name: value})  # type: ignore[call-arg]
-    items = [replace_feature(output[0], feature), *output[1:]]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
 class ModuleHost:
@@ -353,138 +239,6 @@ class ModuleHost:
         if name not in self._specs:
             hint = did_you_mean(name, self._specs) or "esper hosts show HOST"
             raise UnknownName(f"the host has no injection point {name!r}", ", ".join(self._specs), hint)
-
-
-class ComposedModel(nn.Module):
-    """A model with modules built in behind its submodules; answers with logits.
-
-    A grown submodule gets a subclass of its own class whose `forward` goes on through the new module, so that the
-    model's code, attributes and keys stay what they were. Keys: `model.…` and `grown.<n>.…`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        grown: Sequence[tuple[str, nn.Module, FeatureView | AroundView]],
-        to_logits: Callable[[Any], Tensor],
-        prepare: Callable[[Inputs], Inputs] | None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.grown = nn.ModuleList(module for _, module, _ in grown)
-        self._to_logits, self._prepare = to_logits, prepare
-        keep_unfused(model)
-        for path, module, view in grown:
-            grow_behind(model, path, module, view)
-        for path, part in list(model.named_modules()):
-            inside = [place for place, _, _ in grown if not path or place == path or place.startswith(path + ".")]
-            if inside and callable(getattr(part, "save_pretrained", None)):
-                part.__dict__.pop("save_pretrained", None)
-                _derive(part, "holding")
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Logits of a batch."""
-        return self._to_logits(call(self.model, self._prepare(inputs) if self._prepare else inputs))
-
-
-def keep_unfused(model: nn.Module) -> None:
-    """Have torch's encoder layers call their parts, without gradients too: the fused kernel would skip grown modules.
-
-    Layers with hooks are never fused; a composed model has none.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # torch reads it for this decision only
-        elif isinstance(module, nn.TransformerEncoder):
-            module.enable_nested_tensor = module.use_nested_tensor = False
-
-
-def grow_behind(model: nn.Module, path: str, grown: nn.Module, view: FeatureView | AroundView) -> None:
-    """Have the module at `path` pass its feature through `grown`, which some other module holds as a child."""
-    place, alone = model.get_submodule(path), isinstance(view, AroundView)
-    hook = _GrowthHook(grown, view, model, path, alone)
-    around = None if alone else find_around(model, path)
-    if "_grown_hooks" in place.__dict__:
-        place.__dict__["_grown_hooks"].append(hook)
-    else:
-        _derive(place, "grown")
-        place.__dict__["_grown_hooks"] = [hook]
-    if around is not None and hook.wants_call:
-        _keep_call(around, hook)
-
-
-def _keep_call(around: nn.Module, hook: SlotHook) -> None:
-    """Have `around` show `hook` what it is called with."""
-    if "_call_hooks" in around.__dict__:
-        around.__dict__["_call_hooks"].append(hook)
-        return
-    _derive(around, "calling")
-    around.__dict__["_call_hooks"] = [hook]
-
-
-def _derive(module: nn.Module, kind: str) -> None:
-    base: Any = type(module)
-    module.__class__ = _subclass(base, kind)
-
-
-@cache
-def _subclass(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    """The subclass of `base` whose `forward` goes on through what grew, or shows its call to what asks for it, or
-    whose `save_pretrained` is refused.
-
-    Its objects are pickled by way of the class that someone wrote.
-    """
-
-    def through(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = base.forward(self, *args, **kwargs)
-        for hook in self.__dict__["_grown_hooks"]:
-            output = hook(self, args, kwargs, output)
-        return output
-
-    def showing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for hook in self.__dict__["_call_hooks"]:
-            hook.keep(self, args, kwargs)
-        try:
-            return base.forward(self, *args, **kwargs)
-        finally:
-            for hook in self.__dict__["_call_hooks"]:
-                hook.around = None
-
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise EsperError(
-            f"save_pretrained of a composed {base.__name__} would lose what has grown, which is not among its keys",
-            "a folder of both",
-            "esper_core.save_pretrained(plane, FOLDER), or torch.save(composed, FILE)",
-        )
-
-    origin: Any = getattr(base, "_origin", base)
-    derived = (*getattr(base, "_derived", ()), kind)
-
-    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-        return _object_of, (origin, derived), getattr(self, "__getstate__", lambda: self.__dict__)()
-
-    changed: dict[str, Any] = {
-        "grown": {"forward": through}, "calling": {"forward": showing}, "holding": {"save_pretrained": refuse},
-    }[kind]  # fmt: skip
-    names = {**changed, "__module__": base.__module__, "__reduce_ex__": reduce, "_origin": origin, "_derived": derived}
-    return type(base.__name__, (base,), names)
-
-
-def _object_of(origin: type[nn.Module], derived: tuple[str, ...]) -> nn.Module:
-    """An object of the class that `_subclass` makes of `origin`, without its state, for pickles and copies."""
-    kind: Any = origin
-    for name in derived:
-        kind = _subclass(kind, name)
-    made: nn.Module = kind.__new__(kind)
-    return made
-
-
-class _GrowthHook(SlotHook):
-    """A slot hook that always answers with an output."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        changed = super().__call__(module, args, kwargs, output)
-        return output if changed is None else changed
 
 
 def host_from_module(

@@ -62,8 +62,12 @@ def pull(grad: Tensor, s: Tensor, size: Tensor, *, lanes: int = 0) -> Tensor:
     Args:
         grad: gradient at the slot. s: the seed's output. size: `size_of` the host's feature. lanes: as for `size_of`.
     """
-    reach = torch.maximum(TRUST * size, 0.5 * size_of(s, lanes=lanes)).clamp_min(_TINY)
-    return (size_of(grad, lanes=lanes) / reach).to(grad.dtype)
+    return pull_of(size_of(grad, lanes=lanes), size, size_of(s, lanes=lanes)).to(grad.dtype)
+
+
+def pull_of(grad_size: Tensor, host_size: Tensor, seed_size: Tensor) -> Tensor:
+    """`pull` from the sizes of gradient, host's feature and seed's output."""
+    return grad_size / torch.maximum(TRUST * host_size, 0.5 * seed_size).clamp_min(_TINY)
 
 
 class SharedStraightThrough(torch.autograd.Function):
@@ -79,8 +83,7 @@ class SharedStraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,), (s, size) = grads, ctx.saved_tensors
         g_norm, h_norm, s_norm = ctx.add_up_norms(torch.stack([size_of(grad), size, size_of(s)])).unbind()
-        reach = torch.maximum(TRUST * h_norm, 0.5 * s_norm).clamp_min(_TINY)
-        return grad, torch.addcmul(grad, s, (g_norm / reach).to(grad.dtype)), None
+        return grad, torch.addcmul(grad, s, pull_of(g_norm, h_norm, s_norm).to(grad.dtype)), None
 
 
 class SilentGradient(torch.autograd.Function):

@@ -13,6 +13,7 @@ from esper_core.leyline.stages import Op
 from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Interval
 from esper_core.tolaria.faults import PART_FAULTS
+from esper_core.tolaria.snapshot import model_tensors
 
 if TYPE_CHECKING:
     from esper_core.tolaria.session import Tolaria
@@ -63,6 +64,19 @@ def _serve(tolaria: Tolaria) -> Any:
             raise
         except PART_FAULTS:  # it was raised on every process, and the first one's controller hears of it
             continue
+
+
+def compare_processes(tolaria: Tolaria, every: int = 1) -> None:
+    """Make sure, about every so many optimizer steps, that the processes hold the same model.
+
+    Raises:
+        RunFailed: they do not; the message names the place.
+    """
+    plane, step = tolaria.plane, tolaria.clock.step
+    if plane.ranks.size > 1 and step % every < tolaria.governor.config.check_every:
+        slots = {f"slot {entry['path']}": entry for entry in plane.structure()}
+        plain = {**slots, "the governor's state": tolaria.governor.state_dict()}
+        plane.ranks.compare(model_tensors(plane), plain, step)
 
 
 def plain_command(command: Command) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esper_core.kasmina.plane import Plane
-from esper_core.tolaria.process_group import ProcessGroup
+from esper_core.tolaria.process_group import ProcessGroup, running_of
 from esper_core.tolaria.step import Strategy
 
 BUCKET: Final = 25 << 20
@@ -99,7 +99,7 @@ class Replicated(Strategy):
         for bucket, has in zip(self._buckets, present, strict=True):
             for parameter, view, found in zip(bucket.parameters, bucket.views, has, strict=True):
                 parameter.grad = view if found else None
-        self._average_running()
+        self.ranks.average_running(self._running)
 
     def _drain(self) -> None:
         """Send what was not sent, in order, and wait for all of it."""
@@ -159,23 +159,8 @@ class Replicated(Strategy):
             for number, bucket in enumerate(self._buckets)
             for p in bucket.parameters
         }
-        self._running = []
-        for module in (*self.plane.host.module.modules(), *self.plane.module.modules()):
-            buffers = [getattr(module, name, None) for name in ("running_mean", "running_var")]
-            held = [b for b in buffers if isinstance(b, Tensor) and b.is_floating_point()]
-            if held:
-                self._running.append((module, held))
+        self._running = running_of(self.plane)
         self._version = self.ranks.version
-
-    @torch.no_grad()
-    def _average_running(self) -> None:
-        buffers = [buffer for module, held in self._running if module.training for buffer in held]
-        if not buffers:
-            return
-        flat = torch.cat([buffer.reshape(-1).float() for buffer in buffers]) / self.ranks.size
-        self.ranks.add_up_(flat)
-        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)])
 
 
 def _gradient_bucket(parameters: list[nn.Parameter]) -> GradientBucket:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from esper_core.kasmina.module_host import SlotHook
+from esper_core.kasmina.slot_hook import SlotHook
 from esper_core.leyline.errors import EsperError
 
 

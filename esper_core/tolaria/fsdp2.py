@@ -26,7 +26,7 @@ from esper_core.kasmina.ranks import local
 from esper_core.leyline.errors import BadOption, EsperError, IncompatibleSeed, RunFailed
 from esper_core.leyline.host import HostProtocol
 from esper_core.tolaria.faults import PART_FAULTS
-from esper_core.tolaria.process_group import ProcessGroup
+from esper_core.tolaria.process_group import ProcessGroup, running_of
 from esper_core.tolaria.step import Strategy
 
 
@@ -155,20 +155,7 @@ class Sharded(Strategy):
 
     def complete(self, parameters: Iterable[nn.Parameter]) -> None:
         """See `Strategy`: nothing is left to do for gradients; running statistics are averaged."""
-        held = [
-            buffer
-            for root in (self.plane.host.module, self.plane.module)
-            for module in root.modules()
-            if module.training
-            for buffer in (getattr(module, "running_mean", None), getattr(module, "running_var", None))
-            if isinstance(buffer, Tensor) and buffer.is_floating_point()
-        ]
-        if held:
-            with torch.no_grad():
-                flat = torch.cat([b.reshape(-1).float() for b in held]) / self.ranks.size
-                self.ranks.add_up_(flat)
-                for buffer, part in zip(held, torch.split(flat, [b.numel() for b in held]), strict=True):
-                    buffer.copy_(part.view(buffer.shape))
+        self.ranks.average_running(running_of(self.plane))
 
 
 class Cloner:

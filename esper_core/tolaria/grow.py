@@ -22,7 +22,7 @@ from esper_core.nissa.report import write_report
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.caller_groups import adopted, kind_for, unwrapped
-from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.config import OWN_MODEL, RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
 from esper_core.tolaria.grown import Grown, Lines
 from esper_core.tolaria.labels import ToBatch, settle, to_batch
@@ -31,7 +31,7 @@ from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.own_objective import Judge, Loss
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.session import Tolaria
-from esper_core.tolaria.setup import OWN_MODEL, OwnModel, check_settings, set_up_module
+from esper_core.tolaria.setup import OwnModel, check_settings, set_up_module
 from esper_core.tolaria.timetable import Timetable
 from esper_core.tolaria.trainer import Trainer
 

@@ -17,8 +17,8 @@ from esper_core.leyline.errors import BadOption
 from esper_core.leyline.stages import STAGES
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import read_json_file, write_json_file
-from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.model_file import OWN, load_model, load_plane, named_run, save_model
+from esper_core.tolaria.config import OWN_MODEL, RunConfig
+from esper_core.tolaria.model_file import load_model, load_plane, named_run, save_model
 
 if TYPE_CHECKING:
     from esper_core.tolaria.grown import Grown
@@ -103,7 +103,7 @@ def _found(grown: Any, weights: str) -> tuple[Plane, dict[str, Any], dict[str, A
         raise BadOption(f"weights={weights!r} of a model in memory", "a run's folder", "save_pretrained(FOLDER, …)")
     plane: Plane = grown if isinstance(grown, Plane) else grown.plane
     result = grown.result.to_mapping() if hasattr(grown, "result") else {}
-    config = RunConfig(host=OWN, blueprints=tuple(plane.candidates), seed=plane.seed)
+    config = RunConfig(host=OWN_MODEL, blueprints=tuple(plane.candidates), seed=plane.seed)
     brought = {"name": "loaders", "kind": "", "outputs": 0, "input_shape": []}
     return plane, {"config": config.to_mapping(), "task": brought}, result
 
@@ -143,7 +143,7 @@ def _card(told: Mapping[str, Any], name: str, license: str, tags: Sequence[str],
     library = told["base"].partition("/")[0]
     head["tags"] = list(dict.fromkeys(["esper", "grown-network", *([library] if library else []), *tags]))
     head |= {"datasets": list(datasets)} if datasets else {}
-    own = not told["base"] and told["host"] == OWN
+    own = not told["base"] and told["host"] == OWN_MODEL
     call = 'from_pretrained("FOLDER", model=MODEL)' if own else 'from_pretrained("FOLDER")'
     share = told["parameters"] / max(1, told["host_parameters"]) - 1
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {name}", ""]

@@ -25,7 +25,7 @@ from esper_core.registry.record import Registered
 from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.checkpoint import Checkpoints
-from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.config import OWN_MODEL, RunConfig
 from esper_core.tolaria.offline import offline, without_fetching
 from esper_core.tolaria.recipe import check_buildable, rebuild_host, recipe_of
 from esper_core.tolaria.run_names import ROOT, is_run, list_runs
@@ -34,9 +34,6 @@ from esper_core.tolaria.timetable import Timetable
 
 FORMAT: Final = "esper-model-1"
 GROWTH_FORMAT: Final = "esper-growth-1"
-OWN: Final = "model"
-"""Name of the host where the caller brought a module of their own."""
-
 WEIGHTS: Final = ("last", "best")
 
 
@@ -66,7 +63,7 @@ def save_model(plane: Plane, path: Path | None, about: Mapping[str, Any]) -> Non
         return
     config = RunConfig.from_mapping(about["config"])
     header = {"format": FORMAT, **about, **growth_of(plane, config)}
-    if config.host == OWN and isinstance(plane.host, ModuleHost):
+    if config.host == OWN_MODEL and isinstance(plane.host, ModuleHost):
         header["own"] = recipe_of(plane.host)
     tensors = {name: plane.ranks.whole(tensor) for name, tensor in model_tensors(plane).items()}
     if path is not None:
@@ -120,7 +117,7 @@ def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
     """Structure of the seeds, origins of their parts, and their outputs for a fixed input."""
     live = [growth for growth in plane.growths.values() if STAGES[growth.stage].occupied]
     names = [("blueprint", growth.blueprint) for growth in live]
-    if config is not None and config.host != OWN:
+    if config is not None and config.host != OWN_MODEL:
         names.append(("host", split_reference(config.host)[0]))
     blends = [growth.blend for growth in live]
     return {
@@ -226,9 +223,9 @@ def load_plane(
         origins = Origins.read(header.get("origins", {}))
         config = without_fetching(RunConfig.from_mapping(header["config"]), weights=False)  # the file has them
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
-    if config.host != OWN and model is not None:
+    if config.host != OWN_MODEL and model is not None:
         raise BadOption(f"model= for {path}", f"nothing: its host is {config.host}, which Esper builds", "no model=")
-    if config.host == OWN and model is None:
+    if config.host == OWN_MODEL and model is None:
         check_buildable(header.get("own"), path)
     if weights == "best":
         tensors = _best(path, header)
@@ -238,7 +235,7 @@ def load_plane(
         if entries > len(tensors):  # before so many seeds are built
             raise BadFile(f"{file} names {entries} seeds and holds {len(tensors)} tensors", "one or more for each seed")
         with offline():
-            if config.host == OWN:
+            if config.host == OWN_MODEL:
                 host: HostProtocol = rebuild_host(header["own"], model, path)
             else:
                 host = build_host(config, registry, outputs, shape)

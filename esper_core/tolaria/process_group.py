@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.ranks import RankFault, Ranks
 from esper_core.kasmina.scoring import BadScores
 from esper_core.leyline.errors import EsperError, RunFailed
@@ -261,6 +262,17 @@ class ProcessGroup(Ranks):
                     tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
                     start += tensor.numel()
 
+    @torch.no_grad()
+    def average_running(self, running: Iterable[tuple[nn.Module, list[Tensor]]]) -> None:
+        """Take the mean over the processes of the running statistics of modules in training, see `running_of`."""
+        buffers = [buffer for module, held in running if module.training for buffer in held]
+        if not buffers:
+            return
+        flat = torch.cat([buffer.reshape(-1).float() for buffer in buffers]) / self.size
+        self.add_up_(flat)
+        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)])
+
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor of which this process may hold a part."""
         return tensor
@@ -302,6 +314,17 @@ class ProcessGroup(Ranks):
             return {}
         marks: list[int] = torch.stack([_mark(tensor.detach()) for tensor in mine.values()]).tolist()
         return dict(zip(mine, marks, strict=True))
+
+
+def running_of(plane: Plane) -> list[tuple[nn.Module, list[Tensor]]]:
+    """Modules of host and seeds with running statistics, and these."""
+    found = []
+    for module in (*plane.host.module.modules(), *plane.module.modules()):
+        buffers = [getattr(module, name, None) for name in ("running_mean", "running_var")]
+        held = [b for b in buffers if isinstance(b, Tensor) and b.is_floating_point()]
+        if held:
+            found.append((module, held))
+    return found
 
 
 def _is_broken(told: str) -> bool:

@@ -12,13 +12,9 @@ from esper_core.kasmina.ranks import Ranks
 from esper_core.leyline.errors import BadOption
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.ddp import Replicated
+from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.step import Strategy
-
-
-def launched() -> bool:
-    """Whether this process is one of several that torchrun, or a launcher like it, has started."""
-    return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and "RANK" in os.environ
 
 
 def own_device(name: str) -> str:
@@ -31,7 +27,7 @@ def own_device(name: str) -> str:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if name not in ("auto", "cuda"):
-        raise BadOption(f"device {name!r} with {os.environ['WORLD_SIZE']} processes", "cpu or cuda", "--device cuda")
+        raise BadOption(f"device {name!r} with {process_count()} processes", "cpu or cuda", "--device cuda")
     if torch.cuda.device_count() <= number:
         given = f"{torch.cuda.device_count()} GPUs for process {number} of this machine"
         raise BadOption(given, "one for each process", "--device cpu, or fewer processes")
@@ -67,7 +63,7 @@ def meet_others(config: RunConfig) -> Ranks:
     Raises:
         BadOption: they cannot be met, or the configuration wants several and there is one.
     """
-    if not launched():
+    if process_count() == 1:
         if config.strategy != "auto":
             given = f"--strategy {config.strategy} with one process"
             raise BadOption(given, "several", "--devices N, or torchrun --nproc-per-node N -m esper_core run")

@@ -29,8 +29,9 @@ from esper_core.tolaria.flop_budget import measure_speed
 from esper_core.tolaria.model_file import bind, describe_origin, load_plane, origins_of
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
 from esper_core.tolaria.origin import check_origin, compare_data, data_of, parts_of, split_fingerprint
+from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.process_group import ProcessGroup
-from esper_core.tolaria.processes import launched, meet_others
+from esper_core.tolaria.processes import meet_others
 from esper_core.tolaria.room import Room, measure_room
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, set_up, spread
@@ -148,7 +149,7 @@ def resume_run(
         raise BadOption(
             f"{folder.path} is complete", "a run that was interrupted", f"esper report {typed(folder.path)}"
         )
-    ranks = meet_others(config) if launched() else Ranks()
+    ranks = meet_others(config) if process_count() > 1 else Ranks()
     if ranks.size == 1 and config.strategy != "auto":
         notify(f"one process resumes a run of --strategy {config.strategy}: nothing is shared")
     notify = notify if ranks.first else _silent

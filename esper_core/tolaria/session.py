@@ -36,7 +36,7 @@ from esper_core.leyline.view import Controller, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.nissa.trees import tree_readings
-from esper_core.tolaria.consult import command_of, consult, plain_command, plain_verdict
+from esper_core.tolaria.consult import command_of, compare_processes, consult, plain_command, plain_verdict
 from esper_core.tolaria.ending import resolve
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
 from esper_core.tolaria.finite import find_not_finite
@@ -46,7 +46,7 @@ from esper_core.tolaria.measuring import measure
 from esper_core.tolaria.optimizer import GrowthOptimizer
 from esper_core.tolaria.reward_books import RewardBooks
 from esper_core.tolaria.rollback import roll_back
-from esper_core.tolaria.snapshot import Snapshot, model_tensors
+from esper_core.tolaria.snapshot import Snapshot
 from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.tolaria.telling import audited, stage_changed
 from esper_core.tolaria.timetable import decision_step
@@ -198,7 +198,7 @@ class Tolaria:
         """
         if self.clock.step % self.governor.config.check_every == 0 or self._waiting == len(self._losses):
             alarm = self._drain()
-            self._compare_ranks(every=_COMPARED)
+            compare_processes(self, every=_COMPARED)
             if alarm is not None:
                 self.respond(alarm)
             elif self.clock.step - self.snapshot.step >= self.governor.config.snapshot_every:
@@ -230,7 +230,7 @@ class Tolaria:
         """
         self.batches = batches = list(batches) if iter(batches) is batches else batches  # audits read them again
         alarm = self._drain()
-        self._compare_ranks()
+        compare_processes(self)
         if self.snapshot.step < 0:
             self.keep()
         self._read_sensors()
@@ -355,17 +355,6 @@ class Tolaria:
             return
         if not withering(self) and self.governor.calm() and self._is_finite():
             self.snapshot.take(self.plane, self.optimizer, self.clock.step)
-
-    def _compare_ranks(self, every: int = 1) -> None:
-        """Make sure, about every so many optimizer steps, that the processes hold the same model.
-
-        Raises:
-            RunFailed: they do not; the message names the place.
-        """
-        if self.plane.ranks.size > 1 and self.clock.step % every < self.governor.config.check_every:
-            slots = {f"slot {entry['path']}": entry for entry in self.plane.structure()}
-            plain = {**slots, "the governor's state": self.governor.state_dict()}
-            self.plane.ranks.compare(model_tensors(self.plane), plain, self.clock.step)
 
     def read_host(self, batch: Batch) -> None:
         """Read the host's attention and layers on the first examples of `batch`; controllers see it from now on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import attrs
 import torch
@@ -29,7 +29,7 @@ from esper_core.nissa.sensors import SensorArray
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.record import Registered
 from esper_core.tolaria import assembly
-from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.config import OWN_MODEL, RunConfig
 from esper_core.tolaria.flop_budget import (
     budget_of_minutes,
     fit_to_budget,
@@ -49,9 +49,6 @@ from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.tolaria.timetable import Timetable, ValidationSlice, rows_of_rank, steps_per_epoch
 
 Notify = Callable[[str], None]
-
-OWN_MODEL: Final = "model"
-"""Name of the host where the caller brings a module of their own."""
 
 
 def _silent(text: str) -> None:

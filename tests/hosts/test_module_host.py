@@ -16,7 +16,8 @@ from esper_core import Plane, compose, host_from_module, load_registry
 from esper_core.kasmina.causality import find_causal
 from esper_core.kasmina.feature_trace import trace_features
 from esper_core.kasmina.feature_view import FeatureView
-from esper_core.kasmina.module_host import ModuleHost, SlotHook, replace_feature
+from esper_core.kasmina.module_host import ModuleHost
+from esper_core.kasmina.slot_hook import SlotHook, replace_feature
 from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName
 from esper_core.leyline.injection import InjectionSpec
 

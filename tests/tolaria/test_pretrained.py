@@ -102,6 +102,10 @@ class Note(transformers.TrainerCallback):
     def __init__(self, growth) -> None:
         self.growth, self.seen = growth, {}
 
+    def on_step_end(self, args, state, control, **given):
+        if state.global_step == 3:  # a seed that is still isolated at the end would be culled there
+            let_in(self.growth.plane, POINTS[1])
+
     def on_save(self, args, state, control, **given):
         self.seen[state.global_step] = state_of(self.growth.plane)
 
