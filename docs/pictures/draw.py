@@ -55,7 +55,7 @@ def frontier() -> str:
 
     parts = [
         text(24, 30, "3 blocks become 12 in training", "head"),
-        text(left - 36, 30, "At equal compute it ends below every static size", "head"),
+        text(left - 36, 30, "At equal compute it ends below every static size tried", "head"),
     ]
     for column, (count, told) in enumerate(((3, "begins"), (6, "copied once"), (12, "copied twice"))):
         x = 46 + column * 92
