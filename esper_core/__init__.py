@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from esper_core.kasmina.compose import compose as compose
     from esper_core.kasmina.copies import BlockRun as BlockRun
     from esper_core.kasmina.copies import CopiedRun as CopiedRun
+    from esper_core.kasmina.fold import Fold as Fold
     from esper_core.kasmina.module_host import ModuleHost as ModuleHost
     from esper_core.kasmina.module_host import host_from_module as host_from_module
     from esper_core.kasmina.plane import Plane as Plane
@@ -49,6 +50,7 @@ PUBLIC: dict[str, str] = {
     "Call": "esper_core.kasmina.calls:Call",
     "CopiedRun": "esper_core.kasmina.copies:CopiedRun",
     "EsperError": "esper_core.leyline.errors:EsperError",
+    "Fold": "esper_core.kasmina.fold:Fold",
     "GrowthCallback": "esper_core.integrations.transformers:GrowthCallback",
     "GrowthEMA": "esper_core.tolaria.ema:GrowthEMA",
     "ModuleHost": "esper_core.kasmina.module_host:ModuleHost",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from esper_blueprints import cost
 from esper_blueprints.around import input_of, layer_of, scale_of
 from esper_core.kasmina.calls import Call
+from esper_core.kasmina.fold import Fold
 from esper_core.leyline.injection import InjectionSpec
 
 _TINY = 1e-12
@@ -65,11 +66,11 @@ class DoRASeed(nn.Module):
         return whole[rows], bias.detach()[rows] if isinstance(bias, Tensor) else None
 
     @torch.no_grad()
-    def weight_beside(self, weight: Tensor) -> Tensor:
-        """What the seed adds to a layer's `weight`; both are (outputs, inputs)."""
-        moved = weight + self._low_rank()
-        lengths = torch.linalg.vector_norm(weight, dim=1) / (torch.linalg.vector_norm(moved, dim=1) + _TINY)
-        return ((1 + self.length) * lengths)[:, None] * moved - weight
+    def fold(self, weight: Tensor) -> Fold:
+        """What the seed does to its layer's weight, (outputs, inputs)."""
+        update = self._low_rank()
+        plain, moved = (torch.linalg.vector_norm(w, dim=1) + _TINY for w in (weight, weight + update))
+        return Fold(update, (1 + self.length) * plain / moved)
 
 
 build = DoRASeed

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esper_blueprints import cost
 from esper_core.kasmina.calls import Call
+from esper_core.kasmina.fold import Fold
 from esper_core.leyline.injection import InjectionSpec
 
 
@@ -29,6 +30,11 @@ class IA3Seed(nn.Module):
     def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
         """The layer's output in; delta of the same shape and dtype out."""
         return (h * self.factor).to(h.dtype)
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> Fold:
+        """What the seed does to its layer's weight and bias."""
+        return Fold(None, 1 + self.factor.flatten(), bias=True)
 
 
 build = IA3Seed

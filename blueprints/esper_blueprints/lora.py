@@ -15,6 +15,7 @@ from esper_blueprints import cost
 from esper_blueprints.around import layer_of, scale_of
 from esper_blueprints.layout import quiet
 from esper_core.kasmina.calls import Call
+from esper_core.kasmina.fold import Fold
 from esper_core.leyline.injection import InjectionSpec
 
 
@@ -49,6 +50,10 @@ class LoRASeed(nn.Module):
         down, up = self.a.weight, self.b.weight * self.scale
         assert isinstance(down, Tensor)
         return down @ up.mT if isinstance(self.a, nn.Embedding) else up @ down
+
+    def fold(self, weight: Tensor) -> Fold:
+        """What the seed does to its layer's weight."""
+        return Fold(self.weight())
 
 
 build = LoRASeed

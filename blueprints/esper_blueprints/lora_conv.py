@@ -14,6 +14,7 @@ from esper_blueprints import cost
 from esper_blueprints.around import input_of, layer_of, scale_of
 from esper_blueprints.layout import quiet
 from esper_core.kasmina.calls import Call
+from esper_core.kasmina.fold import Fold
 from esper_core.leyline.injection import InjectionSpec
 
 
@@ -53,6 +54,11 @@ class LoRAConvSeed(nn.Module):
             return None
         down = self.a.weight
         return (self.b.weight.flatten(1) * self.scale @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+    def fold(self, weight: Tensor) -> Fold | None:
+        """What the seed does to its layer's weight; None for a layer of several groups."""
+        update = self.weight()
+        return None if update is None else Fold(update)
 
 
 build = LoRAConvSeed

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esper_blueprints import cost
 from esper_blueprints.around import input_of, layer_of
 from esper_core.kasmina.calls import Call
+from esper_core.kasmina.fold import Fold
 from esper_core.leyline.injection import InjectionSpec
 
 _BORN = 0.1
@@ -47,6 +48,10 @@ class VeRASeed(nn.Module):
     def weight(self) -> Tensor:
         """What the seed adds to the layer's weight, (outputs, inputs)."""
         return self.end[:, None] * self.b @ (self.middle[:, None] * self.a)
+
+    def fold(self, weight: Tensor) -> Fold:
+        """What the seed does to its layer's weight."""
+        return Fold(self.weight())
 
 
 def _fixed(outputs: int, inputs: int) -> Tensor:

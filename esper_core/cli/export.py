@@ -15,8 +15,9 @@ FORMATS = ("torch", "torch-export", "onnx", "peft")
 @run_argument()
 @click.option("--format", "form", type=click.Choice(FORMATS), default="torch", show_default=True, help="What to write.")
 @click.option("--out", metavar="PATH", help="Where to write it.  [default: export/ in the run's folder]")
+@click.option("--merge", is_flag=True, help="Merge seeds around layers into the layers' weights, where they can be.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def export(run: str, form: str, out: str | None, as_json: bool) -> None:
+def export(run: str, form: str, out: str | None, merge: bool, as_json: bool) -> None:
     """Write the grown model of RUN for use without Esper: seeds built in, no hooks.
 
     \b
@@ -25,16 +26,21 @@ def export(run: str, form: str, out: str | None, as_json: bool) -> None:
     onnx          an .onnx file
     peft          the lora seeds around layers alone, as an adapter that peft loads
 
-    What was written is read back and compared with the model.
+    What was written is read back and compared with the model. With --merge the result has the bare host's parameters
+    and FLOPs where every seed is an update of a weight: lora, lora_conv, dora, ia3, vera.
     """
     folder = find_run(run)
     from esper_core.tolaria.export import describe_export, export_run
 
-    found = export_run(folder, form, out, registry=current_registry())
+    found = export_run(folder, form, out, merge=merge, registry=current_registry())
     if as_json:
         print_json(describe_export(found))
         return
     say(found.path)
     batch = "any batch size" if found.fixed_batch is None else f"batches of {found.fixed_batch} only"
     agrees = f"within {found.difference:.1g} of the model on {found.examples} examples"
+    if merge:
+        say(f"merged {len(found.merged)} seeds into their layers", err=True)
+        for path, reason in found.unmerged.items():
+            say(f"not merged: {path}: {reason}", err=True)
     say(f"takes {', '.join(found.inputs)}, {batch}; {agrees}", err=True)

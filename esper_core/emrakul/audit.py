@@ -149,7 +149,8 @@ class Auditor:
 
     def _is_suspect(self, slot: SlotView, view: RunView) -> bool:
         if (
-            not slot.stage.spec.settled
+            slot.merged
+            or not slot.stage.spec.settled
             or Op.WITHER not in legal_ops(slot.stage, auditor=True)
             or slot.path in self._open
         ):

@@ -114,7 +114,7 @@ class LightningGrowth(Callback):
         checkpoint["state_dict"].pop(MARK, None)
         self._held = checkpoint.get(PROGRESS)
         if self.tolaria is not None and self._held is not None:  # back to an earlier checkpoint of this training
-            with_file(self._held, lambda path: load_growth(self.plane, path))
+            with_file(self._held, lambda path: load_growth(self.plane, path, weights_follow=True))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Where a checkpoint is only used, grow its seeds."""

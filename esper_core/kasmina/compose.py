@@ -106,7 +106,8 @@ def _chains(plane: Plane, within: str) -> dict[str, nn.Module]:
     chains: dict[str, list[nn.Module]] = {}
     for path, slot in plane.slots.items():
         point = base_of(path)[len(within) :]
-        if path.startswith(within) and "/" not in point and STAGES[slot.stage].contributes and float(slot.alpha) > 0:
+        live = STAGES[slot.stage].contributes and float(slot.alpha) > 0 and not slot.merged
+        if path.startswith(within) and "/" not in point and live:
             chains.setdefault(point, []).append(_grown(plane, slot))
     return {point: chain[0] if len(chain) == 1 else Chain(*chain) for point, chain in chains.items()}
 

@@ -23,6 +23,7 @@ class Growth:
         blueprint, blend, tempo, options: what grows here and how it blends.
         direct: the seed learns nothing in isolation, and begins to blend as soon as it is born.
         origins: the points behind whose blocks the clones in the seed come from.
+        merged: the seed is part of its layer's weight; params and flops are 0 then.
         culled: blueprint to how many seeds of it were culled here.
         barren: family to decision steps for which no seed of it may germinate here, since one was culled as useless.
         births: seeds that have germinated here; with the plane's seed it fixes the next one's initial weights.
@@ -44,6 +45,7 @@ class Growth:
     options: dict[str, Any] = attrs.Factory(dict)
     direct: bool = False
     origins: list[str] = attrs.Factory(list)
+    merged: bool = False
     culled: dict[str, int] = attrs.Factory(dict)
     barren: dict[str, int] = attrs.Factory(dict)
     births: int = 0

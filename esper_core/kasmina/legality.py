@@ -21,6 +21,10 @@ def check(plane: Plane, command: Command, *, gated: bool) -> Transition | None:
     if command.op is Op.WAIT:
         return None
     growth = plane.growth(command.slot)
+    if growth.merged:
+        raise IllegalCommand(
+            f"{command.op} at {command.slot}, whose seed is merged into its layer", "wait", "plane.unmerge(SLOT) before"
+        )
     transition = find_transition(growth.stage, command.op)
     if transition is None:
         legal = ", ".join(sorted(legal_ops(growth.stage)))

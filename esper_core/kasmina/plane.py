@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
-from esper_core.kasmina import legality, nursery, plane_view
+from esper_core.kasmina import legality, merging, nursery, plane_view
+from esper_core.kasmina.around import PREFIX
 from esper_core.kasmina.blends import BlendOptions, parse_blend, parse_blends
 from esper_core.kasmina.candidates import Candidates
 from esper_core.kasmina.growth import Growth, StageChange, gate_value
@@ -25,7 +28,7 @@ from esper_core.kasmina.slot import SeedSlot
 from esper_core.kasmina.sources import run_at
 from esper_core.kasmina.territory import Territory, ancestors_of
 from esper_core.leyline.actions import Command, Tempo
-from esper_core.leyline.errors import EsperError, UnknownName, did_you_mean
+from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol
 from esper_core.leyline.stages import (
     EMPTY,
@@ -54,6 +57,7 @@ class Plane:
         ramp_steps: optimizer steps of a ramp at standard tempo.
         embargo: decision steps for which a culled slot stays empty.
         max_stack: seeds that may fossilise at one point, one upon the other.
+        merge: a seed that is an update of its layer's weight is merged into it as soon as it has fossilised.
         rent: lambda; a seed pays `rent * params / host_params` (nats).
         host_flops: forward FLOPs of the host for one example, if already counted.
         blueprint_options: blueprint name to options.
@@ -63,6 +67,7 @@ class Plane:
         UnknownName: a point, blueprint or blend of that name does not exist.
         IllegalCommand: not one of `blueprints` can grow at any of the points.
         EsperError: the host offers no injection point.
+        BadOption: `merge` without a point around a layer.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Plane:
         ramp_steps: int = 50,
         embargo: int = 2,
         max_stack: int = 1,
+        merge: bool = False,
         rent: float = 0.05,
         host_flops: int = 0,
         blueprint_options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
@@ -87,6 +93,7 @@ class Plane:
             raise EsperError("the host offers no injection point", "at least one", "esper hosts show HOST")
         self.host, self.seed, self.limits = host, seed, limits
         self.ramp_steps, self.embargo_decisions, self.max_stack, self.rent = ramp_steps, embargo, max_stack, rent
+        self.merge_fossils = merge
         self.ranks = Ranks()  # replaced where several processes train
         self.blends = parse_blends(blends, registry)
         self.blend_options = {name: dict(options) for name, options in blend_options.items()}
@@ -95,8 +102,11 @@ class Plane:
         self._territory = Territory(host)
         self._ramps = Ramps(self._build_curve)
         self._listeners: list[Callable[[StageChange], None]] = []
+        self._merge_listeners: list[Callable[[str], None]] = []
         self._veto_listeners: list[Callable[[Command, str, BaseException], None]] = []
         wanted = list(host.injection_specs) if points is None else list(points)
+        if merge and not any(PREFIX in name for name in wanted):
+            raise BadOption("plane.merge=true without slots around layers", "some", "--slots around:attn,mlp")
         for name in wanted:
             if name not in host.injection_specs:
                 hint = did_you_mean(name, host.injection_specs) or "esper hosts show HOST"
@@ -183,11 +193,12 @@ class Plane:
         return {path: list(_own_parameters(slot)) for path, slot in self._slots.items() if slot.seed is not None}
 
     def contributing(self) -> list[str]:
-        """Paths of the slots whose seed contributes to the model's output, in depth order.
+        """Paths of the slots whose seed contributes to the model's output by itself, in depth order.
 
         A seed inside one that does not contribute does not contribute either, in any stage of its own.
         """
-        shows = {p for p, g in self.growths.items() if STAGES[g.stage].contributes and g.alpha > 0}
+        live = ((p, g) for p, g in self.growths.items() if not g.merged)
+        shows = {p for p, g in live if STAGES[g.stage].contributes and g.alpha > 0}
         return [path for path in self.growths if path in shows and shows.issuperset(ancestors_of(path))]
 
     def views(self) -> tuple[SlotView, ...]:
@@ -197,6 +208,10 @@ class Plane:
     def on_change(self, listener: Callable[[StageChange], None]) -> None:
         """Call `listener` after every change of a stage."""
         self._listeners.append(listener)
+
+    def on_merge(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with a slot's path after its seed was merged or taken out again."""
+        self._merge_listeners.append(listener)
 
     def on_veto_fault(self, listener: Callable[[Command, str, BaseException], None]) -> None:
         """Have `listener` called where a veto raises while a view asks for it: with command, whose veto, and error."""
@@ -276,11 +291,24 @@ class Plane:
                 self._territory.growths[change.slot] = before[change.slot]
             raise
         for change in changes:
+            if self.merge_fossils and change.after.spec.permanent and not merging.refusal(self, change.slot):
+                with suppress(IllegalCommand):  # as it would have changed what the model computes
+                    self.merge(change.slot)
             self._tell(change)
         for part in parts:
             if part.slot in self.growths and (self.growths[part.slot].direct or part.tempo is Tempo.INSTANT):
                 self._advance_automatically(part.slot)
         return changes
+
+    def merge(self, path: str) -> None:
+        """Merge the fossilised seed at `path` into its layer's weight; see `merging.merge`."""
+        merging.merge(self, path)
+        self._tell_merge(path)
+
+    def unmerge(self, path: str) -> None:
+        """Take it out again; see `merging.unmerge`."""
+        merging.unmerge(self, path)
+        self._tell_merge(path)
 
     def embargo(self, path: str, decisions: int) -> None:
         """Refuse germination at `path` for that many decision steps more."""
@@ -372,6 +400,8 @@ class Plane:
                 self._territory.mount_children(path)
                 slot.set_stage(growth.stage)
                 self._set_alpha(path, growth.alpha)
+                if growth.merged and slot.spec.layer is not None:
+                    slot.merge(torch.ones(slot.spec.layer.outputs, device=slot.alpha.device))
                 if growth.ramping or waits_for_steps(growth.stage):
                     self._follow(path)
 
@@ -383,7 +413,7 @@ class Plane:
         for module in (self.host.module, self.module):
             memo |= {key: value for key, value in computed_tensors(module).items() if key not in memo}
         for name, value in self.__dict__.items():
-            setattr(twin, name, [] if name in ("_listeners", "_veto_listeners") else copy.deepcopy(value, memo))
+            setattr(twin, name, [] if name.endswith("_listeners") else copy.deepcopy(value, memo))
         for module in (twin.host.module, twin.module):
             adopt_hooks(module)
         return twin
@@ -441,6 +471,10 @@ class Plane:
     def _tell(self, change: StageChange) -> None:
         for listener in self._listeners:
             listener(change)
+
+    def _tell_merge(self, path: str) -> None:
+        for listener in self._merge_listeners:
+            listener(path)
 
     def _choose_blend(
         self, command: Command, slot: SeedSlot, growth: Growth
@@ -525,7 +559,7 @@ class Plane:
             gone += list(_own_parameters(self._slots[child]))
             self._ramps.drop(child)
             self._territory.unmount(child)
-        slot.seed = slot.combination = None
+        slot.seed = slot.combination = slot.fold = None
         slot.whole = slot.wants_call = False
         slot.set_stage(EMPTY)
         self._set_alpha(path, 0.0)

@@ -53,6 +53,7 @@ def _slot_view(plane: Plane, path: str, growth: Growth, left: tuple[int | None, 
         culled=growth.culled,
         inner_params=inner_params,
         inner_flops=inner_flops,
+        merged=growth.merged,
     )
 
 
@@ -75,6 +76,8 @@ def _affordable(plane: Plane, path: str, left: tuple[int | None, int | None]) ->
 def _legal(plane: Plane, path: str, growth: Growth, can_germinate: bool) -> frozenset[Op]:
     """The table's operations less those that a gate, an embargo, a budget or a plugin's veto refuses now."""
     legal = set()
+    if growth.merged:
+        return frozenset({Op.WAIT})
     for op in legal_ops(growth.stage):
         transition = find_transition(growth.stage, op)
         if op is Op.GERMINATE and not can_germinate:

@@ -83,12 +83,14 @@ class SeedSlot(nn.Module):
         writes: the seed writes to its input in place, so that it is given a copy.
         draws: the seed may draw random numbers in training; compiled code is cut around it then.
         muted: the output is `h` in every stage; for counterfactuals.
+        fold: of a seed that was merged into its layer, the factors of the layer's outputs, (outputs,); else None.
         probe: called with (slot, h, s, out) while gradients are on; None costs nothing.
         tracer: called with the slot whenever it computes; None costs nothing.
         add_up_norms: see `straight_through`; None where one process trains.
     """
 
     alpha: Tensor
+    fold: Tensor | None
 
     def __init__(self, path: str, spec: InjectionSpec) -> None:
         super().__init__()
@@ -109,11 +111,32 @@ class SeedSlot(nn.Module):
         self.seed: nn.Module | None = None
         self.combination: nn.Module | None = None
         self.register_buffer("alpha", torch.zeros(()))
+        self.register_buffer("fold", None)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the seed is part of its layer's weight, and the slot the identity."""
+        return self.fold is not None
+
+    def merge(self, fold: Tensor) -> None:
+        """Be the identity: the seed is in its layer's weight, whose rows were multiplied by `fold`."""
+        self.fold, self.mode = fold, Mode.IDENTITY
+        assert self.seed is not None
+        self.seed.requires_grad_(False)
+        for parameter in self.seed.parameters():
+            parameter.grad = None
+
+    def unmerge(self) -> None:
+        """Compute again what the stage says; the seed is out of its layer's weight."""
+        self.fold = None
+        self.set_stage(self.stage)
+        assert self.seed is not None
+        self.seed.requires_grad_(True)
 
     def set_stage(self, stage: Stage) -> None:
         """Enter `stage`; the plane has checked that the table allows it."""
         self.stage = stage
-        self.mode = mode_of(stage)
+        self.mode = mode_of(stage) if self.fold is None else Mode.IDENTITY
 
     def set_alpha(self, value: float) -> None:
         """Fill `alpha` with `value`, in place."""

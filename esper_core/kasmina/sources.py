@@ -101,7 +101,8 @@ def _walk(plane: Plane, host: BlockHost, chain: Sequence[BlockInfo], path: str) 
         yield Source(host.module.get_submodule(info.path), info), ""
         for other, slot in plane.slots.items():
             inner = other != info.name and path_of(other).startswith(info.name + ".")
-            if not STAGES[slot.stage].contributes or "/" in other or not (inner or base_of(other) == info.name):
+            live = STAGES[slot.stage].contributes and not slot.merged
+            if not live or "/" in other or not (inner or base_of(other) == info.name):
                 continue
             if base_of(other) == base_of(path) and height_of(other) >= height_of(path):
                 continue

@@ -164,7 +164,8 @@ class StageChanged(Event):
     """A slot moved in the lifecycle.
 
     `gain` with its interval is the figure on which a seed was fossilised or withered, and `rent` what it had to exceed
-    (both in nats); None where the change needed no figure, or none was measured.
+    (both in nats); None where the change needed no figure, or none was measured. `merged`: the seed is part of its
+    layer's weight from here on.
     """
 
     kind: ClassVar[str] = "stage_changed"
@@ -180,6 +181,7 @@ class StageChanged(Event):
     gain_low: float | None = None
     gain_high: float | None = None
     rent: float | None = None
+    merged: bool = False
 
 
 @attrs.frozen(kw_only=True)

@@ -68,6 +68,7 @@ class SlotView:
         seed_family, seed_tags: of the blueprint that grows here; empty when nothing does.
         culled: blueprint to how many seeds of it were culled here so far.
         barred: operations that would be in `legal` but for the governor's embargo after a rollback.
+        merged: the seed is part of its layer's weight: it costs nothing, and cannot be removed.
         inner_params, inner_flops: of all seeds nested in this one; its rent and its counterfactual are the tree's.
     """
 
@@ -93,6 +94,7 @@ class SlotView:
     barred: frozenset[Op] = frozenset()
     inner_params: int = 0
     inner_flops: int = 0
+    merged: bool = False
 
     @property
     def accuracy_counterfactual(self) -> Interval | None:

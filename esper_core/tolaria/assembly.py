@@ -51,6 +51,10 @@ class PlaneConfig:
     max_stack: int = attrs.field(
         default=1, metadata={"help": "fossilised seeds that may be stacked at one point", "minimum": 1}
     )
+    merge: bool = attrs.field(
+        default=False,
+        metadata={"help": "merge fossilised seeds into the weights of their layers, where possible"},
+    )
 
 
 @attrs.frozen
@@ -180,6 +184,7 @@ def build_plane(
             parse_budget("budget_flops", config.budget_flops, host_flops),
         ),
         ramp_steps=timetable.ramp_steps(options.ramp), embargo=options.embargo, max_stack=options.max_stack,
+        merge=options.merge,
         host_flops=host_flops,
         blueprint_options={name: found for name in names if (found := config.settings_of(name))},
         blend_options={name: found for name in parts if (found := config.settings_of(name))},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper_core.kasmina import merging
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.tolaria.snapshot import model_tensors
@@ -113,6 +114,7 @@ class GrowthEMA:
         """Have the seeds of the live plane, in their stages and at their alphas."""
         structure = _structure(self._live)
         if structure != self._structure:
+            self._merge_alike()
             kept = {name: tensor.clone() for name, tensor in model_tensors(self.plane).items()}
             self.plane.registry, self.plane.blend_options = self._live.registry, self._live.blend_options
             self.plane.candidates.of_run = self._live.candidates.of_run
@@ -125,6 +127,16 @@ class GrowthEMA:
                 tensor.copy_(kept[name] if same else live[name])
         for path, growth in self._live.growths.items():
             self.plane.growths[path].alpha = growth.alpha
+
+    def _merge_alike(self) -> None:
+        """Merge the averaged seeds into the averaged weights where the live ones are merged, and the other way."""
+        for path, growth in self._live.growths.items():
+            mine = self.plane.growths.get(path)
+            if mine is not None and mine.births == growth.births and mine.merged != growth.merged:
+                if growth.merged:
+                    merging.merge(self.plane, path, permanent=False)
+                else:
+                    merging.unmerge(self.plane, path)
 
     def _after_rebuild(self) -> None:
         self.plane.module.requires_grad_(False)
@@ -141,4 +153,4 @@ def _parameter_names(plane: Plane) -> set[str]:
 
 def _structure(plane: Plane) -> list[tuple[object, ...]]:
     """What fixes the modules of all seeds."""
-    return [(path, g.stage, g.blueprint, g.blend, g.births) for path, g in plane.growths.items()]
+    return [(path, g.stage, g.blueprint, g.blend, g.births, g.merged) for path, g in plane.growths.items()]

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esper_core.kasmina.compose import compose
+from esper_core.kasmina.merging import merge_all, merged, unmerge
 from esper_core.leyline.errors import BadOption, EsperError, MissingDependency
 from esper_core.leyline.host import list_tensors, map_tensors
 from esper_core.registry import Registry, load_registry
@@ -50,6 +51,7 @@ class Exported:
         path: of the file, or of the folder for `torch`.
         inputs: names of the inputs, in order; shapes have the batch first.
         fixed_batch: the only batch size that the program takes; None for any.
+        merged: paths of the seeds that were merged into their layers. unmerged: path to reason of the other ones.
         difference: largest absolute difference of logits from the model's, over `examples` of the validation split.
     """
 
@@ -59,6 +61,8 @@ class Exported:
     fixed_batch: int | None
     difference: float
     examples: int
+    merged: tuple[str, ...] = ()
+    unmerged: Mapping[str, str] = attrs.Factory(dict)
 
 
 class _Positional(nn.Module):
@@ -75,21 +79,25 @@ class _Positional(nn.Module):
 
 
 def export_run(
-    path: str | Path, form: str, out: str | Path | None = None, *, registry: Registry | None = None
-) -> Exported:
+    path: str | Path, form: str, out: str | Path | None = None, *, merge: bool = False,
+    registry: Registry | None = None,
+) -> Exported:  # fmt: skip
     """Write the grown model of a run for use without Esper.
 
     Args:
         path: a run's folder.
         form: `torch`, `torch-export`, `onnx`, or `peft` for the seeds alone, as an adapter of the host.
+        merge: seeds that are updates of their layers' weights become part of these.
         out: file or, for `torch`, folder; by default `export/` in the run's folder.
 
     Raises:
         BadFile: there is no grown model.
-        BadOption: no such format.
+        BadOption: no such format, or `merge` where there is nothing to merge.
         MissingDependency: `onnx` without its packages.
         EsperError: the model cannot be traced, or what was written computes something else.
     """
+    if merge and form == "peft":
+        raise BadOption("--merge with --format peft", "an adapter, or a model that has it merged", "--format torch")
     if form not in FORMATS:
         raise BadOption(f"format {form!r}", f"one of {', '.join(FORMATS)}", "--format onnx")
     if form == "onnx":
@@ -99,9 +107,25 @@ def export_run(
     plane, header = load_plane(path, registry or load_registry())
     target = Path(out) if out is not None else Path(path) / "export" / _FILES[form]
     if form == "peft":
+        for seed in merged(plane):
+            unmerge(plane, seed)
         return _export_peft(plane, header, target)
+    inputs = _examples(header, plane.registry)
+    if not merge:
+        return export_model(compose(plane).eval(), inputs, form, target)
+    with torch.no_grad():
+        expected = compose(plane).eval()(inputs)
+    done, left = merge_all(plane, permanent=False)
+    if not done and not merged(plane):
+        raise BadOption("--merge", "seeds around layers that are updates of their weights; " + (
+            "; ".join(left.values()) or "there are none"), "leave --merge out")  # fmt: skip
     model = compose(plane).eval()
-    return export_model(model, _examples(header, plane.registry), form, target)
+    with torch.no_grad():
+        difference = float((model(inputs) - expected).abs().max())
+    if not difference <= TOLERANCE:
+        raise EsperError(f"the merged model differs by {difference:.2g}", f"at most {TOLERANCE:g}", "without --merge")
+    found = export_model(model, inputs, form, target)
+    return attrs.evolve(found, merged=tuple(done), unmerged=left, difference=max(found.difference, difference))
 
 
 def _examples(header: Mapping[str, Any], registry: Registry) -> Inputs:

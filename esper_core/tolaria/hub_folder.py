@@ -111,7 +111,7 @@ def _found(grown: Any, weights: str) -> tuple[Plane, dict[str, Any], dict[str, A
 def _describe(plane: Plane, about: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.json` says; the weights' file has the same in its header, which is what is read."""
     seeds = [
-        {"slot": path, "blueprint": growth.blueprint, "stage": growth.stage.value}
+        {"slot": path, "blueprint": growth.blueprint, "stage": growth.stage.value, "merged": growth.merged}
         for path, growth in plane.growths.items()
         if STAGES[growth.stage].contributes
     ]

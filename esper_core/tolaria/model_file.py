@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.compose import compose
+from esper_core.kasmina.merging import digests
 from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.probe import odd_ones, probe
@@ -125,6 +126,7 @@ def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
         "blend_options": plane.blend_options,
         "origins": describe_parts(_found(plane.registry, names, blends)),
         "probes": probe(plane),
+        "merged": digests(plane),
     }
 
 
@@ -136,11 +138,14 @@ def _found(
         yield kind, name, registry.find(kind, name)
 
 
-def load_growth(plane: Plane, path: str | Path) -> None:
+def load_growth(plane: Plane, path: str | Path, *, weights_follow: bool = False) -> None:
     """Grow on `plane` the seeds that `save_growth` wrote; the host's weights are not touched.
 
+    Args:
+        weights_follow: the host's weights are loaded after this, so that they cannot be compared yet.
+
     Raises:
-        BadFile: damaged, or made for another host.
+        BadFile: damaged, made for another host, or a seed is merged into weights that the host does not have.
     """
     tensors, header = read_tensor_file(path)
     if header.get("format") != GROWTH_FORMAT:
@@ -157,8 +162,25 @@ def load_growth(plane: Plane, path: str | Path) -> None:
             host = {name: tensor for name, tensor in model_tensors(plane).items() if name.startswith("host.")}
             load_weights(plane, {**host, **tensors}, path)
             _check_answers(header, plane)
+        if not weights_follow:
+            check_merged(header, plane, path)
     finally:
         plane.candidates.of_run, plane.blend_options = own
+
+
+def check_merged(header: Mapping[str, Any], plane: Plane, source: object) -> None:
+    """Refuse a host whose weights do not hold the seeds that were merged into them.
+
+    Raises:
+        BadFile: so it is.
+    """
+    recorded, now = header.get("merged", {}), digests(plane)
+    for path in now:
+        if recorded.get(path) != now[path]:
+            raise BadFile(
+                f"{source}: the seed at {path} was merged into its layer, and the model's weight there is another",
+                "the weights that were saved with it", "load the model's own checkpoint first",
+            )  # fmt: skip
 
 
 def _options_in(structure: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from esper_core.leyline.errors import BadFile
 from esper_core.registry.origin import Origins
 from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
-from esper_core.tolaria.model_file import GROWTH_FORMAT, bind, growth_of
+from esper_core.tolaria.model_file import GROWTH_FORMAT, bind, check_merged, growth_of
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.snapshot import load_training, training_plain, training_tensors
 
@@ -64,6 +64,7 @@ def resume(tolaria: Tolaria, path: str | Path) -> None:
         load_training(plane, optimizer, {**kept, **tensors}, header["training"]["plain"], path)
         tolaria.load_state_dict(header["training"]["tolaria"])
         optimizer.check(plane)
+    check_merged(header, plane, path)
 
 
 class Progress:

@@ -137,6 +137,7 @@ class Tolaria:
         self._waiting = 0
         self._veto_faults: list[tuple[Command, str, BaseException]] = []
         plane.on_change(self.tell)
+        plane.on_merge(lambda path: self.forget_costs())
         plane.on_veto_fault(lambda *fault: self._veto_faults.append(fault))
         optimizer.follow(plane)
         optimizer.check(plane)

@@ -25,7 +25,7 @@ def stage_changed(
     return StageChanged(
         step=step, slot=change.slot, before=change.before.value, after=change.after.value, blueprint=change.blueprint,
         blend=change.blend, source=change.command.source, reason=change.command.reason, params=params,
-        **figure,
+        merged=growth is not None and growth.merged, **figure,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def organs_of(structure: Sequence[Mapping[str, Any]]) -> tuple[StaticSeed, ...]:
     return tuple(
         StaticSeed(str(entry["path"]), str(entry["blueprint"]), str(entry["blend"]))
         for entry in structure
-        if STAGES[Stage(entry["stage"])].contributes and float(entry["alpha"]) > 0
+        if STAGES[Stage(entry["stage"])].contributes and float(entry["alpha"]) > 0 and not entry.get("merged")
     )
 
 

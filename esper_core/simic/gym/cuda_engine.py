@@ -132,6 +132,8 @@ class StackedPopulation:
                 raise EsperError("environments of different host structure", "one StackedPopulation a structure")
             if plane.max_stack != 1:
                 raise EsperError(f"planes that stack {plane.max_stack} seeds at a point", "max_stack=1")
+            if plane.merge_fossils:
+                raise EsperError("planes that merge fossilised seeds", "merge=False")
         self.planes, self.objective, self.device = list(planes), objective, torch.device(device)
         self.bucket, self.convolution, self.precision = bucket, convolution, precision
         self.capture = self.device.type == "cuda" if capture is None else capture

@@ -170,6 +170,8 @@ def unstackable(ground: Ground) -> str:
         return "gradients are accumulated, or precision is mixed"
     if plane.max_stack != 1:
         return f"plane.max_stack={plane.max_stack}: seeds stand upon seeds"
+    if plane.merge_fossils:
+        return "plane.merge=true: seeds become part of their layers"
     for name, spec in plane.candidates.items():
         if spec.answers == "feature" or "run" in spec.wants:
             return f"seeds of {name} are made of the host's own blocks"
