@@ -26,9 +26,9 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Op
 from esper_core.registry import load_registry
-from esper_core.simic.gym.cpu_engine import one_thread
+from esper_core.simic.gym.cohort import Cohort
+from esper_core.simic.gym.cpu_engine import WorkerPool, one_thread
 from esper_core.simic.gym.environment import EpisodeGroup, Ground
-from esper_core.simic.gym.population import ProcessPopulation
 from esper_core.simic.learning.curriculum import load_curriculum
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
@@ -75,15 +75,32 @@ class Loop:
             plane.step()
 
 
-def engine(size: int, batch: Batch, workers: int, *, share: bool) -> ProcessPopulation:
-    """A population over processes in which every environment has an isolated seed."""
-    population = ProcessPopulation(CONFIG, size, workers=workers, share=share)
-    population.step(batch, CONFIG.learning_rate)
-    population.observe(0.05)
-    for k in range(size):
+def engine(size: int, workers: int, *, share: bool) -> WorkerPool:
+    """Worker processes with a cohort each, in which every environment has an isolated seed."""
+    pool = WorkerPool(min(workers or len(os.sched_getaffinity(0)), size))
+    bounds = [round(i * size / len(pool)) for i in range(len(pool) + 1)]
+    for worker, span in enumerate(zip(bounds, bounds[1:], strict=False)):
+        pool.send(worker, _build, span, share)
+    for worker in range(len(pool)):
+        pool.receive(worker)
+    return pool
+
+
+def _build(state: dict[str, Any], span: tuple[int, int], share: bool) -> None:
+    ground = Ground.lay(CONFIG, load_registry())
+    state["batch"] = next(iter(ground.batches()))[0]
+    members = [ground.member() for _ in range(*span)]
+    state["cohort"] = cohort = Cohort(ground.member(), members, share=share, twin=False)
+    _train(state, 1)
+    cohort.observe(ground.validation(), 0.05)
+    for number, k in enumerate(range(*span)):
         path, blueprint = seed_of(k)
-        assert population.act(k, [Command(Op.GERMINATE, path, blueprint)])
-    return population
+        assert cohort.act(number, [Command(Op.GERMINATE, path, blueprint)])
+
+
+def _train(state: dict[str, Any], steps: int) -> None:
+    for _ in range(steps):
+        state["cohort"].step(state["batch"], CONFIG.learning_rate)
 
 
 def peak_gflops() -> float:
@@ -111,13 +128,11 @@ def throughput(size: int, workers: int, rounds: int, steps: int, threads: Sequen
     gflop = counter.get_total_flops() / 1e9
     loop = Loop(ground, size, torch.contiguous_format)
     informed = Loop(ground, size, torch.channels_last)
-    alone, shared = engine(size, batch, workers, share=False), engine(size, batch, workers, share=True)
+    alone, shared = engine(size, workers, share=False), engine(size, workers, share=True)
 
-    def run_engine(population: ProcessPopulation) -> Callable[[], None]:
+    def run_engine(pool: WorkerPool) -> Callable[[], None]:
         def run() -> None:
-            for _ in range(steps):
-                population.step(batch, CONFIG.learning_rate)
-            population.wait()
+            pool.everywhere(_train, steps)
 
         return run
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import attrs
 import pytest
 import torch
 
-from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import BadOption
-from esper_core.leyline.stages import Op
+from esper_core.registry import load_registry
+from esper_core.simic.gym.cohort import Cohort
 from esper_core.simic.gym.cpu_engine import WORKER_ENVIRONMENT, WorkerFailed, WorkerPool
-from esper_core.simic.gym.population import LocalPopulation, ProcessPopulation, make_population
+from esper_core.simic.gym.environment import Ground
 
 from .test_cohort import CONFIG
 
@@ -64,42 +62,18 @@ def test_a_failure_is_told_with_its_cause() -> None:
             pool.everywhere(die)
 
 
-def test_a_population_over_processes_computes_the_same_bits() -> None:
-    over, within = ProcessPopulation(CONFIG, 3, workers=2), LocalPopulation(CONFIG, 3)
-    try:
-        steps = list(within.ground.batches())[:24]
-        history = []
-        for number, (batch, rate, epoch, _) in enumerate(steps):
-            over.step(batch, rate)
-            within.step(batch, rate)
-            history.append(within.losses)
-            if number in (5, 12, 18):
-                over.wait()
-                assert torch.equal(over.losses[(over.steps - 1) % 8], history[-1])
-                views, expected = over.observe(epoch), within.observe(epoch)
-                assert views == expected
-                for k in (0, 2):
-                    command = Command(
-                        Op.GERMINATE if number == 5 else Op.ADVANCE, "block1", "conv" if number == 5 else ""
-                    )
-                    assert over.act(k, [command]) == within.act(k, [command])
-        assert [attrs.asdict(s)["stage"] for s in over.observe(2.0)[2].slots] != ["dormant"] * 3
-    finally:
-        over.close()
-
-
 def test_a_trunk_that_nobody_shares_is_not_computed() -> None:
-    apart, sharing = LocalPopulation(CONFIG, 2, share=False), LocalPopulation(CONFIG, 2)
-    for number, (batch, rate, epoch, _) in enumerate(list(apart.ground.batches())[:16]):
+    ground = Ground.lay(CONFIG, load_registry())
+    apart, sharing = (
+        Cohort(ground.member(), [ground.member() for _ in range(2)], share=share, twin=False)
+        for share in (False, True)
+    )  # fmt: skip
+    for number, (batch, rate, epoch, _) in enumerate(list(ground.batches())[:16]):
         apart.step(batch, rate)
         sharing.step(batch, rate)
-        assert torch.equal(apart.losses, sharing.losses)
+        for one, other in zip(apart.members, sharing.members, strict=True):
+            assert torch.equal(one.loss, other.loss)
         if number in (3, 9):
-            seen, expected = apart.observe(epoch), sharing.observe(epoch)
+            seen, expected = (cohort.observe(ground.validation(), epoch) for cohort in (apart, sharing))
             assert [view.validation_loss for view in seen] == [view.validation_loss for view in expected]
-    assert apart.cohort.trunk.tolaria.clock.step == 0 and sharing.cohort.trunk.tolaria.clock.step == 16
-
-
-def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(BadOption, match="backend"):
-        make_population(CONFIG, 1, backend="quantum")
+    assert apart.trunk.tolaria.clock.step == 0 and sharing.trunk.tolaria.clock.step == 16
