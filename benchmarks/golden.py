@@ -264,7 +264,9 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
         keys = sorted({*before, *after})
         return [d for k in keys for d in differences(before.get(k), after.get(k), f"{where}.{k}".strip("."))]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [d for i, (a, b) in enumerate(zip(before, after, strict=True)) for d in differences(a, b, f"{where}[{i}]")]
+        return [
+            d for i, (a, b) in enumerate(zip(before, after, strict=True)) for d in differences(a, b, f"{where}[{i}]")
+        ]
     return [] if before == after else [f"{where}: {json.dumps(before)[:120]} became {json.dumps(after)[:120]}"]
 
 

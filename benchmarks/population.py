@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -79,7 +80,7 @@ def engine(size: int, workers: int, *, share: bool) -> WorkerPool:
     """Worker processes with a cohort each, in which every environment has an isolated seed."""
     pool = WorkerPool(min(workers or len(os.sched_getaffinity(0)), size))
     bounds = [round(i * size / len(pool)) for i in range(len(pool) + 1)]
-    for worker, span in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for worker, span in enumerate(itertools.pairwise(bounds)):
         pool.send(worker, _build, span, share)
     for worker in range(len(pool)):
         pool.receive(worker)

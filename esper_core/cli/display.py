@@ -23,7 +23,7 @@ class Display:
     Args:
         mode: `auto` (live on a terminal, else plain lines), `quiet` or `json-lines`.
         epochs: of the run.
-        log: the events of a run that goes on.
+        log: the event log of a resumed run.
 
     Attributes:
         sinks: to hand to the run, by name.

@@ -53,7 +53,7 @@ class LiveState:
 
     Args:
         epochs: how many the run has.
-        log: the events of a run that goes on; what it logged before is taken up at the first event.
+        log: the event log of a resumed run; its earlier events are read at the first new one.
     """
 
     def __init__(self, epochs: int, log: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How commands print: JSON for programs, rich for people."""
+"""How commands print: JSON for programs, rich for terminals."""
 
 from __future__ import annotations
 

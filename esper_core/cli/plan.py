@@ -33,7 +33,7 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
 
     notes: list[str] = []
     plan = plan_run(config, registry=current_registry(), notify=notes.append)
-    config = plan.config  # what the run would go by, which a budget may have changed
+    config = plan.config  # of the run, which a budget may have changed
     if as_json:
         print_json({**plan.to_mapping(), "notes": notes})
         return

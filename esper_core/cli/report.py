@@ -15,7 +15,7 @@ from esper_core.cli.output import say
 def report(run: str, out: str | None, show: bool) -> None:
     """Write the report of RUN as one HTML file that works offline.
 
-    RUN is a run's folder, its name in runs/, or "latest". The run may still be going on.
+    RUN is a run's folder, its name in runs/, or "latest". The run may still be in progress.
     """
     from esper_core.nissa.report import write_report
 

@@ -161,7 +161,7 @@ def describe_product(path: Path) -> dict[str, Any]:
 
 
 def show_product(told: Mapping[str, Any]) -> None:
-    """Print `describe_product`'s answer for people."""
+    """Print what `describe_product` returned, as text."""
     table = make_table("", "")
     rows = {key: value for key, value in told.items() if key != "lineage"}
     rows["parameters"], rows["bytes"] = quantity(told["parameters"]), quantity(told["bytes"])

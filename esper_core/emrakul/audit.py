@@ -25,7 +25,7 @@ class Opening:
 
     Attributes:
         decision: when. loss: of the validation split. worth: of the seed at full alpha.
-        fall: by how much the training loss had fallen a decision just before (nats); training goes on meanwhile.
+        fall: by how much the training loss had fallen a decision just before (nats); training continues in an audit.
     """
 
     decision: int
@@ -41,7 +41,7 @@ class Auditor:
     What a seed is worth to a host that had time to do without it cannot be read off one network, so the harm has two
     witnesses (`Verdict.harm`). The *churn*, measured by putting the seed back into the host of now, understates: that
     host, and its batch statistics, have left it behind. The *rise* of the loss is counted from where the loss was
-    heading when the audit began, since training goes on meanwhile, and up to what the seed was worth then.
+    heading when the audit began, since training continues during an audit, and up to what the seed was worth then.
 
     An audit during which the governor steps in has shown harm at once: the loop restores the model from before the
     audit and calls `collapsed`. Such a seed is not audited again unless it is measured below its rent. An audit that

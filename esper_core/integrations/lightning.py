@@ -41,7 +41,7 @@ class LightningGrowth(Callback):
         plain = growth.compose()
 
     Optimizers and schedules are left as they are. Lightning's checkpoints hold the seeds and their progress:
-    `fit(ckpt_path=...)` goes on with them, and `test(ckpt_path="best")` restores those of that checkpoint.
+    `fit(ckpt_path=...)` resumes with them, and `test(ckpt_path="best")` restores those of that checkpoint.
     `load_grown` reads a checkpoint outside of a trainer; `load_from_checkpoint` refuses one with seeds. Automatic and
     manual optimization, accumulated gradients. For one device, one `fit`, and any precision but `16-mixed`.
 

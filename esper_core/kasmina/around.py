@@ -60,7 +60,7 @@ class AroundView:
     plain = False
 
     def see(self, feature: Tensor) -> Tensor:
-        """The output as the slot sees it; the very object where that is the output itself."""
+        """The output as the slot sees it; the same object if no view is needed."""
         part = feature if self.stop is None else feature[..., self.start : self.stop]
         if self.conv:
             return part.unsqueeze(2) if part.dim() == 3 else part
@@ -282,7 +282,7 @@ def _chosen(spec: InjectionSpec, word: str) -> bool:
 def example_call(point: InjectionSpec, like: Tensor, batch: int, generator: torch.Generator | None = None) -> Call:
     """A call of the layer at `point` on zeros, or on random values, as the dtype and device of `like`.
 
-    The module in it is None: whoever asks for the layer's weights needs the call that the host makes.
+    The module in it is None: the layer's weights are in the call that the host makes.
     """
     layer = point.layer
     assert layer is not None

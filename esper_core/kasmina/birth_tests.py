@@ -23,7 +23,7 @@ def check_causal(seed: nn.Module, point: InjectionSpec, who: str) -> None:
     in the second half of the positions. The first half of the outputs must not change.
 
     Raises:
-        IncompatibleSeed: it does.
+        IncompatibleSeed: an output depends on a later position.
     """
     length = point.positions
     if length < 2:
@@ -65,6 +65,6 @@ def draws_in_training(seed: nn.Module, point: InjectionSpec) -> bool:
         like = next((p for p in twin.parameters() if p.is_floating_point()), torch.zeros(()))
         h = torch.zeros(2, *point.feature_shape, device=like.device, dtype=like.dtype)
         _ = twin(h) if point.layer is None else twin(h, example_call(point, h, 2))
-    except Exception:  # noqa: BLE001 - it wants more than a feature, or refuses zeros: go by what it is made of
+    except Exception:  # noqa: BLE001 - it takes more than a feature, or refuses zeros: judge it by its modules
         return any(isinstance(module, _DRAWING) for module in seed.modules())
     return not torch.equal(before, torch.get_rng_state())

@@ -1,7 +1,7 @@
 """Finds the blocks before the points of a module, and which follow one another, measured on one example.
 
-A block maps a feature to one of the same shape. Blocks form a *run* when each takes the very tensor that the one before
-gave; the run may be repeated then, or any end of it.
+A block maps a feature to one of the same shape. Blocks form a *run* when each takes the same tensor
+object that the one before returned. Such a run, or any end of it, may be repeated.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def is_cache(value: object) -> bool:
 
 
 def number_of(module: nn.Module) -> int | None:
-    """The number that a block goes by in a cache; None if it has none, or several."""
+    """The number of a block in a cache; None if it has none, or several."""
     found = {value for part in module.modules() for name, value in vars(part).items() if _is_number(name, value)}
     return found.pop() if len(found) == 1 else None
 
@@ -55,7 +55,7 @@ def own_view(cache: Any, key: str, number: int | None, count: int) -> Any:
     layers = getattr(cache, "layers", None)
     kind = getattr(cache, "layer_class_to_replicate", None)
     while isinstance(layers, list) and kind is not None and len(layers) < count:
-        layers.append(kind())  # the host adds entries as it goes, and the copy's must not come in between
+        layers.append(kind())  # the host appends entries while it runs, and the copy's must come after all of them
     if not isinstance(layers, list) or len(layers) < max(1, count):
         raise EsperError(
             f"a copied block cannot use a {type(cache).__name__}", "a cache with a list of layers", "use_cache=False"

@@ -22,7 +22,7 @@ class Candidates(Mapping[str, BlueprintSpec]):
     Args:
         registry: where blueprints come from.
         names: which may grow; None for all that can be used, or those that the registry's file recorded. Those whose
-            name several packages offer go by `distribution/name`.
+            name several packages offer are named `distribution/name`.
         options: of the run, by blueprint; a command's own come before them.
         run_at: path of a slot to the host's blocks that end there, for blueprints that want them.
 
@@ -89,7 +89,7 @@ class Candidates(Mapping[str, BlueprintSpec]):
             points: path of each slot to its point.
 
         Raises:
-            IllegalCommand: so it is; the reason is that of the first blueprint at the first point.
+            IllegalCommand: none can grow; the message gives the reason for the first blueprint at the first point.
         """
         reasons = [self.refusal(path, point, name) for name in self for path, point in points.items()]
         if reasons and all(reasons):

@@ -13,9 +13,8 @@ from esper_core.leyline.objective import Objective
 def measure_churn(plane: Plane, batches: Iterable[Batch], objective: Objective, path: str) -> Measurement:
     """Measure the seed at `path` as if its alpha were 1; its `worth` is the churn: loss without it minus with it.
 
-    Both sides use the weights as they are now, after host and other seeds had the whole withering to get used to the
-    loss. So the host's own progress in the meantime cannot pass for churn, and what it has learnt to do without
-    is not called structural. Alpha is put back afterwards.
+    Both sides use the present weights: host and other seeds had the whole withering to adapt. So the host's own
+    progress during the audit does not count as churn, nor does a loss for which it has compensated. Alpha is restored.
 
     Raises:
         ValueError: `batches` is empty, or nothing grows at `path`.

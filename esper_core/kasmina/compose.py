@@ -35,10 +35,10 @@ class ComposedSeed(nn.Module):
 
     Args:
         seed: feature to delta of the same shape.
-        combination: maps (h, s, alpha) to the feature that goes on.
+        combination: maps (h, s, alpha) to the feature that is passed on.
         alpha: 0-dim tensor.
         wants_call: the seed also takes the call of the block before it.
-        replaces: the seed's answer goes on as it is.
+        replaces: the seed's output is passed on unchanged.
         writes: the seed writes to its input, and is given a copy.
     """
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class ComposedModel(nn.Module):
-    """A model with modules built in behind its submodules; answers with logits.
+    """A model with modules built in behind its submodules; returns logits.
 
-    A grown submodule gets a subclass of its own class whose `forward` goes on through the new module, so that the
+    A grown submodule gets a subclass of its own class whose `forward` continues through the new module, so that the
     model's code, attributes and keys stay what they were. Keys: `model.…` and `grown.<n>.…`.
     """
 
@@ -93,7 +93,7 @@ def _derive(module: nn.Module, kind: str) -> None:
 
 @cache
 def _subclass(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    """The subclass of `base` whose `forward` goes on through what grew, or shows its call to what asks for it, or
+    """The subclass of `base` whose `forward` continues through what grew, or passes its call to a seed, or
     whose `save_pretrained` is refused.
 
     Its objects are pickled by way of the class that someone wrote.
@@ -144,7 +144,7 @@ def _object_of(origin: type[nn.Module], derived: tuple[str, ...]) -> nn.Module:
 
 
 class _GrowthHook(SlotHook):
-    """A slot hook that always answers with an output."""
+    """A slot hook that always returns an output."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         changed = super().__call__(module, args, kwargs, output)

@@ -95,7 +95,7 @@ def measure_counterfactuals(
 
     Raises:
         ValueError: `batches` is empty.
-        BadScores: the objective does not answer with one loss and one metric for each example.
+        BadScores: the objective does not return one loss and one metric for each example.
     """
     chosen = plane.contributing() if paths is None else list(paths)
     masks = list(dict.fromkeys((*(every_mask(chosen) if every else leave_one_out(chosen)), *also)))

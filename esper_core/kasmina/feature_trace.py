@@ -123,7 +123,7 @@ def pick_logits(output: Any) -> Tensor:
         return named
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     if not leaves:
-        raise TypeError(f"the model answers with a {type(output).__name__} without a tensor")
+        raise TypeError(f"the model returns a {type(output).__name__} without a tensor")
     return next((leaf for leaf in leaves if leaf.is_floating_point()), leaves[0])
 
 
@@ -316,7 +316,7 @@ class _After:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         recorder = self.recorder
         traced = recorder.seen[self.path]
-        while recorder.stack.pop() is not traced:  # a module inside raised and its caller went on
+        while recorder.stack.pop() is not traced:  # a module inside raised and its caller continued
             pass
         recorder.tick += 1
         traced.calls += 1

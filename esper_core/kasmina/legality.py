@@ -55,7 +55,7 @@ def check_budget(plane: Plane, commands: Sequence[Command]) -> None:
     """Refuse seeds that cost more together than the budgets leave.
 
     Raises:
-        IllegalCommand: they do.
+        IllegalCommand: they cost more.
     """
     costs = [plane.cost(command.slot, command.blueprint, command.options) for command in commands]
     params, flops = (sum(cost) for cost in zip(*costs, strict=True))

@@ -54,7 +54,7 @@ class ModuleHost:
 
     Attributes:
         example: a batch of one that the host takes, if one is known.
-        fuses: torch's fused attention must be kept out, since it would go by whether slots are attached.
+        fuses: torch's fused attention must be disabled, since it would be used or not depending on attached slots.
 
     Raises:
         UnknownName: a path names no submodule.
@@ -280,7 +280,7 @@ def host_from_module(
     if not found:
         raise EsperError(
             f"{type(model).__name__} has no point at which a seed could grow",
-            "a submodule that runs once and answers with a floating feature of batch, channels and positions",
+            "a submodule that runs once and returns a floating feature of batch, channels and positions",
             "host_from_module(model, points=[...])",
         )
     causal = find_causal(model, inputs, {f.traced.path: f.view for f in found if f.view.layout == "NLD"})

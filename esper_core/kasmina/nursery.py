@@ -64,7 +64,7 @@ def plant(
         origins: what a seed of copies was made of, if it grew before. known: it did, and need not be tried out.
 
     Raises:
-        IncompatibleSeed: the seed raises on the slot's feature, or answers with another shape, dtype or device.
+        IncompatibleSeed: the seed raises on the slot's feature, or returns another shape, dtype or device.
     """
     point, host = slot.spec, plane.host.module
     device, dtype = device_of(host), dtype_of(host)
@@ -132,7 +132,7 @@ def build_combination(
     """A module that maps (h, s, alpha) to a slot's output.
 
     Args:
-        whole: the seed answers with a feature, not with a delta. options: of blends.
+        whole: the seed returns a feature, not a delta. options: of blends.
     """
     parsed = parse_blend(blend, registry)
     spec = registry.find("blend", parsed.combination).spec
@@ -149,7 +149,7 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
     reason = unsavable(dict((*seed.named_parameters(), *seed.named_buffers())))
     if reason:
         raise IncompatibleSeed(f"{where} cannot be kept in a checkpoint: {reason}", "tensors of ordinary kinds")
-    for size in BIRTH_BATCHES:  # of one alone, an answer that forgets the batch would fit
+    for size in BIRTH_BATCHES:  # with one example, an output without the batch dimension would fit
         feature = torch.zeros(size, *point.feature_shape, device=device, dtype=dtype)
         before = feature._version
         try:
@@ -163,14 +163,14 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
                         raise ValueError("it writes to the layer's input")
         except (Exception, SystemExit) as error:
             raise IncompatibleSeed(
-                f"{where} raised {type(error).__name__}: {error}", f"an answer to {tuple(feature.shape)}"
+                f"{where} raised {type(error).__name__}: {error}", f"an output for {tuple(feature.shape)}"
             ) from error
         writes = writes or feature._version != before
         if not isinstance(out, torch.Tensor):
-            raise IncompatibleSeed(f"{where} answered with a {type(out).__name__}", "a tensor")
+            raise IncompatibleSeed(f"{where} returned a {type(out).__name__}", "a tensor")
         got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(feature.shape), dtype, feature.device)
         if got != expected:
-            raise IncompatibleSeed(f"{where} answered with {got}", f"{expected}")
+            raise IncompatibleSeed(f"{where} returned {got}", f"{expected}")
     return writes
 
 
@@ -182,6 +182,6 @@ def _check_copies(seed: nn.Module, run: BlockRun, point: InjectionSpec, blueprin
         out = seed(feature, call)
     if out.shape != feature.shape or out.dtype != feature.dtype:
         raise IncompatibleSeed(
-            f"a seed of {blueprint} at {point.name} answered with {tuple(out.shape)}", f"{tuple(feature.shape)}"
+            f"a seed of {blueprint} at {point.name} returned {tuple(out.shape)}", f"{tuple(feature.shape)}"
         )
     return bool(feature._version != before)

@@ -533,7 +533,7 @@ class Plane:
         self._slots[path].set_alpha(value)
 
     def _cull_inside(self, command: Command) -> tuple[nn.Parameter, ...]:
-        """Empty a slot; every seed nested in its own is culled too, innermost first, each with its own event.
+        """Empty a slot; nested seeds are culled before it, from the inside outwards, each with its own event.
 
         Returns:
             The parameters of the slot's own seed and blend.

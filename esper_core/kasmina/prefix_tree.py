@@ -101,7 +101,7 @@ class PrefixTree:
 
     @torch.no_grad()
     def observe(self, inputs: Inputs) -> list[str]:
-        """Learn from a small batch the order of the slots and which modules cannot be answered from memory.
+        """Learn from a small batch the order of the slots and which outputs of modules cannot be cached.
 
         Returns:
             Paths of the slots that the forward pass reached, in the order in which it did.

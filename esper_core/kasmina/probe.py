@@ -22,7 +22,7 @@ _TOLERANCE: Final = 0.02
 def probe(plane: Plane) -> dict[str, list[list[float]]]:
     """Summaries of the outputs of each live slot in eval mode, by path: of its seed, and of its blend at alpha 1.
 
-    A slot that does not answer with finite numbers, or not without its block's other arguments, is left out.
+    A slot whose output is not finite, or that needs its block's other arguments, is left out.
     """
     with eval_mode(plane.module):  # all of it: what grows inside a seed is no submodule of that seed
         found = {path: _answer(slot) for path, slot in plane.slots.items() if slot.seed is not None}

@@ -51,7 +51,7 @@ def refuse_scores(scores: Any, count: int, where: str) -> None:
     """Make sure that `scores` are loss and metric of each of `count` examples. Looks at shapes alone.
 
     Raises:
-        BadScores: they are not. A single number would be broadcast to all examples.
+        BadScores: their shape is another one. A single number would be broadcast to all examples.
     """
     if not isinstance(scores, tuple | list) or len(scores) != 2:
         raise BadScores(f"{where}: the scores are {_words(scores)}", "loss and metric of each example")
@@ -68,7 +68,7 @@ def describe_objective(objective: Objective) -> str:
 class OwnObjective:
     """An objective made of functions.
 
-    A function answers with one value for each example, (N,) or (N, …), or with their mean, 0-dim. One that gives the
+    A function returns one value for each example, (N,) or (N, …), or with their mean, 0-dim. One that gives the
     mean only is called once for each example where examples are paired; a `torch.nn` loss is asked not to reduce.
 
     Args:
@@ -159,7 +159,7 @@ def _call(what: str, function: Callable[[], Any]) -> Any:
         return function()
     except EsperError:
         raise
-    except Exception as error:  # objectives are other people's code, and this is its first call
+    except Exception as error:  # objectives are plugins, and this is their first call
         raise BadOption(
             f"{what} raised {type(error).__name__}: {error}", "an objective that fits model and targets"
         ) from error

@@ -2,7 +2,8 @@
 
 Masks are read from the call of the host's block in any of these forms: padding (N, K) or pairs (Q, K), (N, Q, K),
 (N, heads, Q, K); boolean, numbers or values that are added to scores. Where sequences are packed into one, hosts hand
-on a mask of pairs, or positions that begin anew. What cannot be read is refused, since a seed that goes by it would
+on a mask of pairs, or position numbers that start again. A mask that cannot be read is refused, since a seed
+that used it would
 compute something else for every padded batch.
 """
 
@@ -160,7 +161,7 @@ def _read(mask: Tensor, batch: int, *, padding: bool, inverted: bool) -> Tensor:
 
 
 def _packed(positions: Tensor, length: int) -> Tensor | None:
-    """Which positions belong to the same sequence, where their numbers begin anew; None where they do not."""
+    """Which positions belong to the same sequence, where their numbers start again; None where they do not."""
     if positions.shape[1] != length or length < 2:
         return None
     anew = positions.diff(dim=1) != 1

@@ -78,7 +78,7 @@ class SeedSlot(nn.Module):
         alpha: 0-dim float buffer in [0, 1], so that a change needs no recompilation.
         seed: the module that maps `h` to `s`, or None.
         combination: the blend's module that maps (h, s, alpha) to the output, or None.
-        whole: the seed answers with a feature, not with a delta.
+        whole: the seed returns a feature, not a delta.
         wants_call: the seed also takes the call of the host's block.
         writes: the seed writes to its input in place, so that it is given a copy.
         draws: the seed may draw random numbers in training; compiled code is cut around it then.
@@ -154,7 +154,7 @@ class SeedSlot(nn.Module):
             self.tracer(self)
         if self.mode is Mode.IDENTITY or self.muted:
             if self.probe is not None and torch.is_grad_enabled():
-                out = h.clone()  # its own tensor: a host that shows slots a view goes on only with a new answer
+                out = h.clone()  # its own tensor: a host that passes a view to its slots needs a new one
                 self.probe(self, h, None, out)
                 return out
             return h
@@ -189,7 +189,7 @@ class SeedSlot(nn.Module):
         """The seed's output for `h`, which must not be changed, as the host uses it.
 
         Raises:
-            RuntimeError: the seed has written to `h`, or answered with another shape, as it did not when it was born.
+            RuntimeError: the seed has written to `h`, or returned another shape, unlike when it was born.
         """
         assert self.seed is not None
         if self.writes:

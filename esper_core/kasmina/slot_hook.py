@@ -84,13 +84,13 @@ class SlotHook:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         feature = output if isinstance(output, Tensor) else feature_of(output)
         if feature is None:
-            raise TypeError(f"{type(module).__name__} answered without a tensor, and a slot stands behind it")
+            raise TypeError(f"{type(module).__name__} returned no tensor, and a slot is attached behind it")
         seen = feature if self.plain else self.view.see(feature)
         slot: Any = self.slot
         if self.model is not None and not torch.compiler.is_compiling():
             model = self.model()
             if model is not None and model.training != getattr(slot, "training", model.training):
-                slot.train(model.training)  # seeds are no children of the model, whose mode they go by
+                slot.train(model.training)  # seeds are no children of the model, and follow its mode
             if self.original is not None and self.original.look(model or module, slot):
                 self.original = None
         if self.wants_call:
@@ -103,7 +103,7 @@ class SlotHook:
 
 
 class CallKeeper:
-    """A forward pre-hook on the module around a slot's, for its masks, and the forward hook that lets go of them."""
+    """A forward pre-hook on the module around a slot's, for its masks, and the forward hook that releases them."""
 
     belongs_to_plane = True
 

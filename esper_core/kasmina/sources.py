@@ -41,7 +41,7 @@ class BlockHost(Protocol):
 def run_at(plane: Plane, path: str, origins: Sequence[str] = ()) -> BlockRun:
     """The blocks that end at the slot `path`, clones that already grew among them.
 
-    The run begins anew behind a seed of another kind, since that computes too; and where the host calls two
+    A run starts again behind a seed of another kind, since that computes too; and where the host calls two
     neighbours with different arguments, since a seed gets those of the last.
 
     Args:
@@ -94,7 +94,7 @@ def _chain(infos: Mapping[str, BlockInfo], name: str) -> list[BlockInfo]:
 
 
 def _walk(plane: Plane, host: BlockHost, chain: Sequence[BlockInfo], path: str) -> Iterator[tuple[Source | None, str]]:
-    """Blocks in the order in which they run; None with a reason where the run begins anew."""
+    """Blocks in the order in which they run; None with a reason where a run starts again."""
     for info in chain:
         if not info.twins:
             yield None, f"{info.path} is called with other arguments than the block before it"
@@ -111,4 +111,4 @@ def _walk(plane: Plane, host: BlockHost, chain: Sequence[BlockInfo], path: str) 
                     assert isinstance(block, CopiedBlock)
                     yield Source(block.module, host.blocks()[block.origin], native=False), ""
             else:
-                yield None, f"the seed at {other} ({slot.stage}) is in between"
+                yield None, f"the seed at {other} ({slot.stage}) separates them"

@@ -85,7 +85,7 @@ def _from_array(value: Any) -> Any:
         if callable(getattr(value, "tolist", None)):
             return _plain(value.tolist())
         return str(value)[:_LONGEST_TEXT]
-    except Exception:  # noqa: BLE001 - other people's objects may refuse to be shown
+    except Exception:  # noqa: BLE001 - the repr of any object may raise
         return f"<{type(value).__name__}>"
 
 

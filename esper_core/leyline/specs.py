@@ -216,7 +216,7 @@ class BlueprintSpec(PluginSpec):
             the seed's forward also takes the arguments with which the host called the block, as a
             `kasmina.calls.Call`, or None where a host does not hand them on.
         answers: `delta`, or `feature` if the seed gives what would go on in the feature's place. Plain blends
-            interpolate between the two then, and at alpha 1 the seed's answer goes on as it is.
+            interpolate between the two then, and at alpha 1 the seed's output is passed on unchanged.
         isolation: whether its seeds learn anything while isolated; if not, they begin to blend as soon as they are
             born, and the run is given time to settle.
         excludes: tags of points at which it cannot grow, such as `causal` for what mixes all positions. (API 2)
@@ -248,7 +248,7 @@ class BlendSpec(PluginSpec):
 
     Attributes:
         part: `combination` or `curve`.
-        interpolates: beside a seed that answers with a feature of its own, this combination is nothing but
+        interpolates: for a seed that returns a feature of its own, this combination is nothing but
             (1 − α)·h + α·s; others get s − h for the seed's delta.
     """
 

@@ -14,7 +14,7 @@ class Verdict:
 
     Attributes:
         verdict: `cull` or `revive`.
-        churn: what the seed would bring if it were put back now; None if the audit was called off before it was known.
+        churn: what the seed would gain if it were restored now; None if the audit was cancelled before it was known.
         rise: of the loss since the audit began, over where it was heading (nats); None if unknown.
         worth: the seed's counterfactual when the audit began. rent: what it pays (nats).
         reason: the rule that decided, in words.

@@ -146,7 +146,7 @@ class RunView:
         governor: `calm`, `watching` or `recovering`. rollbacks: so far.
         slots: every slot in depth order. blends: the blends that commands may name.
         metric: what scores are of.
-        course: how much of its budget of FLOPs is spent; None where the run goes by epochs.
+        course: how much of its budget of FLOPs is spent; None if its length is in epochs.
         readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
             unmeasured.
         settling: optimizer steps for which governor and judge hold still after blocks were copied in.

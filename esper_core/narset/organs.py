@@ -47,7 +47,7 @@ class OrganBudget:
 
 
 def regions_of(view: RunView, config: OrganConfig) -> dict[str, str]:
-    """The organ of every slot; what is nested in a seed or stacked belongs to where it stands in the host."""
+    """The organ of every slot; nested and stacked slots belong to the organ of their point in the host."""
     slots = {slot.path: slot for slot in view.slots}
     roots = {path: slots.get(path.split("/", 1)[0], slot).spec for path, slot in slots.items()}
     found = chart(roots.values(), config.size)

@@ -76,8 +76,8 @@ class Hub:
     def rewind(self, positions: Mapping[str, int], step: int = 0) -> None:
         """Discard what was written after `positions`.
 
-        A sink that is not in it keeps what it holds and goes on behind that, and a `FaultCaught` says so: it was
-        dropped before the checkpoint was taken, or is new.
+        A sink without a position was dropped before the checkpoint was taken, or is new. It keeps what it holds and
+        appends to it, and a `FaultCaught` reports that.
 
         Args:
             step: of the checkpoint.
@@ -102,7 +102,7 @@ class Hub:
         self._drop_all(failed)
         for name in lost:
             told = "the checkpoint has no position for it"
-            self._tell(f"sink {name}", told, "what it holds stays, and it goes on behind that; events may be missing")
+            self._tell(f"sink {name}", told, "it keeps what it holds and appends to it; events may be missing")
 
     def close(self) -> None:
         """Close every sink. Waits for queued ones while they work, at most three times `patience` each."""

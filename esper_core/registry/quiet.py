@@ -12,7 +12,7 @@ from typing import Any
 class Diverted:
     """Stands for stdout and is stderr in everything.
 
-    It goes on working after the import, for modules that keep a reference to it (a logging handler, say).
+    It keeps working after the import, for modules that keep a reference to it (a logging handler, say).
 
     Attributes:
         used: whether anything was written.

@@ -202,7 +202,7 @@ def merge(core: TamiyoCore, domain: str) -> TamiyoCore:
 
 
 class _Speak:
-    """A forward hook as a picklable object: adds the adapter's delta to what a linear map answered."""
+    """A forward hook as a picklable object: adds the adapter's delta to the output of a linear map."""
 
     def __init__(self, adapter: Adapter, target: str) -> None:
         self.adapter, self.target = adapter, target

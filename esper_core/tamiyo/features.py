@@ -297,7 +297,7 @@ def read_features(table: Sequence[Feature], *view: Any) -> list[float]:
 
 
 RETIRED: Final = frozenset(f"slots.{feature.name}" for feature in _families(lambda: ""))
-"""Features that were 0 in every view before `seed_family` was delivered. Cores trained then go on reading 0 there."""
+"""Features that were 0 in every view before `seed_family` was delivered. Cores trained then still read 0 there."""
 
 
 def schema() -> list[str]:
@@ -340,7 +340,7 @@ last three pass a running normaliser that is saved with the agent.
 An agent file lists by name the features that its core was trained with, and the core reads those and no others. So a
 core keeps deciding as it did when features are added here. Before `seed_family` and `seed_tags` were delivered, the
 features `family_*` of a slot were 0 in every view, and `tag_*` showed the tags of the point alone. They are retired:
-a core that was trained with them, such as the shipped `core_v1`, goes on reading 0 there, so its decisions have not
+a core that was trained with them, such as the shipped `core_v1`, still reads 0 there, so its decisions have not
 changed, and it does not see what grows in a slot. A core that is trained now does (`seed_family_*`, `seed_tag_*`)."""
 
 

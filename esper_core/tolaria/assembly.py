@@ -296,7 +296,7 @@ def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, dev
     host.module.eval()
     try:
         flops = count_flops(lambda: outputs.append(host.forward_with_slots(batch.head(1).inputs)))
-    except Exception as error:  # hosts are other people's code, and this is its first call
+    except Exception as error:  # hosts are plugins, and this is their first call
         what = _in_words(batch.inputs)
         raise Misfit(
             f"cannot take the examples of task {task.name}, which are {what} ({type(error).__name__}: {error})",

@@ -71,7 +71,7 @@ class RunConfig:
     download: bool = _option(False, "let the task fetch data that is not on this machine", group="data")
     controller: str = _option("heuristic", "controller of growth: `name` or `name:argument`", group="growth")
     overseers: tuple[str, ...] = _option(
-        (), "controllers that wrap the controller, innermost first, such as emrakul", group="growth"
+        (), "controllers that wrap the controller, such as emrakul; the first is the innermost", group="growth"
     )
     rewards: tuple[str, ...] = _option(
         ("accuracy=1", "rent=1"), "terms of the reported reward, `name=weight`", group="growth"

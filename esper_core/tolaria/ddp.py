@@ -3,7 +3,7 @@
 torch's DistributedDataParallel lists parameters once, when it wraps a module, and does not see one that is born later.
 It would have to be built anew at every birth and cull, over host and seeds in one wrapper, and a seed that raises on
 one process would leave it half-way through its buckets. So the exchange is this one: buckets of gradients over all
-parameters that live, listed anew when something was born, each sent while backward goes on, and drained where a
+parameters that live, listed anew when a seed was born, each sent during the backward pass, and drained where a
 process raised.
 
 Source: buckets and their overlap with backward: Li et al., "PyTorch Distributed", VLDB 2020, arXiv:2006.15704.

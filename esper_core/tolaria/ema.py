@@ -32,7 +32,7 @@ class GrowthEMA:
     of that moment and never updates them, since seeds are not in the model's state dict.
 
     Parameters: `average = decay * average + (1 - decay) * live`. A seed begins with its weights at the
-    first update, and begins anew after a rollback. Buffers, such as a batch norm's statistics and the seeds' alphas,
+    first update, and starts again after a rollback. Buffers, such as a batch norm's statistics and the seeds' alphas,
     are those of the live model. Weights that are not finite are left out.
 
     Args:

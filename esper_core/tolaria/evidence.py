@@ -25,7 +25,7 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
         epoch, batch: of the latest training batch. count: how many to repeat, within the epoch.
 
     Returns:
-        None where the batches cannot be had again: a loader of the caller's own may answer otherwise.
+        None if the batches cannot be reproduced, as with a loader of the caller's.
 
     Raises:
         RunFailed: the validation data are at fault; a rollback would not help.
@@ -43,7 +43,7 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
             with without_seeds(plane):
                 alone = _is_finite(setup, plane, one, not validating)
             if alone:
-                seeds |= dict.fromkeys(_sick(setup, plane, one, not validating))
+                seeds |= dict.fromkeys(_seeds_that_fail(setup, plane, one, not validating))
             elif validating:
                 told = f"the loss of validation batch {number} is not finite without any seed"
                 raise RunFailed(told, "finite data", "clean them, then esper resume")
@@ -60,7 +60,7 @@ def set_training(plane: Plane, training: bool) -> None:
     plane.module.train(training)
 
 
-def _sick(setup: Setup, plane: Plane, batch: Batch, training: bool) -> Iterator[str]:
+def _seeds_that_fail(setup: Setup, plane: Plane, batch: Batch, training: bool) -> Iterator[str]:
     """Paths of the seeds with which alone the loss is not finite."""
     for path in plane.contributing():
         with without_seeds(plane, but=path):

@@ -20,7 +20,7 @@ from esper_core.leyline.host import Batch
 T = TypeVar("T")
 
 PART_FAULTS: Final = (Exception, SystemExit)
-"""What a part of somebody else's may raise; SystemExit too, since a part has no right to end the run."""
+"""Errors that a plugin's code may raise. SystemExit is among them, since a plugin must not end the run."""
 
 
 class DataFailed(Exception):

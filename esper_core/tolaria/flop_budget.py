@@ -1,7 +1,7 @@
 """Runs whose length is a number of FLOPs instead of epochs.
 
 Training, probes and growth all count. The share of the budget that is spent takes the place of the share of steps that
-are done: the learning rate, the decisions and the end of the run go by it, so that a network that grows has the
+are done: the learning rate, the decisions and the end of the run follow it, so that a network that grows has the
 schedule of its budget and not that of its steps.
 """
 

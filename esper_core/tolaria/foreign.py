@@ -17,7 +17,7 @@ def alone(model: nn.Module) -> None:
     """Refuse a model that several processes or devices train, or on which something grows already.
 
     Raises:
-        EsperError: so it is.
+        EsperError: it is such a model.
     """
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():

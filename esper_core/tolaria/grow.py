@@ -40,7 +40,7 @@ Judged = tuple[Loss, Judge, bool]
 
 @attrs.frozen
 class LoaderSplit:
-    """Any iterable of batches as a split. Order and augmentation are the loader's own affair.
+    """Any iterable of batches as a split. The loader determines order and augmentation.
 
     A loader whose sampler has `set_epoch` is told the epoch, so that it can shuffle by it.
     """
@@ -145,8 +145,8 @@ def grow(
         sinks: further places for events, by name.
         progress: print a line for each epoch and each change of a seed; None: where stderr is a terminal.
         options: fields of `RunConfig`, such as `epochs=10`, `lr=1e-3`, `controller="random"`. With `out="runs/NAME"`
-            the run has a folder: its events, checkpoints, report and weights. The same call goes on with a run
-            that was interrupted there.
+            the run has a folder: its events, checkpoints, report and weights. The same call resumes a run that was
+            interrupted there.
 
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.

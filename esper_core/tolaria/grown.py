@@ -62,7 +62,7 @@ class Grown:
     def model(self) -> nn.Module:
         """An independent plain module with the seeds built in, in eval mode.
 
-        The model that was given has been trained in place, and grows on through `plane`.
+        The model that was given has been trained in place, and can continue to grow through `plane`.
 
         Raises:
             EsperError: it cannot be copied, of which there was a warning before training.

@@ -49,7 +49,7 @@ def data_of(task: TaskProtocol) -> dict[str, str]:
 
 
 def parts_of(config: RunConfig, plane: Plane, registry: Registry) -> dict[str, str]:
-    """What each plugin that the run uses is: distribution and version, and for other people's the code's digest.
+    """Distribution and version of each plugin that the run uses, and the digest of its code if it is third-party.
 
     The code of a distribution that is being worked on changes without its version.
     """

@@ -16,7 +16,7 @@ from esper_core.tolaria.assembly import options_for
 from esper_core.tolaria.config import RunConfig
 
 Loss = str | Objective | Function | None
-"""Name of an objective, an objective, a function of outputs and targets, or None to go by the targets."""
+"""Name of an objective, an objective, a function of outputs and targets, or None to infer it from the targets."""
 
 Judge = str | Function | None
 """The `metric` option of a named objective, a function of outputs and targets, or None for the objective's own."""

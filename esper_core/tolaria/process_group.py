@@ -64,7 +64,7 @@ class ProcessGroup(Ranks):
         device: where this process trains.
 
     Attributes:
-        version: counts modules that were placed, so that whoever lists parameters knows when to do so again.
+        version: counts modules that were placed, so that lists of parameters can be renewed when it changes.
         lost: a process is gone, and nothing can be exchanged any more.
     """
 
@@ -351,7 +351,7 @@ def _kind(error: BaseException | None) -> int:
 def pick_random(tensors: Mapping[str, Tensor], ranks: Ranks, seed: int) -> dict[str, Tensor]:
     """The states of this process's generators among those of every process, by the names of a single process.
 
-    Where a run goes on with another number of processes, those after the first begin anew.
+    If a run is resumed with another number of processes, those after the first get new states.
     """
     found, count = dict(tensors), 1
     prefix = "random.cpu."

@@ -1,7 +1,7 @@
 """Progress of growth inside the caller's loop: seeds, stages, and the state of their optimizer.
 
-The host's weights, its optimizer and the learning-rate schedule are the loop's own affair; their checkpoint belongs
-beside this.
+The host's weights, its optimizer and the learning-rate schedule are not in it: the loop saves them in a checkpoint of
+its own.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def resume(tolaria: Tolaria, path: str | Path) -> None:
 
 
 class Progress:
-    """The progress as a part of other people's checkpoints: what `save_progress` writes, as one tensor of bytes.
+    """The progress as a part of another library's checkpoint: what `save_progress` writes, as one tensor of bytes.
 
         accelerator.register_for_checkpointing(Progress(tolaria))
         fabric.save(path, {"model": model, "optimizer": optimizer, "growth": Progress(tolaria)})

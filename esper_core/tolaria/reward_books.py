@@ -38,7 +38,7 @@ class RewardBooks:
 
     Args:
         rewards: term and weight by name.
-        audited: whether somebody measures what removals cost, as Emrakul does.
+        audited: whether an overseer such as Emrakul measures the cost of removals.
 
     Raises:
         BadOption: a term is no number although everything is measured, or reads the churn in a run without audits.
@@ -81,7 +81,7 @@ class RewardBooks:
         return _ask(term, without) != value
 
     def tell(self, slot_gains: Mapping[str, float], params_ratio: float, flops_ratio: float, *, last: bool) -> Told:
-        """Every term's value of this decision; what was collected begins anew.
+        """Every term's value of this decision; resets what was collected.
 
         Args:
             slot_gains: slot to its own counterfactual (nats).

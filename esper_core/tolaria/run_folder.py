@@ -139,7 +139,7 @@ class RunFolder:
         write_json_file(self.path / "result.json", result)
 
     def forget_result(self) -> None:
-        """The run goes on.
+        """Remove the result of a run that is resumed.
 
         Raises:
             BadFile: its earlier result cannot be removed.

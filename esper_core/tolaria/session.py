@@ -276,7 +276,7 @@ class Tolaria:
             said = list(self.controller.decide(view))
             odd = next((command for command in said if not isinstance(command, Command)), None)
             if odd is not None:
-                raise TypeError(f"it answered with a {type(odd).__name__}, and a Command was expected")
+                raise TypeError(f"it returned a {type(odd).__name__}; a Command was expected")
             return said
         except RunFailed:
             raise
@@ -306,7 +306,7 @@ class Tolaria:
         except EsperError as error:
             self._tell_refusal(command, str(error))
             return False
-        except PART_FAULTS as error:  # a blueprint's or a blend's factory is other people's code
+        except PART_FAULTS as error:  # the factory of a blueprint or a blend may raise anything
             self._tell_refusal(command, f"{type(error).__name__}: {error}"[:500])
             return False
         for part in command.each():
@@ -428,11 +428,11 @@ class Tolaria:
 
     def _check_parameters(self) -> Alarm | None:
         """Cull isolated seeds that are not finite; the host or a seed that contributes is an alarm."""
-        sick = self._not_finite()
-        isolated = [path for path in sick if path and STAGES[self.plane.growths[path].stage].isolated]
+        found = self._not_finite()
+        isolated = [path for path in found if path and STAGES[self.plane.growths[path].stage].isolated]
         for path in isolated:
             self.remove_seed(path, "its parameters are not finite")
-        return Alarm("parameters are not finite", math.nan, math.inf) if len(sick) > len(isolated) else None
+        return Alarm("parameters are not finite", math.nan, math.inf) if len(found) > len(isolated) else None
 
     def _finish_decision(
         self, measured: Measurement, commands: Sequence[Command], view: RunView | None, note: str
@@ -567,7 +567,7 @@ class Tolaria:
         said: Any = state
         controller: Any = self.controller
         while controller is not None:
-            if not isinstance(said, Mapping):  # it could be written, and not be taken up again
+            if not isinstance(said, Mapping):  # it could be saved, and not be loaded again
                 name = type(controller).__name__
                 raise TypeError(f"the state of controller {name} is a {type(said).__name__}, expected a mapping")
             controller, said = getattr(controller, "inner", None), said.get("inner", {})

@@ -221,7 +221,7 @@ def refuse_ranks(config: RunConfig, ranks: int) -> None:
     """Refuse what several processes cannot do.
 
     Raises:
-        BadOption: so it is.
+        BadOption: the configuration asks for something that several processes cannot do.
     """
     sharded = config.strategy == "fsdp2"
     if config.batch_size < ranks:

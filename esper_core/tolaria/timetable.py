@@ -1,6 +1,6 @@
 """The timetable of a run: its length, learning rates, decisions, sensor samples and validation examples.
 
-This is the only definition of each. A run goes by steps, or by FLOPs where it has a budget of them.
+This is the only definition of each. Progress is measured in steps, or in FLOPs if the run has a budget of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Timetable:
         steps: optimizer steps of the whole run; with a budget, the most that there can be.
         decisions: decision steps of the whole run.
         due: steps of an epoch after which a decision is due; empty with a budget.
-        budget: FLOPs of the whole run; None where it goes by steps.
+        budget: FLOPs of the whole run; None if its length is in steps.
         learning_rate: peak of the host. schedule, warmup, decay: see `schedules.learning_rate_share`.
     """
 

@@ -82,7 +82,7 @@ class Position:
 
 
 class Trainer:
-    """Trains a plane's model, with decisions, checkpoints and an orderly end.
+    """Trains a plane's model, with decisions and checkpoints.
 
     Args:
         setup: what the run is. tolaria: growth, with plane, optimizer, controller and governor.
@@ -147,7 +147,7 @@ class Trainer:
             return self._finish()
         except RunFailed as error:
             raise self._fail(error) from error
-        except PART_FAULTS as error:  # blueprints, tasks and sinks are other people's code: stop cleanly
+        except PART_FAULTS as error:  # blueprints, tasks and sinks are plugins: stop cleanly
             told = f"{type(error).__name__}: {error}"
             raise self._fail(RunFailed(f"the run stopped: {told}", "", "fix the cause, then esper resume")) from error
 
@@ -260,7 +260,7 @@ class Trainer:
         tolaria.clock.examples += examples
 
     def _again(self, batch: Batch, hits: Tensor) -> Tensor:
-        """The same batch, after a pass that broke off half-way; `hits`: as they stood before it."""
+        """Repeat the batch after an aborted pass; `hits`: the counts before that pass."""
         self.tolaria.optimizer.zero_grad()
         self._hits.copy_(hits)
         if self.tolaria.sensors is not None:
@@ -439,7 +439,7 @@ class Trainer:
         if self.ranks.sharded:
             return error
         fine = model_is_finite(self.tolaria.plane)
-        which = "the last good model" if fine else "the model as it stood, which is not finite,"
+        which = "the last good model" if fine else "the latest model, which is not finite,"
         where = f"; {which} is in {self.folder.model}" if self.folder else ""
         return RunFailed(f"{error.given}{where}", error.expected, error.hint)
 
@@ -491,8 +491,8 @@ class Trainer:
                 self.folder.checkpoints.save(step, tensors, plain, loss)
         except RankLost:
             raise
-        except PART_FAULTS as error:  # a full disk, or a part that cannot say how it stands
-            self._fault("checkpoint", error, "the earlier checkpoints stay; training goes on")
+        except PART_FAULTS as error:  # a full disk, or a part whose state_dict raises
+            self._fault("checkpoint", error, "the earlier checkpoints stay; training continues")
         self._saved_at = time.monotonic()
         self._save_cost = self._saved_at - began
 
@@ -535,9 +535,9 @@ class Trainer:
             self._load(tensors, plain)
         except EsperError:
             raise
-        except PART_FAULTS as error:  # a part that cannot take up its state
+        except PART_FAULTS as error:  # a part whose load_state_dict raises
             told = f"{type(error).__name__}: {error}"
-            raise BadFile(f"the run cannot be taken up from its checkpoint: {told}", "parts that can") from error
+            raise BadFile(f"the run cannot be resumed: {told}", "parts that load their state") from error
 
     def _load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         with expect_well_formed("the checkpoint"):

@@ -279,5 +279,5 @@ def test_a_seed_that_writes_only_in_training_is_found_and_given_copies() -> None
 
 def test_a_seed_with_one_answer_for_the_whole_batch_is_refused() -> None:
     plane = small_plane()
-    with pytest.raises(IncompatibleSeed, match="answered with"):
+    with pytest.raises(IncompatibleSeed, match="returned"):
         plane.germinate(next(iter(plane.slots)), "one-answer")

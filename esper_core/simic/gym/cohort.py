@@ -3,7 +3,7 @@
 While all its seeds are GERMINATED or TRAINING, an environment's host is bit-identical to one without seeds. So one
 trunk, which grows nothing and is the WAIT twin at the same time, is computed for all, and every seed trains from the
 feature and the loss's gradient at its slot: `slot(h.detach()).backward(dL/dh)`. When a seed begins to show, its
-environment goes on alone from a copy of the trunk. Hosts stay bit-equal to separate runs', and so do seeds.
+environment continues alone from a copy of the trunk. Hosts stay bit-equal to separate runs', and so do seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Cohort:
         trunk: the WAIT twin; never given a command.
         members: environments whose hosts have the trunk's initial weights and training state.
         share: whether to share at all; without, every member trains by itself.
-        twin: whether the trunk goes on when no member shares it any more, as where rewards are paired with it.
+        twin: whether the trunk is still computed when no member shares it, as where rewards are paired with it.
     """
 
     def __init__(self, trunk: Member, members: Sequence[Member], *, share: bool = True, twin: bool = True) -> None:
@@ -100,7 +100,7 @@ class Cohort:
         return done
 
     def _part(self, member: Member) -> None:
-        """Let a member go its own way once it must. Its host is a copy of the trunk's: decisions and checks made it."""
+        """Stop sharing the trunk with a member whose host may differ; until now it is a copy of the trunk's."""
         member.shared = member.shared and member.may_share(self.trunk)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cohort:
@@ -118,7 +118,7 @@ class _Capture:
             return None
         seen, path = self.cohort.seen, slot.path
         feature = inputs[0].detach()
-        # A copy: the host may go on in place, and one that shows slots a view goes on only with a new answer.
+        # A copy: the host may continue in place, and a host that passes a view to its slots needs a new tensor.
         out = output.clone() if output.requires_grad else output.detach().clone().requires_grad_()
 
         def note(gradient: Tensor) -> None:

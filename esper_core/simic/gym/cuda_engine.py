@@ -106,7 +106,7 @@ class StackedPopulation:
 
     Attributes:
         losses: (history, N) on the device; step t's are at t % history.
-        live: called with the number of steps that planes have not lived through yet; by default it steps them.
+        live: called with the number of steps that planes have not taken yet; by default it steps them.
         rows: (N, points) row of each seed among all lanes, plus one; 0 where a slot is empty.
 
     Raises:
@@ -278,7 +278,7 @@ class StackedPopulation:
         self._settle()
 
     def synchronise(self) -> None:
-        """Let every plane live through the steps that its weights have taken since the last time."""
+        """Step every plane as often as its weights were updated since the last call."""
         steps, self._unsynced = self._unsynced, 0
         if steps:
             self.live(steps)
@@ -295,8 +295,8 @@ class StackedPopulation:
         found: list[list[float]] = self.losses[rows].tolist()
         return found
 
-    def be_careful(self, k: int, factor: float) -> None:
-        """Multiply every learning rate in environment k by `factor` from now on; it is no product with earlier ones."""
+    def set_caution(self, k: int, factor: float) -> None:
+        """Set the factor on every learning rate of environment k; it replaces the earlier factor."""
         if self.cautions[k] != factor:
             self.cautions[k] = factor
             self._set_rates()
@@ -308,7 +308,7 @@ class StackedPopulation:
         self.arena.rate.copy_(self.arena.base_rate * torch.tensor(factors, dtype=torch.float64, device=self.device))
 
     def decide(self) -> None:
-        """At every decision step: seeds' own losses into the planes, ages and embargoes on. Waits for the device."""
+        """Begin a decision step: record seeds' own losses, count ages and embargoes. Waits for the device."""
         self.synchronise()
         proxies = self.flags.proxies.tolist()
         for (k, path), (bucket, lane) in self._lanes.items():
@@ -393,7 +393,7 @@ class StackedPopulation:
                 bucket.stack.read(lane, LaneCall(self.planes[k].slots[path]))
         return self.planes[k]
 
-    def sick(self, *, settle: bool = True) -> list[set[str]]:
+    def not_finite(self, *, settle: bool = True) -> list[set[str]]:
         """For each environment, where weights are not finite: the paths of seeds, and the empty path for the host."""
         if settle:
             self._settle()
@@ -407,7 +407,7 @@ class StackedPopulation:
     # --- Frames ---
 
     def frame(self) -> StackFrame:
-        """The state of all environments as it is now; one copy for whoever asks before the next step."""
+        """The present state of all environments; copied once between two steps."""
         if self._frame is None:
             self._frame = StackFrame.take(self.arena, self.hosts, self._lanes, self.flags.proxies)
         return self._frame
@@ -426,7 +426,7 @@ class StackedPopulation:
         self._frame = None
 
     def count_births(self, k: int) -> None:
-        """Environment k's seeds are those whose lanes they have, whatever births were counted since."""
+        """Take the births of environment k's seeds from its plane, so that their lanes are kept."""
         for (environment, path), born in self._births.items():
             if environment == k and (environment, path) in self._lanes:
                 self._births[environment, path] = max(born, self.planes[k].growths[path].births)
@@ -467,7 +467,7 @@ class StackedPopulation:
         self._publish(grown, {path for _, path in places})
 
     def _publish(self, places: Sequence[_Place], paths: Iterable[str]) -> None:
-        """Tell the device of the lanes at `places`, and of who is served where at the points `paths`."""
+        """Write to the device the lanes at `places`, and which environments they serve at the points `paths`."""
         if places:
             self.flags.set([self._course(place) for place in places])
         for path in paths:

@@ -109,15 +109,15 @@ class StackedTolaria(LentTolaria):
     """Tolaria of an environment whose weights are on the device.
 
     Attributes:
-        sick: paths of seeds whose weights are not finite, and the empty path for the host, as of the last look.
+        broken: paths of seeds whose weights are not finite, and the empty path for the host, as of the last check.
     """
 
     population: StackedPopulation
     k: int = 0
-    sick: frozenset[str] = frozenset()
+    broken: frozenset[str] = frozenset()
 
-    def live_through(self, losses: Sequence[float], examples: int) -> None:
-        """Account for optimizer steps with these losses, as `after_step` does for one.
+    def account_for(self, losses: Sequence[float], examples: int) -> None:
+        """Do for optimizer steps with these losses what `after_step` does for one.
 
         Raises:
             RunFailed: unrecoverable.
@@ -141,13 +141,13 @@ class StackedTolaria(LentTolaria):
         return self.lent
 
     def _not_finite(self) -> list[str]:
-        return [path for path in self.sick if not path or self.plane.slots[path].seed is not None]
+        return [path for path in self.broken if not path or self.plane.slots[path].seed is not None]
 
     def respond(self, alarm: Alarm) -> None:
-        """See `Tolaria.respond`: what looks for the guilty measures this environment's own copy of the weights."""
+        """See `Tolaria.respond`: the search for the cause measures this environment's own copy of the weights."""
         self.population.pull(self.k)
         super().respond(alarm)
-        self.sick = frozenset()
+        self.broken = frozenset()
 
 
 class StackedMember(Member):
@@ -263,24 +263,24 @@ class StackedCohort:
             self.population.synchronise()
 
     def _live(self, steps: int) -> None:
-        """Let every environment live through the last `steps` steps; the governors look where it is time."""
+        """Account for the last `steps` steps in every environment; governors check the losses where it is time."""
         losses = self.population.recent(steps)
-        sick: list[set[str]] | None = None
+        not_finite: list[set[str]] | None = None
         for k, member in enumerate(self._everyone):
             if member.failed:
                 continue
             tolaria, _ = _parts(member)
-            if sick is None:
-                sick = self.population.sick(settle=False)
-            tolaria.sick = frozenset(sick[k])
+            if not_finite is None:
+                not_finite = self.population.not_finite(settle=False)
+            tolaria.broken = frozenset(not_finite[k])
             try:
-                tolaria.live_through([row[k] for row in losses], self._batch_size)
+                tolaria.account_for([row[k] for row in losses], self._batch_size)
             except RunFailed as error:
                 member.failed = str(error)
-            self._heed(k, member)
+            self._set_caution(k, member)
 
-    def _heed(self, k: int, member: Member) -> None:
-        self.population.be_careful(k, 0.0 if member.failed else member.tolaria.governor.caution)
+    def _set_caution(self, k: int, member: Member) -> None:
+        self.population.set_caution(k, 0.0 if member.failed else member.tolaria.governor.caution)
 
     def observe(self, validations: Sequence[Sequence[Batch]], epoch: float) -> list[RunView]:
         """What every member sees at a decision. A group whose twin fails is `broken` from now on."""
@@ -299,18 +299,19 @@ class StackedCohort:
         live = [member.plane.contributing() for member in self._everyone]
         shown = set(itertools.chain.from_iterable(live))
         paths = [path for path in population.points if path in shown]
-        sums, sick, readings = population.measure(self._validation, paths), population.sick(), self.sensors.read()
+        sums = population.measure(self._validation, paths)
+        not_finite, readings = population.not_finite(), self.sensors.read()
         table = sums.tolist()
         views = []
         for k, member in enumerate(self._everyone):
             tolaria, sensors = _parts(member)
             tolaria.lent = _measurement(table[k], paths, live[k], self._examples)
-            tolaria.sick, sensors.readings = frozenset(sick[k]), readings[k]
+            tolaria.broken, sensors.readings = frozenset(not_finite[k]), readings[k]
             assert member.optimizer.host_group is not None
             member.optimizer.host_group["lr"] = self._rate * population.cautions[k]
             group = k // (self.size + 1)
             view = member.observe(validations[group], epoch)
-            self._heed(k, member)
+            self._set_caution(k, member)
             if k % (self.size + 1):
                 views.append(view)
             elif member.failed:

@@ -236,7 +236,7 @@ class Flags:
         table: (L, R + 1) alpha after so many steps of the ramp. position: (L,) where the lane is in it. alpha: (L,).
         met: (L,) ⟨gradient, s⟩ of the last batch.
         proxies: (L, 4) count and sum of `met` since the last decision, and the same of the seed's first batches.
-        said: (L, 2) mean and variance of what the seed answered, as of the last pass that was sensed.
+        said: (L, 2) mean and variance of the seed's output, as of the last pass that was sampled.
     """
 
     isolated: Tensor

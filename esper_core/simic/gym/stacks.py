@@ -128,7 +128,8 @@ class Arena:
         theta, momentum, square: (T,) weights and the gradient's moments, of which SGD has no second.
         row_of: (T,) row of each element in `age`, flattened.
         age: (L, 2) optimizer steps of a lane's module, and of its blend, which may be younger than the seed.
-        rate: (L,) learning rate factor, `base_rate` unless someone is careful. warmup: (L,) steps of its warm-up.
+        rate: (L,) learning rate factor, `base_rate` times the caution of its environment.
+        warmup: (L,) steps of its warm-up.
         cuts: (S + 1,) where each piece, one parameter of one lane, begins in the flat memory.
         pieces: (L, P) the pieces of each lane; S stands for none.
     """

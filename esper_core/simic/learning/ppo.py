@@ -253,7 +253,7 @@ def _together(
 ) -> tuple[list[Tensor], float, dict[str, float]]:
     """As `_minibatch`, in one backward pass for episodes of one length, with one bound on the gradient of all.
 
-    Episodes that are not finite are left out beforehand, since they would spoil everybody's gradient.
+    Episodes that are not finite are left out beforehand, since they would spoil the gradient of the whole batch.
     """
     parameters = list(policy.parameters())
     total = [torch.zeros_like(p) for p in parameters]

@@ -252,7 +252,7 @@ def stackable_parts(runs: Sequence[RunConfig], most: int) -> list[list[int]]:
 def told(
     state: dict[str, Any], play: Callable[..., list[GroupPlayed]], *arguments: Any
 ) -> tuple[list[GroupPlayed], dict[str, float], list[str]]:
-    """What `play` answers, what it took (seconds by kind of work), and what is to be said of it."""
+    """What `play` returns, the seconds by kind of work, and notices for the user."""
     state["spent"], state["notes"] = defaultdict(float), []
     answer = play(state, *arguments)
     return answer, dict(state["spent"]), list(state["notes"])

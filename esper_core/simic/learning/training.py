@@ -1,7 +1,7 @@
 """Training Tamiyo: iterations of episodes and updates in a folder of its own, resumable bit for bit.
 
 Everything that an iteration does follows from the manifest and the iteration's number, so that a training killed at
-any moment goes on from its newest checkpoint as if it had not stopped, with any number of worker processes.
+any moment resumes from its newest checkpoint bit for bit, with any number of worker processes.
 
 `FOLDER/`: `training.json` (the manifest), `curves.jsonl` (one line an iteration), `checkpoints/`, `base.safetensors`
 (the core that was started from, if any), `agent.safetensors` or `adapter.safetensors`, `report.html`.
@@ -55,10 +55,10 @@ Record = dict[str, Any]
 
 @attrs.frozen(kw_only=True)
 class Manifest:
-    """What a training is told; with the code, it determines every bit.
+    """The parameters of a training; with the code, they determine every bit of its result.
 
     Attributes:
-        curriculum: name, for people. text: its TOML. seed: of everything that is drawn.
+        curriculum: name, for display. text: its TOML. seed: of everything that is drawn.
         iterations: policy updates, demonstrations included; 0 for the curriculum's own number.
         domain: train on the worlds of this domain alone; empty for all.
         adapter: kind of adapter to train on a frozen base; empty to train the core itself.
@@ -168,7 +168,7 @@ class Training:
         core.attach(adapter)
         return core, adapter
 
-    # --- Going on ---
+    # --- Resuming ---
 
     @property
     def iterations(self) -> int:

@@ -71,7 +71,7 @@ class Job:
         """What identifies the run: everything that changes its result, but not its name or purpose."""
         told = {k: v for k, v in self.to_mapping().items() if k not in ("arm", "stage")}
         if self.heuristic:
-            told["law"] = [NEED, POWER, SLACK, RATIO]  # what it decides goes by these
+            told["law"] = [NEED, POWER, SLACK, RATIO]  # its decisions depend on these
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
