@@ -21,15 +21,11 @@ from esper_core.tolaria.run import start_run
 SEEDS: Final = 8
 LIVE: Final = 50
 HOSTS: Final = {
-    "resnet": {"host": "lattice-resnet", "blueprints": ("depthwise", "dilated"), "budget_params": "40%"},
-    "transformer": {
-        "host": "lattice-transformer",
-        "blueprints": ("norm", "bottleneck_adapter"),
-        "budget_params": "30%",
-    },
+    "resnet": {"host": "lattice-resnet", "blueprints": ("bottleneck", "conv_enhance"), "budget_params": "40%"},
+    "transformer": {"host": "lattice-transformer", "blueprints": ("norm", "ffn"), "budget_params": "20%"},
 }  # fmt: skip
-CONTROLLERS: Final = {
-    "heuristic": {"heuristic.at_once": 16, "heuristic.start": 0.1},
+CONTROLLERS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "heuristic": {"heuristic.at_once": 64, "heuristic.start": 0.1, "heuristic.stake": 0.4},
     "agent": {},
 }
 
@@ -37,7 +33,7 @@ CONTROLLERS: Final = {
 def jobs(seeds: int | None, small: bool) -> list[dict[str, Any]]:
     """One job a run, the arms of a pair side by side; `small` has a quarter of the epochs."""
     return [
-        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else 16}
+        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else 20}
         for seed in range(seeds or SEEDS) for host in HOSTS for controller in CONTROLLERS for arm in ("narset", "none")
     ]  # fmt: skip
 
@@ -46,9 +42,9 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     """One run; what lived, and what it cost and brought."""
     config = RunConfig(
         **HOSTS[job["host"]], task="digits", controller=job["controller"], seed=job["seed"], epochs=job["epochs"],
-        overseers=("narset",) if job["arm"] == "narset" else (), decisions_per_epoch=3, decision_examples=128,
+        overseers=("narset",) if job["arm"] == "narset" else (), decisions_per_epoch=2, decision_examples=128,
         learning_rate=0.005, clip=1.0, device="cpu",
-        settings={**CONTROLLERS[job["controller"]], "plane.ramp": 0.05, "sensors.fossils": 8},
+        settings={**CONTROLLERS[job["controller"]], "plane.ramp": 0.05, "plane.max_stack": 2, "sensors.fossils": 8},
     )  # fmt: skip
     books = Books()
     try:
@@ -59,13 +55,21 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     last = books.curve[-1]
     by_region: dict[str, int] = {}
     for slot, (_, params) in books.living.items():
-        by_region[slot.rsplit(".", 1)[0]] = by_region.get(slot.rsplit(".", 1)[0], 0) + params
+        by_region[region_of(slot)] = by_region.get(region_of(slot), 0) + params
     return {
         "status": status, **test, "validation_loss": last["validation_loss"], "mass": last["ratio"],
         "live": len(books.living), "peak": books.peak, "grown": books.grown, "fates": books.fates(),
         "regions": books.regions, "by_region": by_region, "curve": books.curve, "flops": last["flops"],
         "alarms": books.alarms,
     }  # fmt: skip
+
+
+def region_of(slot: str) -> str:
+    """The region of a slot of either host, of eight points each in depth order."""
+    root = slot.split("/", 1)[0]
+    if root.startswith("stage"):
+        return root.split(".", 1)[0]
+    return f"blocks {int(root.removeprefix('attention').removeprefix('feed')) // 4}"
 
 
 def judge(rows: Sequence[Mapping[str, Any]], rent: float = 0.05) -> dict[str, Any]:

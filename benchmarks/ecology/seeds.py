@@ -92,112 +92,6 @@ def planted_host(
     return host_from_module(model, ["features"], example=torch.zeros(1, *shape))
 
 
-class Residual(nn.Module):
-    """x + conv(ReLU(norm(x))): a block of one 3×3 convolution; the first of a stage may halve the map."""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.norm, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 3, stride, 1, bias=False)
-        self.same = channels == width and stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, width, H / stride, W / stride)."""
-        y = self.conv(torch.relu(self.norm(x)))
-        return x + y if self.same else y
-
-
-def resnet_host(
-    argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
-) -> ModuleHost:
-    """A residual network of eight stages with eight blocks each, a point behind every block: 64 points, 8 regions."""
-    shape = tuple(input_shape or (1, 8, 8))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], 4, 3, 1, 1))
-        channels = 4
-        for number, width in enumerate((4, 4, 6, 6, 8, 8, 8, 8), 1):
-            blocks = []
-            for index in range(8):
-                stride = 2 if index == 0 and number == 5 else 1
-                blocks.append(Residual(channels, width, stride))
-                channels = width
-            layers[f"stage{number}"] = nn.Sequential(*blocks)
-        layers |= OrderedDict(
-            norm=nn.BatchNorm2d(channels), act=nn.ReLU(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
-            head=nn.Linear(channels, outputs or 10),
-        )  # fmt: skip
-        model = nn.Sequential(layers)
-    points = [f"stage{number}.{index}" for number in range(1, 9) for index in range(8)]
-    return host_from_module(model, points, example=torch.zeros(2, *shape))
-
-
-class Attention(nn.Module):
-    """x + self-attention of the normalised x, two heads: (N, L, D) to the same."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, D) to (N, L, D)."""
-        n, length, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(n, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
-        seen = nn.functional.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(seen.transpose(1, 2).reshape(n, length, width))
-
-
-class FeedForward(nn.Module):
-    """x + down(GELU(up(norm(x)))): (N, L, D) to the same."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, D) to (N, L, D)."""
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-class Patches(nn.Module):
-    """A picture as a sequence of patches of 2×2 pixels with a learned position each."""
-
-    def __init__(self, shape: tuple[int, ...], width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(shape[0], width, 2, 2)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, shape[1] * shape[2] // 4, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, H·W / 4, D)."""
-        return self.conv(x).flatten(2).transpose(1, 2) + self.positions
-
-
-class Mean(nn.Module):
-    """Mean over the sequence: (N, L, D) to (N, D)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, D) to (N, D)."""
-        return x.mean(1)
-
-
-def transformer_host(
-    argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
-) -> ModuleHost:
-    """A vision transformer of 32 blocks and width 12, a point after attention and after feed-forward: 64 points."""
-    shape, width = tuple(input_shape or (1, 8, 8)), 12
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        layers: OrderedDict[str, nn.Module] = OrderedDict(patches=Patches(shape, width))
-        for index in range(32):
-            layers[f"attention{index}"], layers[f"feed{index}"] = Attention(width), FeedForward(width)
-        layers |= OrderedDict(norm=nn.LayerNorm(width), mean=Mean(), head=nn.Linear(width, outputs or 10))
-        model = nn.Sequential(layers)
-        for name, parameter in model.named_parameters():
-            if name.endswith(("proj.weight", "down.weight")):
-                nn.init.normal_(parameter, std=0.02)
-    points = [name for name in layers if name.startswith(("attention", "feed"))]
-    return host_from_module(model, points, example=torch.zeros(2, *shape))
-
-
 def registry() -> Registry:
     """Everything installed, and the planted blueprints."""
     found = load_registry()
@@ -205,6 +99,7 @@ def registry() -> Registry:
     return found
 
 
+_LATTICE = "benchmarks.ecology.lattice_hosts"
 _EARNS = Option("earns", "int", 600, "training steps for which it earns", minimum=0)
 _FADES = Option("fades", "int", 300, "training steps over which its harm rises", minimum=1)
 _WIDTH = Option("width", "int", 64, "of the inside", minimum=1)
@@ -224,13 +119,13 @@ class _Plugin:
         """The host that needs its seed, and two of 64 points."""
         return [
             HostSpec(
-                name=name, summary=summary, factory=f"{__name__}:{factory}",
+                name=name, summary=summary, factory=factory,
                 capabilities={"vision"}, sensors=("host_gradient_norm",),
             )
             for name, summary, factory in (
-                ("planted", "a host that needs its seed", "planted_host"),
-                ("lattice-resnet", "a residual network of 64 points", "resnet_host"),
-                ("lattice-transformer", "a transformer of 64 points", "transformer_host"),
+                ("planted", "a host that needs its seed", f"{__name__}:planted_host"),
+                ("lattice-resnet", "a residual network of 64 points", f"{_LATTICE}:resnet_host"),
+                ("lattice-transformer", "a transformer of 64 points", f"{_LATTICE}:transformer_host"),
             )
         ]  # fmt: skip
 

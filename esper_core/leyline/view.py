@@ -150,6 +150,8 @@ class RunView:
         readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
             unmeasured.
         settling: optimizer steps for which governor and judge hold still after blocks were copied in.
+        regions: region, as in `slot.spec.region`, to the parameters and FLOPs that may still grow there (infinite:
+            unlimited); empty where nothing shares the budget out.
     """
 
     decision: int
@@ -176,6 +178,7 @@ class RunView:
     course: Course | None = None
     readings: Mapping[str, float] = attrs.Factory(dict)
     settling: int = 0
+    regions: Mapping[str, tuple[float, float]] = attrs.Factory(dict)
 
     @property
     def share(self) -> float:

@@ -154,7 +154,12 @@ class OrganManager:
         if self.announce is not None:
             self.announce(organs)
         left: dict[str, tuple[float, float]] = {name: (organ.left, organ.flops_left) for name, organ in organs.items()}
-        narrowed = attrs.evolve(view, slots=tuple(_narrow(s, *left[regions[s.path]]) for s in view.slots))
+        charted = _charted(view, regions)
+        narrowed = attrs.evolve(
+            charted, slots=tuple(_narrow(s, *left[s.spec.region]) for s in charted.slots), regions=dict(left),
+            params_left=_smaller(view.params_left, math.fsum(params for params, _ in left.values())),
+            flops_left=_smaller(view.flops_left, math.fsum(flops for _, flops in left.values())),
+        )  # fmt: skip
         commands = []
         for command in self.inner.decide(narrowed):
             if command.op is Op.GERMINATE and command.slot in slots:
@@ -183,6 +188,10 @@ def _find_investor(controller: Any) -> Investor | None:
         controller = getattr(controller, "inner", None)
     found: Investor | None = controller
     return found
+
+
+def _smaller(limit: int | None, left: float) -> int | None:
+    return limit if math.isinf(left) else int(left) if limit is None else min(limit, int(left))
 
 
 def _narrow(slot: SlotView, params: float, flops: float) -> SlotView:

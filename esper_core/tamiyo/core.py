@@ -177,6 +177,7 @@ class TamiyoCore(nn.Module):
         actions: Tensor | None = None,
         generator: torch.Generator | None = None,
         chances: Tensor | None = None,
+        commands: int | None = None,
     ) -> Decision:
         """One decision of N environments.
 
@@ -186,10 +187,13 @@ class TamiyoCore(nn.Module):
             actions: (N, K, 5) to score instead of choosing.
             generator: to sample with; without it the likeliest command is chosen.
             chances: (N, K, 5) uniform numbers to sample by instead, so that an environment's draws are its own.
+            commands: K; None for the core's own, with which it was trained.
         """
         tokens, summary = self.perceive(batch)
         hidden = self.memory(summary, hidden)
-        return self.answer(batch, tokens, hidden, actions=actions, generator=generator, chances=chances)
+        return self.answer(
+            batch, tokens, hidden, actions=actions, generator=generator, chances=chances, commands=commands
+        )
 
     def answer(
         self,
@@ -200,27 +204,50 @@ class TamiyoCore(nn.Module):
         actions: Tensor | None = None,
         generator: torch.Generator | None = None,
         chances: Tensor | None = None,
+        commands: int | None = None,
     ) -> Decision:
         """The heads alone, given tokens (N, S, D) and the memory (N, D) that has seen this decision."""
         heads = _Heads(self, batch, tokens, hidden, generator)
-        for k in range(self.config.commands):
+        for k in range(self.config.commands if commands is None else commands):
             heads.chances = None if chances is None else chances[:, k]
             heads.command(None if actions is None else actions[:, k])
         value = self.value_head(hidden).squeeze(-1)
         return Decision(torch.stack(heads.rows, 1), heads.log_prob, heads.entropy, heads.asked, value, hidden)
 
-    def wishes(self, batch: ObservationBatch, hidden: Tensor) -> Tensor:
-        """How the wish to germinate is spread over the slots: (N, S), 0 where it is illegal, sum 1 or 0.
+    def wishes(self, batch: ObservationBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The wish to germinate: how it is spread over the slots, and how strong it is beside the wish to wait.
 
         Args:
             batch: what N environments see. hidden: (N, D) memory after the decision before; it does not move.
+
+        Returns:
+            (N, S), 0 where it is illegal, sum 1 or 0; and (N,) P(GERMINATE) / (P(GERMINATE) + P(WAIT)).
         """
         tokens, summary = self.perceive(batch)
         context = self.memory(summary, hidden)
-        query = self.slot_query(context + self.ops.weight[_GERMINATE])  # (N, D)
-        pointers = torch.einsum("nd,nsd->ns", query, self.slot_key(tokens)) / math.sqrt(self.config.width)
+        pointers, op_logits, _ = self.weigh(context, self.slot_key(tokens), batch.legal)
         legal = batch.legal[..., _GERMINATE]
-        return pointers.masked_fill(~legal, _NEVER).softmax(-1) * legal
+        spread = pointers[:, _GERMINATE].masked_fill(~legal, _NEVER).softmax(-1) * legal
+        drive = torch.sigmoid(op_logits[:, _GERMINATE] - op_logits[:, WAIT_INDEX]) * legal.any(-1)
+        return spread, drive
+
+    def weigh(self, context: Tensor, keys: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How much each operation is wanted at each slot, and at all.
+
+        Args:
+            context: (N, D). keys: (N, S, D) of the slots. legal: (N, S, O).
+
+        Returns:
+            Pointers (N, O, S), logits (N, O), and whether an operation is legal anywhere or is WAIT (N, O).
+        """
+        queries = self.slot_query(context[:, None] + self.ops.weight)  # (N, O, D)
+        pointers = torch.einsum("nod,nsd->nos", queries, keys) / math.sqrt(self.config.width)
+        allowed = legal.transpose(1, 2)  # (N, O, S)
+        # The mean rather than the sum over legal slots, so that 64 slots do not shout louder than 3.
+        wanted = pointers.masked_fill(~allowed, _NEVER).logsumexp(-1) - allowed.sum(-1).clamp(min=1).log()
+        somewhere = allowed.any(-1)
+        possible = somewhere | (torch.arange(len(OPS), device=context.device) == WAIT_INDEX)
+        return pointers, self.op_head(context) + torch.where(somewhere, wanted, 0.0), possible
 
     @property
     def fingerprint(self) -> str:
@@ -276,7 +303,6 @@ class _Heads:
         self.keys = core.slot_key(tokens)  # (N, S, D)
         self.lanes = torch.arange(n, device=device)
         self.slots = torch.arange(self.legal.shape[1], device=device)
-        self.waits = torch.arange(len(OPS), device=device) == WAIT_INDEX
 
     def command(self, given: Tensor | None) -> None:
         """Choose one command for every environment that has not waited yet, or score the `given` rows (N, 5)."""
@@ -286,15 +312,8 @@ class _Heads:
             row[:, 0] = WAIT_INDEX
             self.rows.append(row)
             return
-        # (N, O, D) queries against (N, S, D) keys: how much each slot wants each operation
-        queries = core.slot_query(self.context[:, None] + core.ops.weight)
-        pointers = torch.einsum("nod,nsd->nos", queries, self.keys) / scale
+        pointers, op_logits, possible = core.weigh(self.context, self.keys, self.legal)
         legal = self.legal.transpose(1, 2)  # (N, O, S)
-        # The mean rather than the sum over legal slots, so that 64 slots do not shout louder than 3.
-        wanted = pointers.masked_fill(~legal, _NEVER).logsumexp(-1) - legal.sum(-1).clamp(min=1).log()
-        possible = legal.any(-1)
-        possible = possible | self.waits
-        op_logits = core.op_head(self.context) + torch.where(possible & legal.any(-1), wanted, 0.0)
         op = self._choose("op", op_logits, possible, self.going, given)
         acting = self.going & (op != WAIT_INDEX)
 

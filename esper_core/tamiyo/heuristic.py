@@ -39,6 +39,8 @@ FAMILY_PRIORS: Final = MappingProxyType(
 _OTHER: Final = 0.6
 _CERTAIN: Final = 3
 """Measurements from which on a seed's harm can be certain."""
+_FEW: Final = 8
+"""Seeds that may be alive and not yet fossilised on a host of at most twice as many slots."""
 _SETTLING: Final = 3
 """Decisions from the end of blending to fossilisation: one in shadow, two in probation."""
 
@@ -100,6 +102,22 @@ def choose(offers: Sequence[Offer], view: RunView, room: int) -> list[Offer]:
     return sorted(chosen, key=lambda offer: -worth[id(offer)])
 
 
+def choose_by_region(offers: Sequence[Offer], view: RunView, room: int) -> list[Offer]:
+    """What `choose` takes; where regions have budgets of their own, of each region, and of that the best that fits."""
+    if not view.regions:
+        return choose(offers, view, room)
+    found = []
+    for region, (params, flops) in view.regions.items():
+        here = [offer for offer in offers if offer.slot.spec.region == region]
+        limits = (None if math.isinf(params) else int(params), None if math.isinf(flops) else int(flops))
+        found += choose(here, attrs.evolve(view, params_left=limits[0], flops_left=limits[1]), room)
+    chosen: list[Offer] = []
+    for offer in sorted(found, key=lambda offer: -offer.surplus(view.rent, view.host_params)):
+        if len(chosen) < room and _fits([*chosen, offer], view):
+            chosen.append(offer)
+    return chosen
+
+
 def _best(offers: Sequence[Offer], price: float, view: RunView, room: int) -> list[Offer]:
     best: dict[str, tuple[float, Offer]] = {}
     for offer in offers:
@@ -146,10 +164,14 @@ class HeuristicController:
         return commands
 
     def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
-        """For Narset: the whole budget while some region earns more than its rent, and else what has grown so far."""
-        known = [value for value in efficiency.values() if value is not None]
-        earns = not known or max(known) > view.rent
+        """For Narset: the whole budget while some region earns more than its rent, and else what has grown so far.
+
+        Before anything is measured it is `stake` of the budget: the rest then goes where growing is known to pay.
+        """
         shares = {name: value for name, value in efficiency.items() if value is not None}
+        if not shares and view.params_left is not None:
+            return Investment(math.floor(self.config.stake * (view.seed_params + view.params_left)))
+        earns = not shares or max(shares.values()) > view.rent
         return Investment(None if earns else view.seed_params, shares)
 
     def state_dict(self) -> dict[str, object]:
@@ -258,10 +280,11 @@ class HeuristicController:
             return
         if plan:
             yield attrs.evolve(WAIT, source="heuristic", reason=plan)
-        room = self.config.at_once - sum(slot.stage.spec.growing for slot in view.slots)
+        at_once = config.at_once or max(_FEW, len(view.slots) // 2)
+        room = at_once - sum(slot.stage.spec.growing for slot in view.slots)
         if room <= 0 or not self._in_season(view):
             return
-        for offer in choose(self._offers(view), view, room):
+        for offer in choose_by_region(self._offers(view), view, room):
             self._planted += 1
             yield Command(
                 Op.GERMINATE, offer.slot.path, offer.blueprint.name, view.blends[0] if view.blends else "",

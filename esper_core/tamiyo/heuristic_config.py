@@ -31,7 +31,12 @@ class HeuristicConfig:
         "stack", "order of copies: stack (ABCABC), better with adamw, or interleave (AABBCC), better with muon",
         choices=("stack", "interleave"),
     )  # fmt: skip
-    at_once: int = _option(8, "largest number of seeds that are alive and not yet fossilised", 1)
+    at_once: int = _option(
+        0, "largest number of seeds that are alive and not yet fossilised; 0: 8, or half of the slots if that is more", 0
+    )
+    stake: float = _option(
+        1.0, "with Narset: share of the budget of parameters that may grow before any gain is measured", 0.0, 1.0
+    )
     isolation: float = _option(
         0.0, "share of the run that a seed trains in isolation (at least one decision)", 0.0, 1.0
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -25,6 +26,9 @@ SHIPPED = "core_v1.safetensors"
 """The core that comes with the package, used when no file is named."""
 SHIPPED_ADAPTERS = ("language", "vision")
 """Domains whose adapters come with the package."""
+
+_SLOTS_A_COMMAND: Final = 4
+"""Slots of a run for each command of a decision, where that is more than the core was trained with."""
 
 
 @contextmanager
@@ -82,6 +86,8 @@ class LearnedController:
         sample: draw from the policy instead of taking its likeliest command.
         adapter: path of an adapter file for this domain, or the domain of a shipped one, or empty.
         core: a core in memory instead of a file.
+        commands: most commands a decision; 0 for as many as the core was trained with, or one for every four slots of
+            the run if that is more. Slots of a large host would otherwise wait for their turn.
 
     Raises:
         BadFile: a file is damaged, or the adapter belongs to another core.
@@ -95,6 +101,7 @@ class LearnedController:
         sample: bool = False,
         adapter: str = "",
         core: TamiyoCore | None = None,
+        commands: int = 0,
         registry: Registry | None = None,
     ) -> None:
         self.core = core or load_agent(argument)
@@ -102,6 +109,7 @@ class LearnedController:
         if adapter:
             self.core.attach(open_adapter(adapter))
         self.generator = torch.Generator().manual_seed(seed) if sample else None
+        self.commands = commands
         self.hidden = self.core.initial(1)
         self._probe = BlendProbe(registry or load_registry())
 
@@ -111,7 +119,8 @@ class LearnedController:
         if view.decision + 1 >= view.decisions:
             return ()
         seen = observe(view, self._probe.descriptors(view.blends))
-        decision = self.core.decide(collate([seen]), self.hidden, generator=self.generator)
+        most = self.commands or max(self.core.config.commands, math.ceil(len(view.slots) / _SLOTS_A_COMMAND))
+        decision = self.core.decide(collate([seen]), self.hidden, generator=self.generator, commands=most)
         self.hidden = decision.hidden
         reason = f"expected return from here {decision.value.item():+.3f}"
         rows = decision.actions[0].tolist()
@@ -121,17 +130,20 @@ class LearnedController:
     def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
         """For Narset: shares by where the core wishes to germinate, times what each region has earned.
 
-        The core has no head for a total, so the total is the run's own budget.
+        The total is what has grown, and of the rest of the run's budget the share by which the core would rather
+        germinate than wait; None in a run without a budget.
         """
-        batch = collate([observe(view, self._probe.descriptors(view.blends))])
+        spread, drive = self.core.wishes(collate([observe(view, self._probe.descriptors(view.blends))]), self.hidden)
         shares = dict.fromkeys(efficiency, 0.0)
-        for slot, wish in zip(view.slots, self.core.wishes(batch, self.hidden)[0].tolist(), strict=True):
+        for slot, wish in zip(view.slots, spread[0].tolist(), strict=True):
             shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish
+        left = view.params_left
+        total = None if left is None else view.seed_params + math.ceil(drive.item() * max(left, 0))
         if not any(shares.values()):
-            return Investment()
+            return Investment(total)
         earned = {region: 1.0 if value is None else max(0.0, value) for region, value in efficiency.items()}
         weighed = {region: share * earned.get(region, 1.0) for region, share in shares.items()}
-        return Investment(None, weighed if any(weighed.values()) else shares)
+        return Investment(total, weighed if any(weighed.values()) else shares)
 
     def state_dict(self) -> dict[str, object]:
         """Memory, and the generator's state if it draws."""

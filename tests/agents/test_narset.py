@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,8 @@ from esper_core.leyline.view import Interval, RunView
 from esper_core.narset.organs import OrganConfig, OrganManager, allot
 from esper_core.narset.regions import chart
 from esper_core.tamiyo.heuristic import HeuristicController
+from esper_core.tamiyo.learned import LearnedController
+from esper_core.tamiyo.observation import collate, observe
 
 
 @attrs.define
@@ -174,8 +177,6 @@ def test_a_budget_of_flops_is_shared_and_kept() -> None:
 
 
 def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned() -> None:
-    from esper_core.tamiyo.learned import LearnedController
-
     lab = lattice(3, 2, 600)
     agent = LearnedController()
     before = agent.hidden.clone()
@@ -184,7 +185,10 @@ def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned()
         lab.view(), slots=tuple(attrs.evolve(s, spec=attrs.evolve(s.spec, region=s.path[:2])) for s in lab.view().slots)
     )
     wish = agent.invest(view, even)
-    assert wish.total is None and sum(wish.shares.values()) == pytest.approx(1) and min(wish.shares.values()) > 0
+    assert sum(wish.shares.values()) == pytest.approx(1) and min(wish.shares.values()) > 0
+    spread, drive = agent.core.wishes(collate([observe(view, agent._probe.descriptors(view.blends))]), before)
+    assert wish.total == math.ceil(drive.item() * 600) and 0 < wish.total < 600
+    assert agent.invest(attrs.evolve(view, params_left=None), even).total is None
     earned = agent.invest(view, {"o0": 2.0, "o1": -1.0, "o2": 1.0}).shares
     assert earned["o0"] == pytest.approx(2 * wish.shares["o0"]) and earned["o1"] == 0.0
     for slot in lab.slots[:2]:  # nothing may germinate in a full region: no wish, no share
@@ -192,6 +196,34 @@ def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned()
     full = attrs.evolve(view, slots=tuple(
         attrs.evolve(new, spec=old.spec) for new, old in zip(lab.view().slots, view.slots, strict=True)
     ))  # fmt: skip
-    assert agent.invest(full, even).shares["o0"] == 0.0 and torch.equal(agent.hidden, before)
+    grown = agent.invest(full, even)
+    assert grown.shares["o0"] == 0.0 and grown.total >= full.seed_params and torch.equal(agent.hidden, before)
     shares = allot(lab.view(), OrganConfig(floor=0.0), investor=agent)
     assert sum(o.budget for o in shares.values()) <= 600
+
+
+def test_before_anything_is_measured_the_heuristic_stakes_a_part_of_the_budget() -> None:
+    lab, told = lattice(4, 4, 960), []
+    manager = OrganManager(inner=HeuristicController(at_once=16, stake=0.5), floor=0.0)
+    manager.announce = told.append
+    lab.run(manager)
+    first = next(decision for decision, c in lab.log if c.op is Op.GERMINATE)
+    measured = next(i for i, organs in enumerate(told) if any(organ.efficiency for organ in organs.values()))
+    assert sum(c.op is Op.GERMINATE for d, c in lab.log if d < measured) == 480 // CONV.params
+    assert sum(organ.budget for organ in told[first].values()) <= 480 < sum(o.budget for o in told[measured].values())
+    assert spent(lab)["o0"] == 4 * CONV.params == max(spent(lab).values())
+
+
+@pytest.mark.parametrize(("slots", "most"), [(6, 4), (16, 4), (64, 16)])
+def test_the_learned_tamiyo_has_more_commands_a_decision_where_there_are_many_slots(slots: int, most: int) -> None:
+    lab = lattice(slots // 2, 2, None)
+    said = LearnedController().decide(attrs.evolve(lab.view(), decision=3))
+    assert len({c.slot for c in said}) == len(said) == most
+    few = LearnedController(commands=2).decide(attrs.evolve(lab.view(), decision=3))
+    assert [(c.op, c.slot) for c in few] == [(c.op, c.slot) for c in said[:2]]
+
+
+@pytest.mark.parametrize(("slots", "most"), [(6, 6), (16, 8), (40, 20)])
+def test_the_heuristic_has_as_many_seeds_at_once_as_half_of_many_slots(slots: int, most: int) -> None:
+    lab = lattice(slots // 2, 2, None)
+    assert len(HeuristicController().decide(attrs.evolve(lab.view(), decision=30))) == most

@@ -1,0 +1,125 @@
+"""Two hosts of 64 points that lack something which seeds can give, and only early ones can.
+
+The residual network has 1×1 convolutions alone: it sees how much ink there is, not where, and halves the map between
+stages until one position is left. The transformer has no positions: it sees a bag of patches, of which it takes the mean
+half way (convolutions along the sequence can tell positions: Chu et al. 2021, arXiv:2102.10882). So seeds that mix
+positions are worth much in the first regions and nothing in the last, at the same cost.
+
+Shapes: N examples, C channels, H height, W width, L tokens, D width of a token.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.kasmina.module_host import ModuleHost, host_from_module
+
+
+class Pointwise(nn.Module):
+    """x + down(ReLU(up(norm(x)))) with 1×1 convolutions, four times as wide inside; of the map, or of half of it."""
+
+    def __init__(self, width: int, half: bool) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2) if half else nn.Identity()
+        self.norm, self.up, self.down = nn.BatchNorm2d(width), nn.Conv2d(width, 4 * width, 1), nn.Conv2d(4 * width, width, 1)
+        nn.init.normal_(self.down.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same, or to (N, C, H / 2, W / 2)."""
+        x = self.pool(x)
+        y: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
+        return y
+
+
+def resnet_host(
+    argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
+) -> ModuleHost:
+    """A residual network of eight stages with eight blocks each, a point behind every block: 64 points, 8 regions."""
+    shape, width = tuple(input_shape or (1, 8, 8)), 8
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], width, 1))
+        for number in range(1, 9):
+            blocks = [Pointwise(width, half=number in (3, 5, 7) and index == 0) for index in range(8)]
+            layers[f"stage{number}"] = nn.Sequential(*blocks)
+        layers |= OrderedDict(
+            norm=nn.BatchNorm2d(width), act=nn.ReLU(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
+            head=nn.Linear(width, outputs or 10),
+        )  # fmt: skip
+        model = nn.Sequential(layers)
+    points = [f"stage{number}.{index}" for number in range(1, 9) for index in range(8)]
+    return host_from_module(model, points, example=torch.zeros(2, *shape))
+
+
+class Attention(nn.Module):
+    """x + self-attention of the normalised x, two heads: (N, L, D) to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, D) to (N, L, D)."""
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(seen.transpose(1, 2).reshape(n, length, width))
+
+
+class FeedForward(nn.Module):
+    """x + down(GELU(up(norm(x)))): (N, L, D) to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, D) to (N, L, D)."""
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Patches(nn.Module):
+    """A picture as a sequence of patches of 2×2 pixels."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, H·W / 4, D)."""
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+class Mean(nn.Module):
+    """Mean over the sequence, as a sequence of one: (N, L, D) to (N, 1, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, D) to (N, 1, D)."""
+        return x.mean(1, keepdim=True)
+
+
+def transformer_host(
+    argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
+) -> ModuleHost:
+    """A vision transformer of 32 blocks, a point after each attention and each feed-forward layer: 64 points.
+
+    Of width 12, without positions; from the 17th block on, one token is left, the mean.
+    """
+    shape, width = tuple(input_shape or (1, 8, 8)), 12
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(patches=Patches(shape[0], width))
+        for index in range(32):
+            if index == 16:
+                layers["mean"] = Mean()
+            layers[f"attention{index}"], layers[f"feed{index}"] = Attention(width), FeedForward(width)
+        layers |= OrderedDict(norm=nn.LayerNorm(width), flat=nn.Flatten(), head=nn.Linear(width, outputs or 10))
+        model = nn.Sequential(layers)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02)
+    points = [name for name in layers if name.startswith(("attention", "feed"))]
+    return host_from_module(model, points, example=torch.zeros(2, *shape))
