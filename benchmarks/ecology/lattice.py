@@ -21,11 +21,11 @@ from esper_core.tolaria.run import start_run
 SEEDS: Final = 8
 LIVE: Final = 50
 HOSTS: Final = {
-    "resnet": {"host": "lattice-resnet", "blueprints": ("bottleneck", "conv_enhance"), "budget_params": "40%"},
-    "transformer": {"host": "lattice-transformer", "blueprints": ("norm", "ffn"), "budget_params": "20%"},
+    "resnet": {"host": "lattice-resnet", "blueprints": ("bottleneck",), "budget_params": str(56 * 80)},
+    "transformer": {"host": "lattice-transformer", "blueprints": ("token_mixer",), "budget_params": str(56 * 204)},
 }  # fmt: skip
 CONTROLLERS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "heuristic": {"heuristic.at_once": 64, "heuristic.start": 0.1, "heuristic.stake": 0.4},
+    "heuristic": {"heuristic.at_once": 64, "heuristic.start": 0.1, "heuristic.stake": 0.5},
     "agent": {},
 }
 

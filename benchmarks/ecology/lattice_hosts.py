@@ -1,9 +1,10 @@
 """Two hosts of 64 points that lack something which seeds can give, and only early ones can.
 
-The residual network has 1×1 convolutions alone: it sees how much ink there is, not where, and halves the map between
-stages until one position is left. The transformer has no positions: it sees a bag of patches, of which it takes the mean
-half way (convolutions along the sequence can tell positions: Chu et al. 2021, arXiv:2102.10882). So seeds that mix
-positions are worth much in the first regions and nothing in the last, at the same cost.
+The residual network has 1×1 convolutions alone: it sees how much ink there is, not where. Its map has 8×8 positions in
+two stages, 2×2 in two and one in four. The transformer has no positions: it sees a bag of patches, of which it takes
+the mean after a quarter of its blocks (convolutions along the sequence can tell positions: Chu et al. 2021,
+arXiv:2102.10882). So seeds that mix positions are worth much in the first regions and nothing in the last, at the same
+cost.
 
 Shapes: N examples, C channels, H height, W width, L tokens, D width of a token.
 """
@@ -19,16 +20,16 @@ from esper_core.kasmina.module_host import ModuleHost, host_from_module
 
 
 class Pointwise(nn.Module):
-    """x + down(ReLU(up(norm(x)))) with 1×1 convolutions, four times as wide inside; of the map, or of half of it."""
+    """x + down(ReLU(up(norm(x)))) with 1×1 convolutions, four times as wide inside; x may be pooled first."""
 
-    def __init__(self, width: int, half: bool) -> None:
+    def __init__(self, width: int, square: int = 1) -> None:
         super().__init__()
-        self.pool = nn.AvgPool2d(2) if half else nn.Identity()
-        self.norm, self.up, self.down = nn.BatchNorm2d(width), nn.Conv2d(width, 4 * width, 1), nn.Conv2d(4 * width, width, 1)
+        self.pool, self.norm = nn.AvgPool2d(square), nn.BatchNorm2d(width)
+        self.up, self.down = nn.Conv2d(width, 4 * width, 1), nn.Conv2d(4 * width, width, 1)
         nn.init.normal_(self.down.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same, or to (N, C, H / 2, W / 2)."""
+        """(N, C, H, W) to (N, C, H / square, W / square)."""
         x = self.pool(x)
         y: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
         return y
@@ -43,8 +44,8 @@ def resnet_host(
         torch.default_generator.manual_seed(seed)
         layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], width, 1))
         for number in range(1, 9):
-            blocks = [Pointwise(width, half=number in (3, 5, 7) and index == 0) for index in range(8)]
-            layers[f"stage{number}"] = nn.Sequential(*blocks)
+            first = Pointwise(width, {3: 4, 5: 2}.get(number, 1))
+            layers[f"stage{number}"] = nn.Sequential(first, *(Pointwise(width) for _ in range(7)))
         layers |= OrderedDict(
             norm=nn.BatchNorm2d(width), act=nn.ReLU(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
             head=nn.Linear(width, outputs or 10),
@@ -106,14 +107,14 @@ def transformer_host(
 ) -> ModuleHost:
     """A vision transformer of 32 blocks, a point after each attention and each feed-forward layer: 64 points.
 
-    Of width 12, without positions; from the 17th block on, one token is left, the mean.
+    Of width 12, without positions; from the ninth block on, one token is left, the mean.
     """
     shape, width = tuple(input_shape or (1, 8, 8)), 12
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: OrderedDict[str, nn.Module] = OrderedDict(patches=Patches(shape[0], width))
         for index in range(32):
-            if index == 16:
+            if index == 8:
                 layers["mean"] = Mean()
             layers[f"attention{index}"], layers[f"feed{index}"] = Attention(width), FeedForward(width)
         layers |= OrderedDict(norm=nn.LayerNorm(width), flat=nn.Flatten(), head=nn.Linear(width, outputs or 10))

@@ -32,7 +32,9 @@ class HeuristicConfig:
         choices=("stack", "interleave"),
     )  # fmt: skip
     at_once: int = _option(
-        0, "largest number of seeds that are alive and not yet fossilised; 0: 8, or half of the slots if that is more", 0
+        0,
+        "largest number of seeds that are alive and not yet fossilised; 0: 8, or half of the slots if that is more",
+        0,
     )
     stake: float = _option(
         1.0, "with Narset: share of the budget of parameters that may grow before any gain is measured", 0.0, 1.0

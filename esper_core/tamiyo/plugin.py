@@ -53,7 +53,10 @@ def esper_controllers() -> list[ControllerSpec]:
                 Option("sample", "bool", False, "draw from the policy instead of taking its likeliest command"),
                 Option("adapter", "str", "", "adapter file for this domain"),
                 Option(
-                    "commands", "int", 0, "most commands a decision; 0: the core's own 4, or a quarter of the slots",
+                    "commands",
+                    "int",
+                    0,
+                    "most commands a decision; 0: the core's own 4, or a quarter of the slots",
                     minimum=0,
                 ),
             ),

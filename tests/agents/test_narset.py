@@ -186,7 +186,7 @@ def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned()
     )
     wish = agent.invest(view, even)
     assert sum(wish.shares.values()) == pytest.approx(1) and min(wish.shares.values()) > 0
-    spread, drive = agent.core.wishes(collate([observe(view, agent._probe.descriptors(view.blends))]), before)
+    _, drive = agent.core.wishes(collate([observe(view, agent._probe.descriptors(view.blends))]), before)
     assert wish.total == math.ceil(drive.item() * 600) and 0 < wish.total < 600
     assert agent.invest(attrs.evolve(view, params_left=None), even).total is None
     earned = agent.invest(view, {"o0": 2.0, "o1": -1.0, "o2": 1.0}).shares
