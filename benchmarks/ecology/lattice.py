@@ -33,7 +33,7 @@ CONTROLLERS: Final[Mapping[str, Mapping[str, Any]]] = {
 def jobs(seeds: int | None, small: bool) -> list[dict[str, Any]]:
     """One job a run, the arms of a pair side by side; `small` has a quarter of the epochs."""
     return [
-        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else 20}
+        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else 16}
         for seed in range(seeds or SEEDS) for host in HOSTS for controller in CONTROLLERS for arm in ("narset", "none")
     ]  # fmt: skip
 
