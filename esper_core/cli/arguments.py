@@ -130,6 +130,9 @@ def check_names(config: RunConfig) -> None:
         value = getattr(config, field)
         for reference in (value,) if isinstance(value, str) else value:
             name, argument = split_reference(reference.partition("=")[0])
+            if kind == "host" and (name.endswith(".py") or argument.endswith(".py")) and name != "module":
+                hint = f"--host module:{reference}{'' if argument and argument != name else ':Net'}"
+                raise UnknownName(f"there is no host {reference!r}", "a file of yours as module:FILE.py:CLASS", hint)
             for part in (name, argument) if kind == "blend" else (name,):
                 if part:
                     registry.find(kind, part)
@@ -157,6 +160,21 @@ def _complete_run(ctx: click.Context, parameter: click.Parameter, incomplete: st
     names = ["latest", *(run.name for run in list_runs(RUNS))]
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return found or [CompletionItem(incomplete, type="dir")]
+
+
+def host_option(function: Function) -> Function:
+    """The option `--host` of verbs that open a run whose host may be code of the user's."""
+    return click.option(
+        "--host", "code", default="", metavar="module:FILE.py:NAME",
+        help="the run's code, where its host is a file of yours: none runs because a folder names it",
+    )(function)  # fmt: skip
+
+
+weights_option = click.option(
+    "--weights", type=click.Choice(["last", "best"]), default="last", show_default=True,
+    help="best: of the lowest validation loss, among the last and the checkpoints",
+)  # fmt: skip
+"""The option `--weights` of verbs that load a grown model."""
 
 
 def run_argument(name: str = "run") -> Callable[[Function], Function]:

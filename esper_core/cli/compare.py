@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esper_core.cli.arguments import find_run, run_argument
+from esper_core.cli.arguments import find_run, host_option, run_argument
 from esper_core.cli.context import CliSettings
 from esper_core.cli.output import make_console, say
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
               help="processes, of one thread each")  # fmt: skip
 @click.option("--frontier", is_flag=True,
               help="instead: static networks of every size, tuned, at the run's FLOPs")  # fmt: skip
+@host_option
 @click.option("--json", "as_json", is_flag=True, help="print compare.json (frontier.json) instead of a table")
 @click.pass_context
 def compare(
     context: click.Context, run: str, seeds: int, arms: str, candidates: int, workers: int, frontier: bool,
-    as_json: bool,
+    code: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Train baselines that do not grow, on the same data with paired seeds, and print the table.
 
@@ -43,12 +44,16 @@ def compare(
     esper compare runs/cnn-digits-1 --seeds 10 --arms host,static@FLOPs
     esper compare runs/gpt-stdlib-1 --frontier --seeds 3
     """
-    if frontier:
-        print_frontier(str(find_run(run)), seeds, workers, as_json=as_json)
-        return
-    settings = context.find_object(CliSettings) or CliSettings()
-    print_arms(str(find_run(run)), seeds, tuple(a.strip() for a in arms.split(",") if a.strip()), candidates, workers,
-               settings.disabled, as_json=as_json)  # fmt: skip
+    folder = str(find_run(run))
+    from esper_core.tolaria.own_code import code_named
+
+    with code_named(code):
+        if frontier:
+            print_frontier(folder, seeds, workers, as_json=as_json)
+            return
+        settings = context.find_object(CliSettings) or CliSettings()
+        print_arms(folder, seeds, tuple(a.strip() for a in arms.split(",") if a.strip()), candidates, workers,
+                   settings.disabled, as_json=as_json)  # fmt: skip
 
 
 def print_frontier(run: str, seeds: int, workers: int, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from esper_core.cli.arguments import find_run, run_argument
+from esper_core.cli.arguments import find_run, host_option, run_argument, weights_option
 from esper_core.cli.context import current_registry
 from esper_core.cli.output import print_json, say
 
@@ -16,8 +16,10 @@ FORMATS = ("torch", "torch-export", "onnx", "peft")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="torch", show_default=True, help="What to write.")
 @click.option("--out", metavar="PATH", help="Where to write it.  [default: export/ in the run's folder]")
 @click.option("--merge", is_flag=True, help="Merge seeds around layers into the layers' weights, where they can be.")
+@weights_option
+@host_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def export(run: str, form: str, out: str | None, merge: bool, as_json: bool) -> None:
+def export(run: str, form: str, out: str | None, merge: bool, weights: str, code: str, as_json: bool) -> None:
     """Write the grown model of RUN for use without Esper: seeds built in, no hooks.
 
     \b
@@ -31,8 +33,10 @@ def export(run: str, form: str, out: str | None, merge: bool, as_json: bool) -> 
     """
     folder = find_run(run)
     from esper_core.tolaria.export import describe_export, export_run
+    from esper_core.tolaria.own_code import code_named
 
-    found = export_run(folder, form, out, merge=merge, registry=current_registry())
+    with code_named(code):
+        found = export_run(folder, form, out, merge=merge, weights=weights, registry=current_registry())
     if as_json:
         print_json(describe_export(found))
         return

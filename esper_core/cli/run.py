@@ -64,6 +64,7 @@ def run(
 
     \b
     esper run                                          a small GPT on the source of Python's library
+    esper run --host module:net.py:Net --task digits   class Net of your own file
     esper run --host timm:resnet18 --blueprints depthwise,attention
     esper run --host transformers:gpt2 --task text:FILE --budget-params 10%
     """
@@ -118,6 +119,8 @@ def _train(config: RunConfig, display: Display, seeds: int, arms: tuple[str, ...
     seconds, table = time.monotonic() - began, None
     if seeds and result.status == "finished":
         from esper_core.cli.compare import compare_after_run
+        from esper_core.tolaria.own_code import code_named, runs_code
 
-        table = compare_after_run(result.folder, seeds, display, arms)
+        with code_named(config.host if runs_code(config.host, current_registry()) else ""):
+            table = compare_after_run(result.folder, seeds, display, arms)
     return conclude(result.folder, display, seconds, table)

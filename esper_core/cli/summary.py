@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper_core.cli.arms import arm_scores, judge_of
+from esper_core.cli.context import current_registry
 from esper_core.cli.live import clock
 from esper_core.cli.output import say
 from esper_core.cli.processes import STOPPED
@@ -21,6 +22,7 @@ from esper_core.leyline.files import typed
 from esper_core.leyline.stages import stages_where
 from esper_core.nissa.report.reading import dropped_sinks, read_events, read_lines
 from esper_core.nissa.report.wording import metric_of, nats, number, percent, printable, quantity, show_score
+from esper_core.tolaria.own_code import runs_code
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
@@ -96,8 +98,12 @@ def show(
     if report is not None:
         table.add_row("report", str(report))
     name = typed(run["folder"])
-    asked = f", esper compare {name} --arms host@FLOPs" if run["germinated"] and not compare else ""
-    table.add_row("next", f"esper resume {name}" if stopped else f"esper eval {name}, esper export {name}{asked}")
+    code = f" --host {typed(run['host'])}" if runs_code(str(run["host"]), current_registry()) else ""
+    asked = f", esper compare {name}{code} --arms host@FLOPs" if run["germinated"] and not compare else ""
+    table.add_row(
+        "next",
+        f"esper resume {name}{code}" if stopped else f"esper eval {name}{code}, esper export {name}{code}{asked}",
+    )
     verb = "stopped, saved" if stopped else run["status"]
     epochs = f"{run['epochs']} epoch{'s' * (run['epochs'] != 1)}"
     console.print()

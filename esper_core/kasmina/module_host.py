@@ -55,6 +55,7 @@ class ModuleHost:
     Attributes:
         example: a batch of one that the host takes, if one is known.
         fuses: torch's fused attention must be disabled, since it would be used or not depending on attached slots.
+        fingerprint: of the code that the module was built by, where that is a file of the user's; else empty.
 
     Raises:
         UnknownName: a path names no submodule.
@@ -76,6 +77,7 @@ class ModuleHost:
         self.notes = list(notes)
         self.example: Inputs | None = None
         self.fuses = False
+        self.fingerprint = ""
         self._blocks: Mapping[str, BlockInfo] | None = None
         self._to_logits = to_logits or pick_logits
         self._prepare = prepare

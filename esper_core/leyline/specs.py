@@ -184,6 +184,8 @@ class HostSpec(PluginSpec):
         sizes: the options that set its size, the number of blocks first; a sweep of static sizes varies them.
         start: where a function is, as `package.module:name`, that maps the parameters in blocks with which a network is
             to end to the options with which it should start; empty if its size is always the user's.
+        code: whether the argument names code that is run. Nothing but the user's own word has it run: a run folder or
+            a model file that names it is refused.
     """
 
     kind: ClassVar[str] = "host"
@@ -193,6 +195,7 @@ class HostSpec(PluginSpec):
     default_task: str = "digits"
     sizes: tuple[str, ...] = attrs.field(default=(), converter=_words)
     start: str = attrs.field(default="", validator=attrs.validators.or_(attrs.validators.in_(("",)), _check_factory))
+    code: bool = False
 
     @property
     def example(self) -> str:

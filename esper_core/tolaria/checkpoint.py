@@ -134,6 +134,14 @@ class Checkpoints:
         entries = list(self._entries())
         return min(entries, key=lambda e: (e.validation_loss, -e.step)).step if entries else None
 
+    def loss(self, step: int) -> float:
+        """Validation loss of a checkpoint; infinite if it is unknown.
+
+        Raises:
+            BadFile: its manifest is missing or damaged.
+        """
+        return self._entry(step).validation_loss
+
     def steps(self) -> list[int]:
         """Steps of every checkpoint with a manifest, newest first.
 

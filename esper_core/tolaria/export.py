@@ -79,7 +79,7 @@ class _Positional(nn.Module):
 
 
 def export_run(
-    path: str | Path, form: str, out: str | Path | None = None, *, merge: bool = False,
+    path: str | Path, form: str, out: str | Path | None = None, *, merge: bool = False, weights: str = "last",
     registry: Registry | None = None,
 ) -> Exported:  # fmt: skip
     """Write the grown model of a run for use without Esper.
@@ -89,6 +89,7 @@ def export_run(
         form: `torch`, `torch-export`, `onnx`, or `peft` for the seeds alone, as an adapter of the host.
         merge: seeds that are updates of their layers' weights become part of these.
         out: file or, for `torch`, folder; by default `export/` in the run's folder.
+        weights: `last`, or `best` for the lowest validation loss among these and the run's checkpoints.
 
     Raises:
         BadFile: there is no grown model.
@@ -104,7 +105,7 @@ def export_run(
         _need("onnx", "onnxscript", "onnxruntime")
     if form == "peft" and importlib.util.find_spec("peft") is None:
         raise MissingDependency("what was written for peft is read back with peft", "", "pip install peft")
-    plane, header = load_plane(path, registry or load_registry())
+    plane, header = load_plane(path, registry or load_registry(), weights=weights)
     target = Path(out) if out is not None else Path(path) / "export" / _FILES[form]
     if form == "peft":
         for seed in merged(plane):

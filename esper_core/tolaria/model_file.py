@@ -23,11 +23,12 @@ from esper_core.leyline.stages import STAGES, Stage
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.origin import Origins, describe_parts, not_as_written
 from esper_core.registry.record import Registered
-from esper_core.storage.tensor_file import expect_well_formed, read_tensor_file, write_tensor_file
+from esper_core.storage.tensor_file import expect_well_formed, read_json_file, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.checkpoint import Checkpoints
 from esper_core.tolaria.config import OWN_MODEL, RunConfig
 from esper_core.tolaria.offline import offline, without_fetching
+from esper_core.tolaria.own_code import named_code, runs_code, take_named
 from esper_core.tolaria.recipe import check_buildable, rebuild_host, recipe_of
 from esper_core.tolaria.run_names import ROOT, is_run, list_runs
 from esper_core.tolaria.snapshot import load_weights, model_tensors
@@ -64,7 +65,8 @@ def save_model(plane: Plane, path: Path | None, about: Mapping[str, Any]) -> Non
         return
     config = RunConfig.from_mapping(about["config"])
     header = {"format": FORMAT, **about, **growth_of(plane, config)}
-    if config.host == OWN_MODEL and isinstance(plane.host, ModuleHost):
+    own = config.host == OWN_MODEL or runs_code(config.host, plane.registry)
+    if own and isinstance(plane.host, ModuleHost):
         header["own"] = recipe_of(plane.host)
     tensors = {name: plane.ranks.whole(tensor) for name, tensor in model_tensors(plane).items()}
     if path is not None:
@@ -219,7 +221,7 @@ def load_plane(
     Args:
         path: a run's folder or its name in `runs/`, `latest`, a folder of `save_pretrained`, or a model file.
         model: an untrained module like the one that `grow` was given, where no library builds it; it is changed.
-        weights: `last`, or `best` for the run's checkpoint with the lowest validation loss.
+        weights: `last`, or `best` for those with the lowest validation loss: of a checkpoint, or the last.
 
     Raises:
         BadFile: no model is there, or it is damaged.
@@ -245,19 +247,22 @@ def load_plane(
         origins = Origins.read(header.get("origins", {}))
         config = without_fetching(RunConfig.from_mapping(header["config"]), weights=False)  # the file has them
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
-    if config.host != OWN_MODEL and model is not None:
-        raise BadOption(f"model= for {path}", f"nothing: its host is {config.host}, which Esper builds", "no model=")
-    if config.host == OWN_MODEL and model is None:
-        check_buildable(header.get("own"), path)
-    if weights == "best":
-        tensors = _best(path, header)
     registry = bind(registry, origins)
+    own = config.host == OWN_MODEL or (runs_code(config.host, registry) and not named_code())
+    if not own or named_code():
+        config = take_named(config, registry, path)
+    if not own and model is not None:
+        raise BadOption(f"model= for {path}", f"nothing: its host is {config.host}, which Esper builds", "no model=")
+    if own and model is None:
+        check_buildable(header.get("own"), path, config.host)
+    if weights == "best":
+        tensors = _best(path, header) or tensors
     with _as_written(file, origins, registry):
         entries = sum(1 for entry in header["structure"] if entry["params"])
         if entries > len(tensors):  # before so many seeds are built
             raise BadFile(f"{file} names {entries} seeds and holds {len(tensors)} tensors", "one or more for each seed")
         with offline():
-            if config.host == OWN_MODEL:
+            if own:
                 host: HostProtocol = rebuild_host(header["own"], model, path)
             else:
                 host = build_host(config, registry, outputs, shape)
@@ -269,8 +274,8 @@ def load_plane(
     return plane, header
 
 
-def _best(path: Path, header: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the best checkpoint of a run; `header` is given its structure.
+def _best(path: Path, header: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of the best checkpoint of a run, whose structure `header` is given; None if the last are better.
 
     Raises:
         BadOption: there is no run with checkpoints.
@@ -279,6 +284,10 @@ def _best(path: Path, header: dict[str, Any]) -> dict[str, Tensor]:
     best = checkpoints.best() if path.is_dir() else None
     if best is None:
         raise BadOption(f"weights='best' of {path}", "a run's folder with checkpoints", "weights='last'")
+    told = read_json_file(path / "result.json") if (path / "result.json").is_file() else {}
+    last = told.get("validation_loss") if isinstance(told, Mapping) else None
+    if isinstance(last, float) and last <= checkpoints.loss(best):
+        return None
     tensors, plain = checkpoints.load(best)
     with expect_well_formed(path):
         header |= {"structure": plain["training"]["structure"], "probes": {}, "step": best}
@@ -314,8 +323,8 @@ def load_model(
         path: a run's folder or its name in `runs/`, `latest`, a folder of `save_pretrained`, or a model file.
         model: an untrained module like the one that `grow` was given. Needed only if its class is your own: models of
             timm and transformers are built from what the file says.
-        weights: `last`, or `best` for those with the lowest validation loss among the run's checkpoints. Checkpoints
-            are written at the ends of epochs, as `checkpoint_every` says; the best one is kept.
+        weights: `last`, or `best` for those with the lowest validation loss among the last and the run's checkpoints.
+            These are written at the ends of epochs, as `checkpoint_every` says; the best one is kept.
         device: where the model goes.
 
     Raises:

@@ -69,6 +69,8 @@ def parts_of(config: RunConfig, plane: Plane, registry: Registry) -> dict[str, s
                 code = "" if part.distribution == CORE_DISTRIBUTION else f" {_code(registry.load(part))}"
             except EsperError:  # a model of the caller's own has no part
                 continue
+            if kind == "host" and (own := getattr(plane.host, "fingerprint", "")):
+                code = f" {own}"
             found[f"{kind} {name}"] = f"{part.distribution} {part.version}{code}"
     return dict(sorted(found.items()))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.leyline.errors import BadFile, BadOption, MissingDependency
+from esper_core.tolaria.config import OWN_MODEL
 
 _LIBRARIES: Final = ("timm", "transformers")
 _MOST_NUMBERS: Final = 1 << 28
@@ -35,8 +36,11 @@ def recipe_of(host: ModuleHost) -> dict[str, Any]:
     }
 
 
-def check_buildable(recipe: object, source: object) -> None:
+def check_buildable(recipe: object, source: object, host: str = OWN_MODEL) -> None:
     """Make sure that the host can be built without the caller.
+
+    Args:
+        host: as the run named it: a module of the caller's, or code in a file.
 
     Raises:
         BadOption: only the caller can build it.
@@ -44,6 +48,11 @@ def check_buildable(recipe: object, source: object) -> None:
     """
     told = recipe if isinstance(recipe, Mapping) else {}
     library, name = told.get("library", ""), str(told.get("class", "")).rpartition(":")[2] or "Model"
+    if library not in _LIBRARIES and host != OWN_MODEL:
+        raise BadOption(
+            f"{source} grew from code of {host}, and no code runs because a file names it",
+            "the code named by you, if you trust it", f"--host {host}, or in Python load_model(…, model={name}(…))",
+        )  # fmt: skip
     if library not in _LIBRARIES:
         raise BadOption(
             f"{source} grew from a module of your own, which only you can build", f"an untrained {name}",

@@ -29,6 +29,7 @@ from esper_core.tolaria.flop_budget import measure_speed
 from esper_core.tolaria.model_file import bind, describe_origin, load_plane, origins_of
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
 from esper_core.tolaria.origin import check_origin, compare_data, data_of, parts_of, split_fingerprint
+from esper_core.tolaria.own_code import take_named
 from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.processes import meet_others
@@ -141,7 +142,7 @@ def resume_run(
     Raises:
         BadFile: there is no run at `path`, another process trains it, or it cannot be read; also if it has
             checkpoints and none of them can be read. Nothing was changed.
-        BadOption: the run is complete.
+        BadOption: the run is complete, or its host is code that nobody named; see `code_named`.
         MissingDependency: a package is not installed that the run has parts of.
     """
     folder, config, about = RunFolder.open(path)
@@ -181,6 +182,7 @@ def _take_up(
         origins = Origins.read(about.get("origins", {}))
     with ranks.together(forward=False):
         registry = bind(registry or load_registry(), origins)
+        config = take_named(config, registry, folder.path)
         found = _newest(folder, ranks, notify) if not from_scratch else None
         with offline(not download):
             asked = config if download else without_fetching(config)
@@ -254,6 +256,7 @@ def eval_run(
     path: str | Path,
     *,
     split: str = "test",
+    weights: str = "last",
     registry: Registry | None = None,
     device: str = "auto",
     download: bool = False,
@@ -264,6 +267,7 @@ def eval_run(
     Args:
         path: a run's folder or a model file.
         split: `train`, `validation` or `test`.
+        weights: `last`, or `best` for the lowest validation loss among these and the run's checkpoints.
         download: let the task fetch what the model's configuration asks for.
         notify: told if the data or the plugins are not those of the training.
 
@@ -273,7 +277,7 @@ def eval_run(
     if split not in ("train", "validation", "test"):
         raise BadOption(f"split {split!r}", "train, validation or test", "--split test")
     registry = registry or load_registry()
-    plane, header = load_plane(path, registry)
+    plane, header = load_plane(path, registry, weights=weights)
     config = RunConfig.from_mapping(header["config"])
     with offline(not download):
         task, _ = assembly.build_task(config if download else without_fetching(config), plane.registry)

@@ -39,6 +39,7 @@ from esper_core.tolaria.flop_budget import (
 )
 from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
+from esper_core.tolaria.own_code import runs_code
 from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
 from esper_core.tolaria.pretrained import keep_seeds
 from esper_core.tolaria.process_group import ProcessGroup
@@ -160,6 +161,9 @@ def set_up(
     registry = registry or load_registry()
     budget = bool(config.budget_total or config.minutes)  # which may choose other parts; what is left is checked below
     check_settings(config, registry, lenient=lenient or budget, gym=gym)
+    if gym and runs_code(config.host, registry):
+        given = f"a world of {config.host}, which is code"
+        raise BadOption(given, "a host that Esper builds: no code runs because a file names it", "--host cnn")
     ranks = ranks or Ranks()
     several = ranks.size > 1
     if several:

@@ -35,6 +35,7 @@ from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.offline import offline, without_fetching
+from esper_core.tolaria.own_code import code_named, named_code, take_named
 from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, host_params, keep_used_settings, set_up
@@ -87,7 +88,7 @@ class CompareConfig:
 
 @attrs.frozen
 class Unit:
-    """One arm with one seed of the comparison in `folder`."""
+    """One arm with one seed of the comparison in `folder`. `code`: the host's code, where the user named it."""
 
     folder: Path
     arm: str
@@ -95,6 +96,7 @@ class Unit:
     config: RunConfig
     candidates: int
     disabled: tuple[str, ...]
+    code: str = ""
 
     @property
     def file(self) -> Path:
@@ -124,7 +126,7 @@ def compare_run(
         BadFile: no run there, or one that is not finished.
     """
     folder, run, _ = RunFolder.open(path)
-    result = folder.result()
+    result, run = folder.result(), take_named(run, load_registry(config.disabled), folder.path)
     if result.get("status") != "finished":
         raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {typed(folder.path)}")
     beside = folder.path / "compare"
@@ -217,7 +219,7 @@ def _units(beside: Path, run: RunConfig, config: CompareConfig) -> list[Unit]:
     return [
         Unit(
             beside, arm, seed, attrs.evolve(without_fetching(run), seed=seed, out="", sinks=()), config.candidates,
-            config.disabled,
+            config.disabled, named_code(),
         )
         for seed in range(run.seed, run.seed + config.seeds)
         for arm in ARMS
@@ -231,7 +233,7 @@ def _is_ready(unit: Unit) -> bool:
 
 def run_unit(unit: Unit) -> None:
     """Train one arm with one seed and write its file. Its configuration comes from a file, so nothing is fetched."""
-    with offline():
+    with offline(), code_named(unit.code):
         _run_unit(unit)
 
 

@@ -75,6 +75,17 @@ def esper_hosts() -> list[HostSpec]:
             source="Radford et al. 2019 (GPT-2); Su et al. 2021, arXiv:2104.09864",
         ),
         HostSpec(
+            name="module",
+            summary="a class of your own in a file of Python",
+            factory="esper_hosts.module:module",
+            argument="net.py:Net",
+            code=True,
+            capabilities={"vision", "signal", "classification", "language", "language-modelling"},
+            sensors=SENSORS,
+            options=(Option("args", "str", "", "arguments of the class by name, such as width=64,norm='batch'"),),
+            source="the user's own file, which is run",
+        ),
+        HostSpec(
             name="timm",
             summary="any architecture of timm",
             factory="esper_hosts.timm:timm",

@@ -144,6 +144,8 @@ for _name, _changes in {
     "an agent that is a device": {"controller": "agent:/dev/zero"},
     "an agent that is a pipe": {"controller": "agent:OUTSIDE/pipe"},
     "out elsewhere": {"out": "OUTSIDE/out"},
+    "code as the host": {"host": "module:OUTSIDE/net.py:Net"},
+    "code as the host, with settings": {"host": "module:OUTSIDE/net.py:Net", "settings": {"module.args": "x=1"}},
     "a disarmed governor": {"settings": {"governor.sigma": 1e9}},
     "a seed beyond all bounds": {"seed": 10**30},
     "more layers than memory": {"settings": {"cnn.widths": "100000,100000"}},
@@ -219,6 +221,9 @@ def lay_outside(outside: Path) -> None:
     """What must not be touched, and the bombs that configurations point to."""
     (outside / "folder").mkdir(parents=True)
     (outside / "canary").write_text("untouched")
+    (outside / "net.py").write_text(
+        f"open({str(outside / 'owned')!r}, 'w')\nimport subprocess\nsubprocess.run(['id'])\n"
+    )
     (outside / "folder" / "canary").write_text("untouched")
     os.mkfifo(outside / "pipe")
     (outside / "deep.jsonl").write_text('{"text":' + "[" * 50_000 + "]" * 50_000 + ',"label":1}\n' * 3)

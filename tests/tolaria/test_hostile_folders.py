@@ -13,7 +13,13 @@ import pytest
 from tests.tolaria.hostile_folders import CASES, VERBS
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("link events.jsonl", "link checkpoints", "pipe model/model.safetensors", "timm with published weights")
+QUICK = (
+    "link events.jsonl",
+    "link checkpoints",
+    "pipe model/model.safetensors",
+    "timm with published weights",
+    "code as the host",
+)
 
 
 def _open_all(tmp_path, names) -> list[dict]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper_core
@@ -131,17 +131,24 @@ def test_a_model_of_transformers_comes_back_by_itself(tmp_path: Path) -> None:
     assert "transformers" in (folder / "README.md").read_text()
 
 
-def test_the_best_checkpoint_can_be_asked_for(tmp_path: Path) -> None:
-    grown = germinated(
-        Net(), images(), "conv", out=str(tmp_path / "run"), lr=2.0, schedule="constant", checkpoint_every=2, seed=1,
-    )  # fmt: skip
+def test_the_best_weights_can_be_asked_for(tmp_path: Path) -> None:
+    grown = germinated(Net(), images(), "conv", out=str(tmp_path / "run"), checkpoint_every=2, seed=1)
+    last = grown.plane.host.module.get_parameter("head.weight")
+
+    def best(loss: float) -> Tensor:
+        """The weights if the oldest checkpoint had that loss and the others a large one."""
+        for number, step in enumerate(sorted(steps)):
+            file = tmp_path / "run" / "checkpoints" / f"step-{step:010d}.json"
+            told = json.loads(file.read_text()) | {"validation_loss": 50.0 if number else loss}
+            file.write_text(json.dumps(told))
+        model = esper_core.load_model(tmp_path / "run", model=Net(), weights="best")
+        return dict(model.named_parameters())["model.head.weight"]
+
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    best = checkpoints.best()
-    assert best is not None and best != grown.result.steps, "the last is the best: the test shows nothing"
-    tensors, _ = checkpoints.load(best)
-    model = esper_core.load_model(tmp_path / "run", model=Net(), weights="best")
-    assert torch.equal(dict(model.named_parameters())["model.head.weight"], tensors["host.head.weight"])
-    assert not torch.equal(tensors["host.head.weight"], grown.plane.host.module.get_parameter("head.weight"))
+    steps = checkpoints.steps()
+    oldest = checkpoints.load(min(steps))[0]["host.head.weight"]
+    assert torch.equal(best(0.0), oldest) and not torch.equal(oldest, last)
+    assert torch.equal(best(40.0), last), "a checkpoint is worse than the last weights"
     with pytest.raises(BadOption, match="weights"):
         esper_core.load_model(tmp_path / "run", model=Net(), weights="newest")
     with pytest.raises(BadOption, match="checkpoints"):

@@ -14,6 +14,7 @@ from esper_core.leyline.specs import HostSpec
 from esper_core.registry import Registry, split_reference
 from esper_core.storage.tensor_file import write_json_file
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.own_code import take_named
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.trials.compare import training_flops
 from esper_core.trials.frontier.job import Job
@@ -48,6 +49,7 @@ def compare_frontier(
         BadFile: the run is not finished. BadOption: it has no budget, or its host no sizes.
     """
     folder, run, _ = RunFolder.open(path)
+    run = take_named(run, registry, folder.path)
     if folder.result().get("status") != "finished":
         raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {typed(folder.path)}")
     if not run.budget_total:
