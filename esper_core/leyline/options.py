@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -110,18 +110,31 @@ def resolve_options(owner: str, options: Iterable[Option], given: Mapping[str, o
     }
 
 
-def options_of(config: type[attrs.AttrsInstance]) -> tuple[Option, ...]:
-    """The options of an attrs config class, so that defaults, bounds and help are written once, at its fields.
+def option_field(
+    default: Any,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    converter: Callable[[Any], Any] | None = None,
+    **metadata: Any,
+) -> Any:
+    """A field of an attrs config class that `option_of` reads: default, one line of help, inclusive bounds.
 
-    A field's `metadata` may hold `help`, `minimum`, `maximum` and `choices`; its type is that of its default.
+    Args:
+        metadata: `choices`, and what else the reader of the class needs.
     """
-    return tuple(
-        Option(
-            field.name,
-            type(field.default).__name__,
-            field.default,
-            field.metadata.get("help", ""),
-            **{k: field.metadata[k] for k in ("choices", "minimum", "maximum") if k in field.metadata},
-        )
-        for field in attrs.fields(config)
-    )
+    known = {"help": help, "minimum": minimum, "maximum": maximum, **metadata}
+    known = {key: value for key, value in known.items() if value is not None}
+    return attrs.field(default=default, converter=converter, metadata=known)
+
+
+def option_of(field: attrs.Attribute[Any]) -> Option:
+    """A field that `option_field` made, as a typed option; its type is that of its default."""
+    bounds = {key: field.metadata[key] for key in ("choices", "minimum", "maximum") if key in field.metadata}
+    return Option(field.name, type(field.default).__name__, field.default, field.metadata["help"], **bounds)
+
+
+def options_of(config: type[attrs.AttrsInstance]) -> tuple[Option, ...]:
+    """The options of an attrs config class, so that defaults, bounds and help are written once, at its fields."""
+    return tuple(option_of(field) for field in attrs.fields(config))

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import attrs
 
+from esper_core.leyline.options import option_field
+
 
 @attrs.frozen
 class OrganConfig:
     """How budgets are shared; each is an option `--set narset.NAME=VALUE`."""
 
-    floor: float = attrs.field(
-        default=0.5,
-        metadata={
-            "help": "share of an equal split of the budget that every region keeps",
-            "minimum": 0.0,
-            "maximum": 1.0,
-        },
-    )
-    prior_params: float = attrs.field(
-        default=0.05,
-        metadata={"help": "parameters (share of the host's) that the common gain counts for", "minimum": 1e-6},
-    )
-    total: float = attrs.field(
-        default=1.0, metadata={"help": "budget of all regions (share of the host) in a run without one", "minimum": 0.0}
-    )
-    size: int = attrs.field(
-        default=0, metadata={"help": "points of a region; 0: the host's own regions, or chosen", "minimum": 0}
-    )
+    floor: float = option_field(0.5, "share of an equal split of the budget that every region keeps", 0.0, 1.0)
+    prior_params: float = option_field(0.05, "parameters (share of the host's) that the common gain counts for", 1e-06)
+    total: float = option_field(1.0, "budget of all regions (share of the host) in a run without one", 0.0)
+    size: int = option_field(0, "points of a region; 0: the host's own regions, or chosen", 0)

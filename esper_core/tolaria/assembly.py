@@ -22,7 +22,7 @@ from esper_core.kasmina.scoring import refuse_misfit
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import HostProtocol, TaskProtocol
 from esper_core.leyline.objective import Objective, default_objective
-from esper_core.leyline.options import options_of, resolve_options
+from esper_core.leyline.options import option_field, options_of, resolve_options
 from esper_core.leyline.outcome import RewardTerm
 from esper_core.leyline.specs import HostSpec
 from esper_core.leyline.view import Controller
@@ -37,38 +37,18 @@ from esper_core.tolaria.timetable import Timetable
 class PlaneConfig:
     """Options `plane.NAME` of a run."""
 
-    ramp: float = attrs.field(
-        default=0.08,
-        metadata={
-            "help": "share of the run that alpha takes to rise at standard tempo",
-            "minimum": 0.0,
-            "maximum": 1.0,
-        },
-    )
-    embargo: int = attrs.field(
-        default=2, metadata={"help": "decisions for which a culled slot stays empty", "minimum": 0}
-    )
-    max_stack: int = attrs.field(
-        default=1, metadata={"help": "fossilised seeds that may be stacked at one point", "minimum": 1}
-    )
-    merge: bool = attrs.field(
-        default=False,
-        metadata={"help": "merge fossilised seeds into the weights of their layers, where possible"},
-    )
+    ramp: float = option_field(0.08, "share of the run that alpha takes to rise at standard tempo", 0.0, 1.0)
+    embargo: int = option_field(2, "decisions for which a culled slot stays empty", 0)
+    max_stack: int = option_field(1, "fossilised seeds that may be stacked at one point", 1)
+    merge: bool = option_field(False, "merge fossilised seeds into the weights of their layers, where possible")
 
 
 @attrs.frozen
 class SensorConfig:
     """Options `sensors.NAME` of a run."""
 
-    every: int = attrs.field(
-        default=4,
-        metadata={"help": "sample one batch in this many; at least two between decisions where possible", "minimum": 1},
-    )
-    fossils: int = attrs.field(
-        default=4,
-        metadata={"help": "decisions between counterfactuals of a fossilised seed; others have one each", "minimum": 1},
-    )
+    every: int = option_field(4, "sample one batch in this many; at least two between decisions where possible", 1)
+    fossils: int = option_field(4, "decisions between counterfactuals of a fossilised seed; others have one each", 1)
 
 
 PARTS: Final[Mapping[str, type[attrs.AttrsInstance]]] = {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.errors import BadOption, did_you_mean
-from esper_core.leyline.options import Option, OptionValue
+from esper_core.leyline.options import OptionValue, option_field, option_of
 from esper_core.storage.toml_file import flatten, parse_toml, read_text_file
 
 _ALIASES: Final = {"audit": "emrakul", "regions": "narset"}
@@ -37,10 +38,7 @@ def _texts(value: object) -> object:
     return tuple(value) if isinstance(value, Sequence) else value
 
 
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field whose metadata holds `help`, `group` and perhaps `choices`, `minimum`, `maximum`."""
-    converter = _texts if isinstance(default, tuple) else None
-    return attrs.field(default=default, converter=converter, metadata={"help": help, **metadata})
+_list_field: Final = functools.partial(option_field, converter=_texts)
 
 
 @attrs.frozen(kw_only=True)
@@ -54,110 +52,112 @@ class RunConfig:
         BadOption: a value of the wrong type, out of bounds, or not among the choices.
     """
 
-    host: str = _option("cnn", "model to grow: `name` or `name:argument`", group="model")
-    blueprints: tuple[str, ...] = _option(
+    host: str = option_field("cnn", "model to grow: `name` or `name:argument`", group="model")
+    blueprints: tuple[str, ...] = _list_field(
         ("depthwise", "attention"), "blueprints that may grow; empty: every one that fits", group="model"
     )
-    blends: tuple[str, ...] = _option(
+    blends: tuple[str, ...] = _list_field(
         ("residual:cosine",), "blends that seeds may use, `combination:curve`; the first is the default", group="model"
     )
-    slots: tuple[str, ...] = _option(
+    slots: tuple[str, ...] = _list_field(
         ("auto",),
         "injection points to use; auto: all that the host offers; around:attn,mlp: around layers of a role",
         group="model",
     )
-    task: str = _option("", "task: `name` or `name:argument`; empty: the host's default", group="data")
-    objective: str = _option("", "loss and metric; empty: the task's default", group="data")
-    download: bool = _option(False, "let the task fetch data that is not on this machine", group="data")
-    controller: str = _option("heuristic", "controller of growth: `name` or `name:argument`", group="growth")
-    overseers: tuple[str, ...] = _option(
+    task: str = option_field("", "task: `name` or `name:argument`; empty: the host's default", group="data")
+    objective: str = option_field("", "loss and metric; empty: the task's default", group="data")
+    download: bool = option_field(False, "let the task fetch data that is not on this machine", group="data")
+    controller: str = option_field("heuristic", "controller of growth: `name` or `name:argument`", group="growth")
+    overseers: tuple[str, ...] = _list_field(
         (), "controllers that wrap the controller, such as emrakul; the first is the innermost", group="growth"
     )
-    rewards: tuple[str, ...] = _option(
+    rewards: tuple[str, ...] = _list_field(
         ("accuracy=1", "rent=1"), "terms of the reported reward, `name=weight`", group="growth"
     )
-    rent: float = _option(
+    rent: float = option_field(
         0.05, "rent in nats for seeds with as many parameters as the host", group="growth", minimum=0.0
     )
-    budget_params: str = _option(
+    budget_params: str = option_field(
         "20%", "parameters of all seeds: a number, a share of the host's, or empty", group="growth"
     )
-    budget_flops: str = _option(
+    budget_flops: str = option_field(
         "", "limit on the forward FLOPs of all seeds for one example: a number, or a share such as 20%", group="growth"
     )
-    decisions_per_epoch: int = _option(
+    decisions_per_epoch: int = option_field(
         0, "decision steps in an epoch; 0: at least 24 in the run", group="growth", minimum=0
     )
-    decision_examples: int = _option(
+    decision_examples: int = option_field(
         2048, "validation examples read at a decision; 0: all of them", group="growth", minimum=0
     )
-    epochs: int = _option(20, "passes over the training split", group="training", minimum=1)
-    budget_total: str = _option(
+    epochs: int = option_field(20, "passes over the training split", group="training", minimum=1)
+    budget_total: str = option_field(
         "", "FLOPs of the whole run, growth and probes included, in place of epochs", group="training"
     )
-    minutes: float = _option(
+    minutes: float = option_field(
         0.0, "approximate time budget in place of epochs: FLOPs that the host would spend in it on this machine",
         group="training", minimum=0.0,
     )  # fmt: skip
-    steps_per_epoch: int = _option(0, "batches in an epoch; 0: the whole training split", group="training", minimum=0)
-    batch_size: int = _option(64, "examples in a batch", group="training", minimum=1)
-    optimizer: str = _option(
+    steps_per_epoch: int = option_field(
+        0, "batches in an epoch; 0: the whole training split", group="training", minimum=0
+    )
+    batch_size: int = option_field(64, "examples in a batch", group="training", minimum=1)
+    optimizer: str = option_field(
         "adamw",
         "optimizer; muon: Muon for hidden matrices, AdamW for the rest",
         group="training",
         choices=("adamw", "sgd", "muon"),
     )
-    accumulate: int = _option(
+    accumulate: int = option_field(
         1, "parts into which a batch is split to save memory; one update for all", group="training", minimum=1
     )
-    learning_rate: float = _option(2e-3, "peak learning rate of the host", group="training", minimum=0.0)
-    weight_decay: float = _option(0.01, "decoupled for adamw and muon, L2 for sgd", group="training", minimum=0.0)
-    schedule: str = _option(
+    learning_rate: float = option_field(2e-3, "peak learning rate of the host", group="training", minimum=0.0)
+    weight_decay: float = option_field(0.01, "decoupled for adamw and muon, L2 for sgd", group="training", minimum=0.0)
+    schedule: str = option_field(
         "trapezoid",
         "learning-rate schedule",
         group="training",
         choices=("trapezoid", "wsd", "cosine", "constant", "linear", "one-cycle"),
     )
-    warmup: float = _option(
+    warmup: float = option_field(
         0.05, "share of the run in which the learning rate rises", group="training", minimum=0.0, maximum=1.0
     )
-    decay: float = _option(
+    decay: float = option_field(
         0.4, "share of the run, at its end, in which wsd lets the rate fall to zero; constant before", group="training",
         minimum=0.0, maximum=1.0,
     )  # fmt: skip
-    seed_learning_rate_factor: float = _option(
+    seed_learning_rate_factor: float = option_field(
         1.0, "learning rate of seeds over the host's", group="training", minimum=0.0
     )
-    clip: float = _option(
+    clip: float = option_field(
         0.0, "largest gradient norm of the host and of each seed; 0: unlimited", group="training", minimum=0.0
     )
-    seed: int = _option(
+    seed: int = option_field(
         0, "random seed of initial weights, data order and augmentation", group="training", minimum=0, maximum=2**53 - 1
     )
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", group="machine")
-    amp: str = _option(
+    device: str = option_field("auto", "auto, cpu, cuda, cuda:1, mps", group="machine")
+    amp: str = option_field(
         "auto",
         "mixed precision; auto: bf16 on GPUs that have it",
         group="machine",
         choices=("auto", "off", "bf16", "fp16"),
     )
-    strategy: str = _option(
+    strategy: str = option_field(
         "auto", "how several processes share a model: ddp, each holds all of it; fsdp2, each holds a shard; auto: ddp",
         group="machine", choices=("auto", "ddp", "fsdp2"),
     )  # fmt: skip
-    compile: str = _option(
+    compile: str = option_field(
         "off", "blocks: train the host's blocks, and their copies, by compiled code", group="machine",
         choices=("off", "blocks"),
     )  # fmt: skip
-    out: str = _option("", "the run's folder; empty: runs/<host>-<task>-<n>", group="output")
-    checkpoint_every: int = _option(
+    out: str = option_field("", "the run's folder; empty: runs/<host>-<task>-<n>", group="output")
+    checkpoint_every: int = option_field(
         0,
         "optimizer steps between checkpoints; 0: each epoch, fewer where they would take over 1% of the time",
         group="output",
         minimum=0,
     )
-    keep_checkpoints: int = _option(3, "newest checkpoints to keep, beside the best", group="output", minimum=1)
-    sinks: tuple[str, ...] = _option((), "further telemetry sinks", group="output")
+    keep_checkpoints: int = option_field(3, "newest checkpoints to keep, beside the best", group="output", minimum=1)
+    sinks: tuple[str, ...] = _list_field((), "further telemetry sinks", group="output")
     settings: Mapping[str, OptionValue] = attrs.field(
         factory=dict, metadata={"help": "options of plugins and parts, `part.option = value`", "group": "other"}
     )
@@ -219,12 +219,6 @@ class RunConfig:
         """The options given for the plugin or part of that name."""
         split = {key: key.rpartition(".") for key in self.settings}
         return {name: self.settings[key] for key, (owner, _, name) in split.items() if owner == part}
-
-
-def option_of(field: attrs.Attribute[Any]) -> Option:
-    """A scalar field of `RunConfig` as a typed option."""
-    bounds = {k: v for k, v in field.metadata.items() if k in ("choices", "minimum", "maximum")}
-    return Option(field.name, type(field.default).__name__, field.default, field.metadata["help"], **bounds)
 
 
 def _checked_settings(value: object) -> dict[str, OptionValue]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.actions import Command
+from esper_core.leyline.options import option_field
 from esper_core.leyline.stages import Op, Stage
 
 _MAD_TO_SIGMA: Final = 1.4826
@@ -26,49 +27,50 @@ _FAULTS: Final = 2
 """Seeds of a blueprint that raise before no more of it may germinate for a while."""
 
 
-def _option(default: float | int, help: str, minimum: float, maximum: float | None = None) -> Any:
-    bounds = {"minimum": minimum} | ({} if maximum is None else {"maximum": maximum})
-    return attrs.field(default=default, metadata={"help": help, **bounds})
-
-
 @attrs.frozen
 class GovernorConfig:
     """When the governor steps in: options `governor.NAME` of a run. There is no option to turn it off."""
 
-    sigma: float = _option(
+    sigma: float = option_field(
         3.0, "robust standard deviations above the moving median at which the governor rolls back", 1.0, 10.0
     )
-    tight_sigma: float = _option(2.0, "the same while a seed is on probation", 1.0, 10.0)
-    window: int = _option(200, "batch losses in the moving median", 10, 10_000)
-    recent: int = _option(24, "latest batch losses whose median is tested; a single bad batch is no alarm", 1, 1000)
-    streak: int = _option(8, "number of latest batch losses that raise an alarm if all are beyond the limit", 1, 1000)
-    warmup: int = _option(
+    tight_sigma: float = option_field(2.0, "the same while a seed is on probation", 1.0, 10.0)
+    window: int = option_field(200, "batch losses in the moving median", 10, 10_000)
+    recent: int = option_field(
+        24, "latest batch losses whose median is tested; a single bad batch is no alarm", 1, 1000
+    )
+    streak: int = option_field(
+        8, "number of latest batch losses that raise an alarm if all are beyond the limit", 1, 1000
+    )
+    warmup: int = option_field(
         40,
         "batch losses before their deviation is estimated; until then it is the loss at chance, or the present one",
         10,
         10_000,
     )
-    floor: float = _option(
+    floor: float = option_field(
         0.02, "smallest standard deviation, as a share of the loss at chance, or of the present one", 0.0, 1.0
     )
-    check_every: int = _option(25, "optimizer steps between transfers of losses from the device", 1, 1000)
-    snapshot_every: int = _option(
+    check_every: int = option_field(25, "optimizer steps between transfers of losses from the device", 1, 1000)
+    snapshot_every: int = option_field(
         100, "optimizer steps between snapshots; every decision takes one as well", 1, 100_000
     )
-    embargo: int = _option(4, "decisions for which the guilty command is refused", 1, 10_000)
-    recovery: int = _option(2, "decisions after a rollback without new seeds", 0, 10_000)
-    patience: int = _option(5, "rollbacks in a row after which the run is unrecoverable", 1, 1000)
-    pardon: int = _option(
+    embargo: int = option_field(4, "decisions for which the guilty command is refused", 1, 10_000)
+    recovery: int = option_field(2, "decisions after a rollback without new seeds", 0, 10_000)
+    patience: int = option_field(5, "rollbacks in a row after which the run is unrecoverable", 1, 1000)
+    pardon: int = option_field(
         200, "optimizer steps without an alarm after which the count of rollbacks starts again", 1, 1_000_000
     )
-    settle: int = _option(
+    settle: int = option_field(
         100,
         "optimizer steps after a structural change without checks of the loss, unless it is not finite",
         0,
         100_000,
     )
-    caution: float = _option(0.5, "factor on the learning rate after a rollback that no command explains", 0.01, 1.0)
-    penalty: float = _option(1.0, "what a rollback costs in the event log and for a learning controller", 0.0)
+    caution: float = option_field(
+        0.5, "factor on the learning rate after a rollback that no command explains", 0.01, 1.0
+    )
+    penalty: float = option_field(1.0, "what a rollback costs in the event log and for a learning controller", 0.0)
 
 
 @attrs.frozen

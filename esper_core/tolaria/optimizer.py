@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esper_core.kasmina.growth import StageChange
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import UntrackedParameter
+from esper_core.leyline.options import option_field
 from esper_core.tolaria.caller_groups import family_of, source_of
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.muon import MuonAdamW, hidden_matrices
@@ -22,14 +23,10 @@ from esper_core.tolaria.sharding import copy_all
 class OptimizerConfig:
     """Options `optimizer.NAME` of a run."""
 
-    momentum: float = attrs.field(
-        default=0.9, metadata={"help": "momentum of sgd; beta1 of adamw", "minimum": 0.0, "maximum": 1.0}
-    )
-    beta2: float = attrs.field(default=0.999, metadata={"help": "beta2 of adamw", "minimum": 0.0, "maximum": 1.0})
-    seed_warmup: int = attrs.field(
-        default=10, metadata={"help": "optimizer steps over which a new seed's learning rate rises", "minimum": 0}
-    )
-    fused: bool = attrs.field(default=True, metadata={"help": "one kernel for a group, where the device has it"})
+    momentum: float = option_field(0.9, "momentum of sgd; beta1 of adamw", 0.0, 1.0)
+    beta2: float = option_field(0.999, "beta2 of adamw", 0.0, 1.0)
+    seed_warmup: int = option_field(10, "optimizer steps over which a new seed's learning rate rises", 0)
+    fused: bool = option_field(True, "one kernel for a group, where the device has it")
 
 
 @attrs.define

@@ -93,10 +93,12 @@ def test_a_view_says_what_grows_in_a_slot(run: str) -> None:
 def test_a_run_of_today_delivers_what_the_recorded_one_did(tmp_path: Path) -> None:
     """So that a recording cannot hide what the code no longer delivers."""
     plan = [{"decision": 0, "op": "germinate", "slot": "block1", "blueprint": "plain"},
+            {"decision": 0, "op": "germinate", "slot": "block2", "blueprint": "depthwise"},
             {"decision": 2, "op": "cull", "slot": "block1"}]  # fmt: skip
     config = ground.config(
-        tmp_path / "run", epochs=2, controller=ground.schedule(tmp_path / "plan.json", *plan, advance=False)
-    )
+        tmp_path / "run", epochs=2, blueprints=("plain", "depthwise"),
+        controller=ground.schedule(tmp_path / "plan.json", *plan, advance=False),
+    )  # fmt: skip
     views = record(config, ground.registry())
     recorded = recorded_views("maps")
 
@@ -108,6 +110,7 @@ def test_a_run_of_today_delivers_what_the_recorded_one_did(tmp_path: Path) -> No
     like = next(s for view in recorded for s in view.slots if s.stage is Stage.TRAINING)
     assert grown.readings.keys() == like.readings.keys()
     assert (grown.seed_family, grown.seed_tags) == ("convolution", frozenset())
+    assert views[-1].slots[1].seed_tags == frozenset({"learned"})
     last = views[-1].slots[0]
     assert last.stage is Stage.CULLED and last.culled == {"plain": 1} and views[0].slots[0].culled == {}
 
