@@ -189,12 +189,12 @@ def show(file: str, as_json: bool) -> None:
 @click.option("--out", required=True, metavar="FILE", help="where to write the merged agent")
 def merge(adapter: str, base: str, out: str) -> None:
     """Write ADAPTER into the weights of its core: one agent file that needs no adapter."""
-    from esper_core.tamiyo.adapter import merge as merged
+    from esper_core.tamiyo.adapter import merge_adapter
     from esper_core.tamiyo.learned import load_agent, open_adapter
 
     core, file = load_agent(base), open_adapter(adapter)
     core.attach(file, "merged")
-    merged(core, "merged").save(out)
+    merge_adapter(core, "merged").save(out)
     say(out)
 
 

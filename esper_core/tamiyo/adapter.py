@@ -183,7 +183,7 @@ def detach(core: TamiyoCore, domain: str | None = None) -> None:
         core.requires_grad_(True)
 
 
-def merge(core: TamiyoCore, domain: str) -> TamiyoCore:
+def merge_adapter(core: TamiyoCore, domain: str) -> TamiyoCore:
     """A core of its own with the domain's adapter written into its weights; its lineage names both parents."""
     adapter = core.adapters[domain]
     merged = type(core)(core.config)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esper_core.leyline.errors import BadFile
-from esper_core.tamiyo.adapter import Adapter, build_adapter, load_adapter, merge
+from esper_core.tamiyo.adapter import Adapter, build_adapter, load_adapter, merge_adapter
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
 from esper_core.tamiyo.observation import ObservationBatch, collate, observe
 from esper_core.testing.base import Conformance
@@ -108,7 +108,7 @@ class AdapterConformance(Conformance):
             return
         core = self.core()
         core.attach(self.shaken(core), "test")
-        merged = merge(core, "test")
+        merged = merge_adapter(core, "test")
         assert merged.fingerprint != core.fingerprint
         pairs = zip(decision_tensors(core)[1:], decision_tensors(merged)[1:], strict=True)
         for ours, theirs in pairs:

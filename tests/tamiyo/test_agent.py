@@ -17,7 +17,7 @@ from esper_core.leyline.errors import BadFile, BadOption, EsperError, UnknownNam
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.specs import AdapterSpec
 from esper_core.registry import load_registry
-from esper_core.tamiyo.adapter import Adapter, activate, build_adapter, load_adapter, merge
+from esper_core.tamiyo.adapter import Adapter, activate, build_adapter, load_adapter, merge_adapter
 from esper_core.tamiyo.core import CoreConfig, Decision, TamiyoCore
 from esper_core.tamiyo.learned import LearnedController
 from esper_core.tamiyo.observation import collate, observe
@@ -169,7 +169,7 @@ def test_five_adapters_load_quickly(tmp_path: Path) -> None:
 def test_a_merged_core_answers_as_core_and_adapter_did(tmp_path: Path) -> None:
     core = trained()
     core.attach(shaken(build_adapter(core, "lora", "vision")))
-    merged = merge(core, "vision")
+    merged = merge_adapter(core, "vision")
     ours, theirs = answer(core), answer(merged)
     assert torch.equal(ours.actions, theirs.actions) and torch.allclose(ours.value, theirs.value, atol=1e-5)
     assert merged.fingerprint != core.fingerprint and merged.lineage["merged"]["core"] == core.fingerprint
@@ -205,7 +205,7 @@ def test_another_kind_of_adapter_is_a_plugin_away(tmp_path: Path) -> None:
     assert torch.equal(again.shift, adapter.shift)
     core.attach(again)
     with pytest.raises(NotImplementedError, match="shift"):
-        merge(core, "vision")
+        merge_adapter(core, "vision")
 
 
 # --- The controller ---
