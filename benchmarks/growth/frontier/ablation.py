@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import attrs
 
-from benchmarks.growth.frontier.protocols import _STDLIB, WARM
+from benchmarks.growth.frontier.protocols import STDLIB, WARM
 from esper_core.trials.frontier.job import Job
 from esper_core.trials.intervals import paired_interval
 
-BASE: Final = _STDLIB
+BASE: Final = STDLIB
 SEEDS: Final = 3
 _STEPS: Final = 2192
 """Of the host alone at this budget, of which a ramp is a share."""

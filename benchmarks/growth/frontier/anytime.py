@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Final
 
-from benchmarks.growth.frontier.protocols import _STDLIB, WARM
+from benchmarks.growth.frontier.protocols import STDLIB, WARM
 from esper_core.trials.frontier.job import Job
 
-BASE: Final = _STDLIB
+BASE: Final = STDLIB
 WIDTH: Final = 64
 BUDGETS: Final = tuple(2.5e11 * 2**k for k in range(6))
 DEPTHS: Final = (1, 2, 3, 4)

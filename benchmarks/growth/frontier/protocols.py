@@ -17,7 +17,7 @@ _ALL: Final = {
 _ADAMW: Final = {"optimizer.beta2": 0.95}
 WARM: Final = {"warmup": 0.08}
 """Of the runs on CPU cores, which have about a thousand steps: 0.02 of them is too short for the larger static ones."""
-_STDLIB: Final = {
+STDLIB: Final = {
     **_ALL, "task": "stdlib", "batch_size": 32, "device": "cpu",
     "settings": {**_ADAMW, "stdlib.length": 128, "sensors.every": 1000},
 }  # fmt: skip
@@ -37,7 +37,7 @@ def p9(quick: bool = False) -> list[Frontier]:
     if quick:
         return [
             Frontier(
-                name="p9-quick", base=_STDLIB, config=WARM, budget=2e12, host=(1, 64),
+                name="p9-quick", base=STDLIB, config=WARM, budget=2e12, host=(1, 64),
                 sizes=((2, 64), (3, 64), (2, 48), (1, 96)),
                 grown=(heuristic,), controls=(zero,), rates=(0.008, 0.016), most_rates=2, decays=(0.4,), seeds=2,
             )
@@ -47,7 +47,7 @@ def p9(quick: bool = False) -> list[Frontier]:
     )  # fmt: skip
     return [
         Frontier(
-            name="p9", base=_STDLIB, config=WARM, budget=5e12, host=(1, 64), sizes=sizes,
+            name="p9", base=STDLIB, config=WARM, budget=5e12, host=(1, 64), sizes=sizes,
             grown=(heuristic, by_hand, narrow),
             controls=(zero,), rates=(0.008, 0.016, 0.004), margin=0.1, seeds=5,
         )
