@@ -38,14 +38,14 @@ class Auditor:
     """Emrakul around another controller, whose commands pass unless they concern a seed under audit.
 
     The rule of the verdict: REVIVE if the harm that the removal is shown to do exceeds the rent, CULL otherwise.
-    What a seed is worth to a host that had time to do without it cannot be read off one network, so the harm has two
-    witnesses (`Verdict.harm`). The *churn*, measured by putting the seed back into the host of now, understates: that
-    host, and its batch statistics, have left it behind. The *rise* of the loss is counted from where the loss was
-    heading when the audit began, since training continues during an audit, and up to what the seed was worth then.
+    A host that had time to adapt does not show what a seed was worth, so harm is measured in two ways (`Verdict.harm`).
+    The *churn*, measured by restoring the seed in the present host, is too low, since the host and its batch statistics
+    have adapted to its absence. The *rise* of the loss is counted from where the loss was heading when the audit began,
+    since training continues during an audit, and up to what the seed was worth then.
 
-    An audit during which the governor steps in has shown harm at once: the loop restores the model from before the
+    An audit in which the governor raises an alarm has shown harm: the loop restores the model from before the
     audit and calls `collapsed`. Such a seed is not audited again unless it is measured below its rent. An audit that
-    is called off, or of which nothing could be measured, shows nothing, and the seed returns.
+    is cancelled, or in which nothing could be measured, shows nothing, and the seed returns.
 
     Seeds of one stack, and a seed and those nested in it, stand in for one another. So they are audited one after the
     other, with a pause after each, in which the others are measured without the one that was removed.
@@ -206,7 +206,7 @@ class Auditor:
 
 
 def _kin(one: str, other: str) -> bool:
-    """Whether two slots stand in for one another: the same one, of one stack, or one inside the other's seed."""
+    """Whether two slots may replace one another: the same one, of one stack, or one inside the other's seed."""
     short, long = sorted((one, other), key=len)
     return base_of(one) == base_of(other) or long.startswith(short + "/")
 

@@ -99,4 +99,4 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
 
 class RankFault(Exception):
-    """Another process raised; the words are its."""
+    """Another process raised; the message is from that process."""

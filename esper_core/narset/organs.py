@@ -103,7 +103,7 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
 def _pool(
     organs: dict[str, OrganBudget], regions: Mapping[str, Sequence[SlotView]], merits: Mapping[str, float]
 ) -> None:
-    """What no slot of a region can use goes to the best region with an open slot, so that budgets never lie idle."""
+    """Move the budget that no slot of a region can use to the best region with an open slot."""
     cheapest = {
         name: min((b.params for slot in members if Op.GERMINATE in slot.legal for b in slot.blueprints), default=None)
         for name, members in regions.items()
@@ -134,7 +134,7 @@ def _measured(members: Sequence[SlotView], host_params: int) -> tuple[float, flo
 
 
 class OrganManager:
-    """Narset around another controller: it sees only what its organs can afford, and may spend no more.
+    """Narset around another controller: its view offers only what its organs can afford.
 
     Raises:
         BadOption: there is no `inner` controller.

@@ -157,7 +157,7 @@ class _Listener:
         self._function, self._wants_event = function, wants_event
 
     def write(self, event: Event) -> None:
-        """Call the hook; like pluggy, with no more arguments than it names."""
+        """Call the hook with the arguments that it names, as pluggy does."""
         if self._wants_event:
             self._function(event=event)
         else:

@@ -200,7 +200,7 @@ class SensorArray:
 
     @torch.no_grad()
     def _fold(self, loss_scale: float | Tensor) -> None:
-        """Turn what was felt of the batch into readings and add them up."""
+        """Compute the readings of the batch and add them up."""
         groups = {path: group for path, group in self.plane.seed_groups().items() if path in self._rows}
         for path in groups:
             births = self.plane.growths[path].births
@@ -275,7 +275,7 @@ class SensorArray:
 
 
 class _SlotReader:
-    """A slot's way to its sensors. Copies of a slot have none: they would report to the original's."""
+    """Connects a slot to its sensors. Copies of a slot have none, since they would report to the original's."""
 
     def __init__(self, array: SensorArray) -> None:
         self._array = array

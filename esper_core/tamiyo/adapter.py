@@ -1,4 +1,4 @@
-"""Adapters of a frozen core to a domain: deltas on the outputs of its linear maps, removable without a trace.
+"""Adapters of a frozen core to a domain: deltas on the outputs of its linear maps, which can be removed bit for bit.
 
 The core's weights are never touched while an adapter is attached, so that detaching restores every bit. Several
 domains live side by side; one is active. `merge` writes a domain into a core of its own, with a fingerprint of its own.

@@ -240,7 +240,7 @@ GLOBAL_FEATURES: Final[tuple[Feature, ...]] = (
 
 
 def _relatives(b: BlueprintView, r: RunView) -> list[SlotView]:
-    """Slots of this run in which the same blueprint grows now: what it did here is evidence on it."""
+    """Slots of this run in which the same blueprint grows now."""
     return [s for s in r.slots if s.blueprint == b.name]
 
 

@@ -257,7 +257,7 @@ class HeuristicController:
     def _pool(self, path: str, latest: Interval) -> Interval:
         """A seed's gain (nats) over its later measurements at full alpha.
 
-        One measurement's interval knows the examples that were drawn, not the weights that were met: while the
+        The interval of one measurement is over examples, not over the weights of nearby steps: while the
         learning rate is high, the gain of the very same seed swings by many such intervals from one decision to the
         next. So the pooled interval is no narrower than the measurements' own spread. A young seed still learns, so
         the later half of its measurements counts, and never fewer than three.
@@ -282,7 +282,7 @@ class HeuristicController:
             yield attrs.evolve(WAIT, source="heuristic", reason=plan)
         at_once = config.at_once or max(_FEW, len(view.slots) // 2)
         room = at_once - sum(slot.stage.spec.growing for slot in view.slots)
-        if room <= 0 or not self._in_season(view):
+        if room <= 0 or not self._may_plant(view):
             return
         for offer in choose_by_region(self._offers(view), view, room):
             self._planted += 1
@@ -291,8 +291,8 @@ class HeuristicController:
                 self._tempo(view), source="heuristic", reason=self._why(offer),
             )  # fmt: skip
 
-    def _in_season(self, view: RunView) -> bool:
-        """Late enough to have readings, early enough to blend, prove itself and fossilise before the end."""
+    def _may_plant(self, view: RunView) -> bool:
+        """Whether a new seed would have readings now, and time to blend and fossilise before the end."""
         if view.decision + 1 < self.config.start * view.decisions:
             return False
         life = 2 + (self.config.isolation + self.config.ramp) * view.decisions + _SETTLING

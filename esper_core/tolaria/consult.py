@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def consult(tolaria: Tolaria, ask: Callable[[], Any]) -> Any:
-    """What `ask` answers on the first process, on every process.
+    """Return on every process what `ask` returns on the first.
 
     Args:
         ask: called on the first process alone; JSON-compatible. A churn that it has measured is measured by all, and a

@@ -1,4 +1,4 @@
-"""The end of growth: nothing is left half decided when the test split is read."""
+"""The end of growth: decisions are carried out before the test split is read."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def set_training(plane: Plane, training: bool) -> None:
 
 
 def _seeds_that_fail(setup: Setup, plane: Plane, batch: Batch, training: bool) -> Iterator[str]:
-    """Paths of the seeds with which alone the loss is not finite."""
+    """Paths of the seeds each of which makes the loss not finite without the others."""
     for path in plane.contributing():
         with without_seeds(plane, but=path):
             if not _is_finite(setup, plane, batch, training):

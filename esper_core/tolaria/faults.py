@@ -33,7 +33,7 @@ class DataFailed(Exception):
 
 @attrs.frozen
 class GuardedBatches:
-    """Batches whose reading, where it fails, is told apart from what is computed with them.
+    """Batches that raise `DataFailed` where reading fails, so that it is not taken for a fault of the computation.
 
     Attributes:
         batches: an iterable that can be gone through several times, if the caller does. split: its name.

@@ -94,7 +94,7 @@ def fit_to_budget(config: RunConfig, spec: HostSpec, start: Callable[[float], Ma
 
 
 def suit_budget(config: RunConfig, host: HostProtocol) -> tuple[RunConfig, list[str]]:
-    """The configuration where what the user left as it is suits a budget, and a note for the user.
+    """The configuration with defaults that suit a budget, and a note for the user.
 
     A constant rate that falls at the end; the host's own blocks as what grows, where they can be copied; no other limit
     on parameters and no other rent than the FLOPs that they cost.

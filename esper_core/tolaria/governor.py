@@ -250,8 +250,8 @@ class Governor:
         """Record a rollback; forget the losses since `to_step`, and embargo the guilty command.
 
         Args:
-            strike: whether it brings the run nearer to being unrecoverable. A seed that was missed while it withered
-                does not: that is what the audit asked, and the state from before it is whole. Nor do data at fault.
+            strike: whether it brings the run nearer to being unrecoverable. It does not if the
+                loss rose because a seed withered, since the audit asked for that, nor if the data are at fault.
         """
         self.rollbacks += 1
         self.strikes += strike

@@ -1,8 +1,8 @@
 """Finds the seed behind an alarm on the validation split, before anything is rolled back.
 
-Two kinds of seed are behind an alarm that no command explains: one that withers and is missed, and one that has come
-to do harm. The first returns with the state from before its audit. The second is removed, since a rollback would bring
-back the seed that harms; the model without it was measured to be better on the validation split.
+Two kinds of seed are behind an alarm that no command explains: one that withers although the host needs it, and one
+that does harm. The first returns with the state from before its audit. The second is removed, since a rollback would
+bring back the seed that harms; the model without it was measured to be better on the validation split.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _probe(tolaria: Tolaria, batches: Iterable[Batch], paths: Sequence[str], *, 
 
 @torch.no_grad()
 def _look(tolaria: Tolaria, batches: Iterable[Batch]) -> None:
-    """Evaluate, and nothing else: a measurement silences slots itself, which would hide whose error it is."""
+    """Evaluate the model as it is: a measurement would silence slots, which would hide the seed that raises."""
     host, plane = tolaria.plane.host, tolaria.plane
     training = host.module.training
     for module in (host.module, plane.module):

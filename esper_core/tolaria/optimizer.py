@@ -180,7 +180,7 @@ class GrowthOptimizer:
             stepper(self.torch)
 
     def _clipped_together(self) -> Iterator[list[nn.Parameter]]:
-        """Host and copies of its blocks as the one network that they are; others apart, so that none throttles it."""
+        """Parameters that are clipped by one norm: host and copies of its blocks; every other seed by itself."""
         whole = [] if self.host_group is None else list(self.host_group["params"])
         for seed in self.seeds.values():
             if seed.deepens:

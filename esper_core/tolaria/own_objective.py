@@ -39,7 +39,7 @@ def choose_objective(
         higher_is_better: of a metric that is a function.
 
     Raises:
-        EsperError: it cannot be built, cannot be told, or does not fit the sample.
+        EsperError: it cannot be built or inferred, or does not fit the sample.
     """
     if config.objective and loss not in (None, config.objective):
         raise BadOption(f"objective={config.objective!r} and loss={loss!r}", "one of them")
@@ -81,7 +81,7 @@ def _width(outputs: Tensor, targets: Any) -> int | None:
 
 
 def _infer(outputs: Tensor, targets: Any) -> str:
-    """Name of the objective that outputs and targets tell without doubt.
+    """Name of the only objective that fits outputs and targets.
 
     Args:
         outputs: of some examples. targets: of a whole batch.

@@ -1,4 +1,4 @@
-"""Several processes that train one model, started by torchrun: what they tell each other, and what they agree on.
+"""Several processes that train one model, started by torchrun: what they exchange, and how they agree.
 
 Every process runs the same loop over its own rows of each batch. Figures go through a gloo group of their own on the
 CPU, so that no exchange of them waits for a GPU; gradients and parameters go through the default group.
@@ -328,7 +328,7 @@ def running_of(plane: Plane) -> list[tuple[nn.Module, list[Tensor]]]:
 
 
 def _is_broken(told: str) -> bool:
-    """Whether an error of torch tells of a connection."""
+    """Whether an error of torch is about a connection."""
     return any(word in told.lower() for word in ("connection", "peer", "read error", "write error", "timed out"))
 
 

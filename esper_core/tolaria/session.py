@@ -265,7 +265,7 @@ class Tolaria:
             self.plane.rent = self._rent * abs(first)
 
     def _ask(self, view: RunView) -> list[Command]:
-        """What the controller of the first process says, see `consult`."""
+        """The commands of the controller in the first process, see `consult`."""
         if self.plane.ranks.size == 1:
             return self._ask_here(view)
         return [command_of(c) for c in consult(self, lambda: [plain_command(c) for c in self._ask_here(view)])]
@@ -285,7 +285,7 @@ class Tolaria:
             return []
 
     def conclude(self) -> bool:
-        """Leave nothing half decided, see `ending`: after the last step. True if the model's output changed."""
+        """After the last step, carry out what is decided, see `ending`. True if the model's output changed."""
         changed = resolve(self.plane)
         self.optimizer.check(self.plane)
         return changed

@@ -87,7 +87,7 @@ class Trainer:
     Args:
         setup: what the run is. tolaria: growth, with plane, optimizer, controller and governor.
         hub: takes events. folder: where the run lives; None to leave no trace.
-        about: what a saved model says of its origin.
+        about: the origin that a saved model records.
         test: whether to read the test split at the end.
         keeps: whether the run has a folder, here or in the first process; None: as `folder` says.
     """

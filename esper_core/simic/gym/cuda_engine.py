@@ -58,7 +58,7 @@ class _HostCall(nn.Module):
 
 @attrs.frozen
 class _Carried:
-    """What a lane takes along when it moves.
+    """The state that moves with a seed to another lane.
 
     Attributes:
         weights: parameters and buffers by name. moments: the optimizer's by parameter name. age: its optimizer steps.
@@ -83,7 +83,7 @@ class _Note:
 
 
 def signature(plane: Plane) -> tuple[Any, ...]:
-    """What hosts must share to be stacked: names, shapes and types of parameters and buffers, and the points."""
+    """Names, shapes and types of parameters and buffers, and the points: hosts are stacked if these are equal."""
     module = plane.host.module
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return (*((n, tuple(t.shape), str(t.dtype)) for n, t in tensors), *plane.slots)
@@ -434,7 +434,7 @@ class StackedPopulation:
     # --- Lanes ---
 
     def _settle(self) -> None:
-        """Make the device agree with what the planes say of the slots that changed."""
+        """Update the device for the slots that changed on the planes."""
         if not self._changed:
             return
         self._frame = None
@@ -507,13 +507,13 @@ class StackedPopulation:
         self._publish(places, self.points)
 
     def _key(self, k: int, path: str) -> str:
-        """What seeds must share to be one bucket at a point."""
+        """The key of a bucket: blueprint, options and combination."""
         growth = self.planes[k].growths[path]
         return f"{growth.blueprint} {sorted(growth.options.items())} {growth.blend.partition(':')[0]}"
 
     @torch.no_grad()
     def _take_out(self, place: _Place) -> _Carried:
-        """Free the lane at `place`; what it holds goes with the seed, if that is still there."""
+        """Free the lane at `place` and return its state."""
         bucket, lane = self._lanes.pop(place)
         k, path = place
         row, same = bucket.stack.start + lane, False
@@ -531,7 +531,7 @@ class StackedPopulation:
 
     @torch.no_grad()
     def _put_in(self, place: _Place, carried: _Carried | None) -> None:
-        """Give the seed at `place` a lane of its bucket, with what it brings along."""
+        """Give the seed at `place` a lane of its bucket, with the state that it carries."""
         k, path = place
         bucket = self.points[path].buckets[self._key(k, path)]
         lane = bucket.stack.free.pop()

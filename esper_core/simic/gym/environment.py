@@ -123,7 +123,7 @@ def refuse_outside_of_worlds(config: RunConfig) -> None:
 
 @attrs.define
 class _Account:
-    """What one environment has been paid so far."""
+    """The rewards of one environment so far."""
 
     meter: OutcomeMeter = attrs.Factory(OutcomeMeter)
     credited: dict[str, float] = attrs.Factory(dict)
@@ -180,7 +180,7 @@ class EpisodeGroup:
         self._decision = 0
 
     def advance(self) -> tuple[list[RunView], list[Paid]]:
-        """Train up to the next decision; what every environment sees there, and what the time until there paid.
+        """Train up to the next decision; the view of every environment there, and its reward until there.
 
         Raises:
             RunFailed: every group's host fails without any growth.
@@ -213,7 +213,7 @@ class EpisodeGroup:
 
     @property
     def broken(self) -> set[int]:
-        """Groups whose host fails without any growth, so that nothing is to be learnt there."""
+        """Groups whose host fails without any growth, so that they are left out of learning."""
         return self.cohort.broken if isinstance(self.cohort, StackedCohort) else set()
 
     def act(self, k: int, commands: Sequence[Command]) -> list[Command]:

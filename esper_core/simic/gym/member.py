@@ -41,7 +41,7 @@ class Puppet:
 
 
 class LentSensors(SensorArray):
-    """Sensors of a member whose host is not computed: what empty slots feel is lent by the trunk."""
+    """Sensors of a member whose host is not computed: readings of empty slots are the trunk's."""
 
     lent: Mapping[str, dict[str, float]] = {}
 
@@ -151,7 +151,7 @@ class Member:
 
     @property
     def due(self) -> bool:
-        """Whether the governor will look, and perhaps take a snapshot, after the coming step."""
+        """Whether the governor will check the losses, or a snapshot be taken, after the coming step."""
         return (self.tolaria.clock.step + 1) % self.tolaria.governor.config.check_every == 0
 
     # --- Sharing ---

@@ -1,8 +1,8 @@
 """Blueprints that exist in worlds alone, so that a policy learns to try and to measure.
 
-Each says by its descriptor that it is an ordinary adapter; what it is shows only when it grows:
+The descriptor of each is that of an ordinary adapter, so its worth is known only once it has grown:
 
-- `planted_useless`: answers nothing, whatever its parameters.
+- `planted_useless`: returns zeros, whatever its parameters.
 - `planted_essential`: a linear map of the feature and of the mean over all positions, which few offers have.
 """
 
@@ -42,7 +42,7 @@ class Planted(nn.Module):
 
 
 class Useless(Planted):
-    """Zeros; its parameters are met by a gradient of zero."""
+    """Returns zeros, so its parameters get a gradient of zero."""
 
     def forward(self, h: Tensor) -> Tensor:
         """Feature (N, …) in, zeros of its shape out."""

@@ -104,8 +104,8 @@ class OutcomeMeter:
 def slot_credits(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """Credit of each slot between two decisions: the change of its own counterfactual (nats).
 
-    A slot that no longer contributes gives back what it had been credited, so credits sum to what stands at the end
-    and growing, culling and growing again earns nothing.
+    A slot that no longer contributes gives back what it had been credited, so credits
+    sum to the worth at the end, and growing, culling and growing again earns nothing.
     """
     return {path: after.get(path, 0.0) - before.get(path, 0.0) for path in sorted(set(before) | set(after))}
 

@@ -1,8 +1,7 @@
 """Episode groups on one device: every environment of several groups, and their WAIT twins, as one stacked computation.
 
-Each environment keeps what watches and decides, which is the same code as everywhere: plane, Tolaria and governor. What
-touches weights goes through the population instead: losses, sensors, measurements and snapshots of all environments
-are computed at once and handed to each.
+Each environment has a plane, a Tolaria and a governor of its own, which run the same code as everywhere. Losses,
+sensors, measurements and snapshots of all environments are computed at once by the population, and handed to each.
 """
 
 from __future__ import annotations
@@ -85,13 +84,13 @@ class LaneSensors(SensorArray):
         return self.batch % self.every == 0
 
     def attach(self) -> None:
-        """The population measures."""
+        """Does nothing: the population measures."""
 
     def after_backward(self, loss_scale: float | Tensor = 1.0) -> None:
-        """The population has seen it."""
+        """Does nothing: the population measures."""
 
     def after_step(self) -> None:
-        """The population has seen it."""
+        """Does nothing: the population measures."""
 
     def read(self) -> dict[str, dict[str, float]]:
         """What was read for all environments at once."""
@@ -283,7 +282,7 @@ class StackedCohort:
         self.population.set_caution(k, 0.0 if member.failed else member.tolaria.governor.caution)
 
     def observe(self, validations: Sequence[Sequence[Batch]], epoch: float) -> list[RunView]:
-        """What every member sees at a decision. A group whose twin fails is `broken` from now on."""
+        """The view of every member at a decision. A group whose twin fails is `broken` from now on."""
         population = self.population
         population.synchronise()
         for member in self._everyone:
@@ -321,7 +320,7 @@ class StackedCohort:
         return views
 
     def act(self, k: int, commands: Iterable[Command]) -> list[Command]:
-        """Have member k carry out what is legal of `commands`; the commands that were."""
+        """Carry out the legal ones of `commands` in member k, and return them."""
         return self.members[k].act(commands)
 
 

@@ -1,4 +1,4 @@
-"""What the slots of a stacked population feel, as `nissa.sensors` gathers it for one model, on the device for all.
+"""Sensor readings of the slots of a stacked population, as `nissa.sensors` has them for one model.
 
 Shapes: N environments, P points, L lanes.
 """

@@ -69,7 +69,7 @@ class _LaneGate(torch.autograd.Function):
 
 
 class _Answer(torch.autograd.Function):
-    """What each lane's slot answers: the blend where the seed shows, else the host's feature itself.
+    """The output of each lane's slot: the blend where the seed contributes, else the host's feature itself.
 
     Backward, an isolated lane's gradient goes to the feature, and with its pull to `s` (`kasmina.straight_through`);
     ⟨gradient, s⟩ of each lane is noted in `met` (C,).
@@ -97,7 +97,7 @@ class _Answer(torch.autograd.Function):
 
 
 class _Feel(torch.autograd.Function):
-    """Identity at the end of a point; backward, notes what every environment's slot feels in `felt` (N, 3)."""
+    """Identity at the end of a point; backward, writes the sums of every environment's slot to `felt` (N, 3)."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, h: Tensor, dim: int, felt: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class Point:
         self.answer = list(range(len(self.select)))
 
     def publish(self) -> None:
-        """Let the device know which lane serves whom."""
+        """Write to the device which environment each lane serves."""
         self.of.copy_(torch.tensor(self.serves, dtype=torch.int64))
         self.select.copy_(torch.tensor(self.answer))
 

@@ -32,7 +32,7 @@ class World:
     Attributes:
         name: for curves and tables. domain: `vision`, `language`, `signal`; adapters train on one.
         held_out: only evaluated on. weight: how often it is drawn beside the others.
-        apart: only drawn when its domain is named, so that a core never hears the dialect of an adapter.
+        apart: only drawn when its domain is named, so that a core is not trained on the domain of an adapter.
         run: fields of `RunConfig`. vary: field, or `settings.part.option`, to values that an episode draws from.
         schedule: the blueprint of the fixed-schedule control.
         hosts, tasks: tables of further fields, each with a `vary` of its own; an episode takes one of each.
@@ -113,12 +113,12 @@ class Curriculum:
 
     Attributes:
         iterations: policy updates. groups: episode groups in each. group_size: environments in a group.
-        rewards: `name=weight`. controllers: what an evaluation puts beside the agent.
+        rewards: `name=weight`. controllers: controllers that an evaluation compares with the agent.
         checkpoint_every: iterations between checkpoints.
         alike: how many groups in a row share world, host, task and length, and differ in weights, batches, offer,
             budget and rent, so that a device computes them as one.
         ppo, core, imitation: of the policy update, the network, and the demonstrations before the first update.
-        tuning: of the policy update where there is a core to go on from or to adapt; as `ppo` but for what it names.
+        tuning: of the policy update of a core that was trained before; fields that it leaves out are those of `ppo`.
     """
 
     name: str
