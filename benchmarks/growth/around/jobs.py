@@ -1,0 +1,145 @@
+"""Jobs of P12: an arm trained once in one cell of host and budget, and the queue of all of them.
+
+Rates are chosen for each arm, host and budget on a seed of its own, among as many for every arm, by validation loss.
+The other seeds then run at the chosen rate and read the test split once, at their end. A job is one file: a queue that
+was stopped goes on, and every job is under eight minutes of one core.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import torch
+from torch import nn
+
+from benchmarks.growth.around.arms import ARMS, Case, NotInCell, full
+from benchmarks.growth.around.hosts import Data, judge, load_host, loss_of
+from esper_core.storage.tensor_file import read_json_file, write_json_file
+
+BUDGETS: Final = (0.001, 0.003, 0.01, 0.03)
+"""Added parameters over the host's."""
+TUNING: Final = 100
+"""The seed on which rates are chosen."""
+SEEDS: Final = 5
+STEPS: Final = {"gpt": 300, "minilm": 200}
+BATCH: Final = 16
+_LOW_RANK: Final = (1e-3, 2.5e-3, 5e-3, 1e-2)
+RATES: Final[dict[str, tuple[float, ...]]] = {"VeRA": (5e-3, 2e-2, 5e-2, 1e-1), "full": (1e-4, 3e-4, 1e-3, 3e-3)}
+"""Peak rates of AdamW by arm, four each; of others `_LOW_RANK`."""
+HEAD_RATE: Final = 1e-3
+"""Of MiniLM's head, in every arm."""
+
+
+@attrs.frozen
+class Job:
+    """One training run. `budget` is 0 for an arm without additions."""
+
+    folder: Path
+    host: str
+    arm: str
+    budget: float
+    rate: float
+    seed: int
+
+    @property
+    def file(self) -> Path:
+        """Where its outcome is written when it is done."""
+        arm = self.arm.replace(" ", "-")
+        return self.folder / "runs" / f"{self.host}_{arm}_{self.budget:g}_{self.rate:g}_{self.seed}.json"
+
+
+def cells() -> list[tuple[str, str, float]]:
+    """Host, arm and budget of every cell, in the order in which they are run."""
+    return [(host, arm, budget) for budget in (0.01, 0.003, 0.03, 0.001) for host in STEPS for arm in ARMS] + [
+        (host, "full", 0.0) for host in STEPS
+    ]
+
+
+def rates_of(arm: str) -> tuple[float, ...]:
+    """The rates among which validation chooses for an arm."""
+    return RATES.get(arm, _LOW_RANK)
+
+
+def tuning(folder: Path) -> list[Job]:
+    """The jobs by which rates are chosen."""
+    return [Job(folder, *cell, rate, TUNING) for cell in cells() for rate in rates_of(cell[1])]
+
+
+def choose(folder: Path) -> dict[tuple[str, str, float], float]:
+    """The rate of the lowest validation loss for each cell whose rates have all been tried."""
+    chosen = {}
+    for cell in cells():
+        files = [Job(folder, *cell, rate, TUNING).file for rate in rates_of(cell[1])]
+        if all(file.is_file() for file in files):
+            rows = [dict(read_json_file(file)) for file in files]
+            if not any(row.get("absent") for row in rows):
+                chosen[cell] = float(min(rows, key=lambda row: row["validation_loss"])["rate"])
+    return chosen
+
+
+def finals(folder: Path, seeds: int = SEEDS) -> list[Job]:
+    """The jobs that are compared, seed by seed, of the cells whose rates are chosen."""
+    chosen = choose(folder)
+    return [Job(folder, *cell, rate, seed) for seed in range(seeds) for cell, rate in chosen.items()]
+
+
+def missing(folder: Path, seeds: int = SEEDS) -> list[Job]:
+    """What is left to do now, budget by budget: its tuning, then its seeds. When tuning ends there is more."""
+    order = list(dict.fromkeys(budget for _, _, budget in cells()))
+    left = [job for job in (*tuning(folder), *finals(folder, seeds)) if not job.file.is_file()]
+    return sorted(left, key=lambda job: order.index(job.budget))
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Adapt once, and write what came of it."""
+    if job.file.is_file():
+        return dict(read_json_file(job.file))
+    began = time.process_time()
+    head = {"host": job.host, "arm": job.arm, "budget": job.budget, "rate": job.rate, "seed": job.seed}
+    try:
+        outcome = {**head, **_train(job)}
+    except NotInCell as error:
+        outcome = {**head, "absent": str(error)}
+    outcome["cpu_s"] = time.process_time() - began
+    job.file.parent.mkdir(exist_ok=True)
+    write_json_file(job.file, outcome)
+    return outcome
+
+
+def _train(job: Job) -> dict[str, Any]:
+    data, (model, params) = Data(job.host, job.folder), load_host(job.host, job.folder)
+    steps = STEPS[job.host]
+    heads = [p for p in model.parameters() if p.requires_grad]
+    case = Case(job.host, model, data, round(job.budget * params), job.seed, steps, BATCH)
+    made = full(case) if job.arm == "full" else ARMS[job.arm](case)
+    if job.arm == "full":
+        made.added = [p for p in model.parameters() if not any(p is head for head in heads)]
+    groups = [{"params": made.added, "peak": job.rate}, {"params": heads, "peak": HEAD_RATE}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(job.seed)
+    torch.manual_seed(job.seed)
+    made.model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, (step + 1) / (0.06 * steps), (steps - step) / (0.7 * steps))
+        loss = loss_of(made.model, data.draw(BATCH, generator))
+        (loss if made.extra is None else loss + made.extra()).backward()
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        made.after(step + 1)
+        optimizer.zero_grad()
+    loss_v, share_v = judge(made.model, data.judged("validation"))
+    loss_t, share_t = (None, None) if job.seed == TUNING else judge(made.model, data.judged("test"))
+    return {
+        "steps": steps, "added": made.count, "trained": sum(p.numel() for p in made.added), "layers": made.layers,
+        "validation_loss": loss_v, "validation_share": share_v, "loss": loss_t, "share": share_t,
+    }  # fmt: skip
+
+
+def rows_of(jobs: Iterable[Job]) -> list[Mapping[str, Any]]:
+    """What is done of some jobs."""
+    return [dict(read_json_file(job.file)) for job in jobs if job.file.is_file()]

@@ -1,0 +1,87 @@
+"""The texts of P12, from the help of LibreOffice: `english` and `german` as bytes, and labelled paragraphs.
+
+The packages `libreoffice-help-en-us` and `libreoffice-help-de` are fetched by `apt-get download` and unpacked without
+being installed. A page is a document. Its split follows from a hash of its name, so the same packages give the same
+bytes. A paragraph's label is the application whose manual it stands in; paragraphs of what all applications share are
+left out, and so is one that stands in several manuals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.growth.text import fetch, from_html, hash_of, plain
+from esper_core.storage.tensor_file import write_json_file
+
+LANGUAGES: Final = {"english": ("libreoffice-help-en-us", "en-US"), "german": ("libreoffice-help-de", "de")}
+LABELS: Final = ("sbasic", "scalc", "schart", "sdatabase", "sdraw", "simpress", "smath", "swriter")
+SHARES: Final = {"test": 15, "validation": 10, "train": 75}
+"""Percent of the pages in each split."""
+_SHORT, _CUT = 60, 400
+"""Characters of a paragraph at least, and what is kept of one."""
+_BLANKS = re.compile(r"[ \t\u00a0]+")
+
+
+def pages(language: str, packages: Path) -> dict[str, str]:
+    """Text by name of the page, without markup, navigation and blank lines."""
+    package, folder = LANGUAGES[language]
+    root, _ = fetch(package, packages)
+    found = {}
+    for name, text in plain(f"usr/share/libreoffice/help/{folder}/text/**/*.html", from_html)(root):
+        lines = [_BLANKS.sub(" ", line).strip() for line in text.splitlines()]
+        found[name.split("/text/")[1]] = [line for line in lines if line]
+    counts = Counter(line for lines in found.values() for line in set(lines))
+    frame = {line for line, count in counts.items() if count > len(found) / 5}  # every page's title and menus
+    return {name: "\n".join(line for line in lines if line not in frame) for name, lines in found.items()}
+
+
+def split_of(name: str) -> str:
+    """The split of a page; a page has the same one in each language."""
+    place = hash_of(name) % 100
+    return "test" if place < SHARES["test"] else "validation" if place < 100 - SHARES["train"] else "train"
+
+
+def make(folder: Path, packages: Path) -> dict[str, Any]:
+    """Write `LANGUAGE.SPLIT` and `paragraphs.json`; what they hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packages.mkdir(parents=True, exist_ok=True)
+    about: dict[str, Any] = {}
+    for language in LANGUAGES:
+        seen: set[str] = set()
+        parts: dict[str, list[str]] = {split: [] for split in SHARES}
+        for name, text in sorted(pages(language, packages).items(), key=lambda item: hash_of(item[0])):
+            fresh = [line for line in text.splitlines() if len(line) < _SHORT or line not in seen]
+            seen.update(fresh)
+            parts[split_of(name)].append("\n".join(fresh) + "\n\n")
+        for split, texts in parts.items():
+            data = "".join(texts).encode()
+            (folder / f"{language}.{split}").write_bytes(data)
+            about[f"{language}.{split}"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rows = paragraphs(packages)
+    write_json_file(folder / "paragraphs.json", rows)
+    about["paragraphs"] = {split: len(found) for split, found in rows.items()}
+    write_json_file(folder / "about.json", about)
+    return about
+
+
+def paragraphs(packages: Path) -> dict[str, list[list[Any]]]:
+    """Text and label of English paragraphs by split, in the order of their hashes."""
+    labels: dict[str, set[int]] = {}
+    places: dict[str, str] = {}
+    for name, text in pages("english", packages).items():
+        area = name.partition("/")[0]
+        if area not in LABELS:
+            labels |= {line: labels.get(line, set()) | {-1} for line in text.splitlines()}
+            continue
+        for line in text.splitlines():
+            labels.setdefault(line, set()).add(LABELS.index(area))
+            places.setdefault(line, split_of(name))
+    rows: dict[str, list[list[Any]]] = {split: [] for split in SHARES}
+    for line in sorted(places, key=hash_of):
+        if len(line) >= _SHORT and len(labels[line]) == 1:
+            rows[places[line]].append([line[:_CUT], next(iter(labels[line]))])
+    return rows
