@@ -73,9 +73,9 @@ def check_budget(plane: Plane, commands: Sequence[Command]) -> None:
 
 
 def veto(plane: Plane, command: Command) -> str:
-    """Why a plugin refuses `command`; empty if none does. A veto that raises refuses too."""
+    """Why a plugin refuses `command`; empty if none does. A veto that fails refuses too."""
     try:
-        return plane.registry.hook.esper_veto(command=command, plane=plane) or ""
+        return _ask_plugins(plane, command)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
         return f"{_author_of(plane, error)} failed with {type(error).__name__}: {error}"
 
@@ -83,22 +83,37 @@ def veto(plane: Plane, command: Command) -> str:
 def permits(plane: Plane, command: Command) -> bool:
     """Whether no plugin vetoes `command`. Views ask, so that no controller is offered what would be refused.
 
-    A veto that raises refuses, and the plane's listeners are told.
+    A veto that fails refuses, and the plane's listeners are told.
     """
     if not plane.registry.hook.esper_veto.get_hookimpls():
         return True
     try:
-        return not plane.registry.hook.esper_veto(command=command, plane=plane)
+        return not _ask_plugins(plane, command)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
         plane.tell_veto_fault(command, _author_of(plane, error), error)
         return False
 
 
+def _ask_plugins(plane: Plane, command: Command) -> str:
+    """The first plugin's reason against `command`, or the empty string.
+
+    Raises:
+        TypeError: a plugin answered with something else; also whatever a plugin raises.
+    """
+    reason: object = plane.registry.hook.esper_veto(command=command, plane=plane)
+    if reason is None:
+        return ""
+    if not isinstance(reason, str):
+        raise TypeError(f"it answered with a {type(reason).__name__}, and a reason or None was expected")
+    return reason
+
+
 def _author_of(plane: Plane, error: BaseException) -> str:
-    """Whose veto raised `error`, by the code that it came through."""
+    """Whose veto raised `error`, by the code that it came through; an only one has no other author."""
     codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-    for implementation in plane.registry.hook.esper_veto.get_hookimpls():
-        if getattr(implementation.function, "__code__", None) in codes:
+    implementations = plane.registry.hook.esper_veto.get_hookimpls()
+    for implementation in implementations:
+        if len(implementations) == 1 or getattr(implementation.function, "__code__", None) in codes:
             return f"the veto of plugin {implementation.plugin_name}"
     return "a plugin's veto"
 

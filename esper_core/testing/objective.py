@@ -97,6 +97,13 @@ class ObjectiveConformance(Conformance):
             for each in (objective.scores(right, targets)[1], objective.scores(outputs, targets)[1]):
                 assert 0 <= float(each.min()) <= float(each.max()) <= 1
 
+    def test_outputs_that_are_not_finite_are_not_right(self, objective: Objective) -> None:
+        """A model that answers with NaN must not look good, whatever `argmax` and comparisons make of NaN."""
+        outputs, targets = self.made()
+        losses, scores = objective.scores(torch.full_like(outputs, math.nan), targets)
+        assert not losses.isfinite().any()
+        assert not ((scores > 0) & scores.isfinite()).any(), "nothing of it is right"
+
     def test_chance_is_what_indifferent_outputs_lose(self, objective: Objective) -> None:
         outputs, targets = self.made()
         if objective.chance is not None:

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esper_core.kasmina.plane import Plane
-from esper_core.tolaria.process_group import ProcessGroup, running_of
+from esper_core.kasmina.running_statistics import running_of
+from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.step import Strategy
 
 BUCKET: Final = 25 << 20

@@ -9,13 +9,18 @@ from torch import Tensor
 
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.ranks import local
+from esper_core.kasmina.running_statistics import running_statistics
 from esper_core.leyline.stages import STAGES
 
 
 @torch.no_grad()
 def find_not_finite(plane: Plane) -> list[str]:
-    """Paths of seeds with a parameter that is not finite; the empty path stands for the host."""
+    """Paths of seeds with a parameter that is not finite; the empty path stands for the host.
+
+    The host's running statistics count, too: one batch with an infinite variance spoils them for good.
+    """
     groups = {"": [p for p in plane.host.module.parameters() if p.is_floating_point()]}
+    groups[""] += [b for _, held in running_statistics(plane.host.module.modules()) for b in held]
     groups |= {path: parameters for path, parameters in plane.seed_groups().items() if parameters}
     parts = [[local(p.detach()) for p in group] for group in groups.values() if group]
     norms = torch.stack([torch.stack(_absolute_sums(part)).sum(dtype=torch.float64) for part in parts])
@@ -24,7 +29,7 @@ def find_not_finite(plane: Plane) -> list[str]:
 
 
 def model_is_finite(plane: Plane) -> bool:
-    """Whether every parameter of the host, and of seeds that contribute, is finite."""
+    """Whether what training moves in the host, and in seeds that contribute, is finite."""
     return all(path and STAGES[plane.growths[path].stage].isolated for path in find_not_finite(plane))
 
 

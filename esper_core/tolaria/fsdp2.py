@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 from esper_core.kasmina.copies import clone_module
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.ranks import local
+from esper_core.kasmina.running_statistics import running_of
 from esper_core.leyline.errors import BadOption, EsperError, IncompatibleSeed, RunFailed
 from esper_core.leyline.host import HostProtocol
 from esper_core.tolaria.faults import PART_FAULTS
-from esper_core.tolaria.process_group import ProcessGroup, running_of
+from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.step import Strategy
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.ranks import RankFault, Ranks
 from esper_core.kasmina.scoring import BadScores
 from esper_core.leyline.errors import EsperError, RunFailed
@@ -314,17 +313,6 @@ class ProcessGroup(Ranks):
             return {}
         marks: list[int] = torch.stack([_mark(tensor.detach()) for tensor in mine.values()]).tolist()
         return dict(zip(mine, marks, strict=True))
-
-
-def running_of(plane: Plane) -> list[tuple[nn.Module, list[Tensor]]]:
-    """Modules of host and seeds with running statistics, and these."""
-    found = []
-    for module in (*plane.host.module.modules(), *plane.module.modules()):
-        buffers = [getattr(module, name, None) for name in ("running_mean", "running_var")]
-        held = [b for b in buffers if isinstance(b, Tensor) and b.is_floating_point()]
-        if held:
-            found.append((module, held))
-    return found
 
 
 def _is_broken(told: str) -> bool:

@@ -203,7 +203,7 @@ class Tolaria:
             if alarm is not None:
                 self.respond(alarm)
             elif self.clock.step - self.snapshot.step >= self.governor.config.snapshot_every:
-                self.keep()
+                self.keep(validated=False)
 
     def _not_finite(self) -> list[str]:
         return find_not_finite(self.plane)
@@ -347,15 +347,15 @@ class Tolaria:
         self.plane.embargo(path, self.governor.config.embargo)
         self.optimizer.check(self.plane)
 
-    def keep(self) -> None:
-        """Take a snapshot, but not while a seed withers, since it may have to return.
+    def keep(self, *, validated: bool = True) -> None:
+        """Take a snapshot, but not while a seed withers, since it may have to return; `validated`: see `Snapshot.take`.
 
         Nor while the run settles after a structural change: until then a rollback returns to the state before it.
         """
         if self.governor.settling(self.clock.step) and self.snapshot.step >= 0:
             return
         if not withering(self) and self.governor.calm() and self._is_finite():
-            self.snapshot.take(self.plane, self.optimizer, self.clock.step)
+            self.snapshot.take(self.plane, self.optimizer, self.clock.step, validated=validated)
 
     def read_host(self, batch: Batch) -> None:
         """Read the host's attention and layers on the first examples of `batch`; controllers see it from now on."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.running_statistics import running_of
 from esper_core.leyline.errors import BadFile
 from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria.optimizer import GrowthOptimizer
@@ -111,17 +112,30 @@ class Snapshot:
         self.tensors: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def take(self, plane: Plane, optimizer: GrowthOptimizer, step: int) -> None:
-        """Copy the state as it is now."""
+    def take(self, plane: Plane, optimizer: GrowthOptimizer, step: int, *, validated: bool = True) -> None:
+        """Copy the state as it is now.
+
+        Args:
+            validated: whether the validation split was read with it. If not, running statistics stay those of the last
+                state for which it was: only evaluation shows that one batch has spoilt them, and a few batches after a
+                rollback bring them up to date.
+        """
         device = next(iter(plane.host.module.parameters())).device
         live = training_tensors(plane, optimizer)
         for name in [n for n in self.tensors if n not in live and not n.startswith("random.")]:
             del self.tensors[name]
+        kept = (
+            set[int]()
+            if validated
+            else {id(buffer) for module, _ in running_of(plane) for buffer in module.buffers(False)}
+        )
         for name, tensor in live.items():
             buffer = self.tensors.get(name)
             if buffer is None or _kind(buffer) != _kind(tensor):
                 self.tensors[name] = torch.empty_like(tensor, requires_grad=False)
-        copy_all([self.tensors[name] for name in live], list(live.values()))
+                kept.discard(id(tensor))
+        new = [name for name, tensor in live.items() if id(tensor) not in kept]
+        copy_all([self.tensors[name] for name in new], [live[name] for name in new])
         self.tensors |= random_tensors(device)
         self.plain, self.step = training_plain(plane, optimizer), step
 

@@ -364,7 +364,8 @@ class Trainer:
         )
 
     def _finish(self) -> RunResult:
-        if self.tolaria.conclude():
+        rolled_back = self.tolaria.governor.last_rollback == self.tolaria.clock.step
+        if self.tolaria.conclude() or rolled_back:  # the figures would be those of the state that was left
             self._measure_again()
         if not self.test:
             return self._end("finished", "", None)

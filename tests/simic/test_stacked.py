@@ -150,6 +150,43 @@ def test_evaluation_agrees_and_muting_takes_a_slot_out() -> None:
         assert torch.allclose(losses[k], expected, atol=1e-4)
 
 
+def test_evaluation_keeps_what_is_not_finite_to_its_own_environment() -> None:
+    """A host of NaN scores nothing, a seed of NaN shows only where it is not muted, and an error leaves no traces."""
+    stacked, alone = population()
+    for k in (0, 1):
+        stacked.apply(k, grow("block2", "conv"))
+    for step, batch in enumerate(batches(22)):
+        if step == 12:
+            stacked.synchronise()
+            for k in (0, 1):
+                advance(stacked.planes[k], "block2")
+            stacked.synchronise()
+        stacked.step(batch, RATE)
+        for one in alone:
+            one.step(batch)
+    bucket, lane = stacked.lanes[1, "block2"]
+    with torch.no_grad():
+        for parameter in bucket.stack.params.values():
+            parameter[lane] = float("nan")
+        for parameter in stacked.hosts.params.values():
+            parameter[2] = float("nan")
+    held_out = batches(2, seed=9)
+    losses, hits = stacked.evaluate(held_out)
+    assert losses.isfinite().all(1).tolist() == [True, False, False, True, True]
+    assert hits[1].sum() == hits[2].sum() == 0
+    muted, _ = stacked.evaluate(held_out, muted="block2")
+    assert muted.isfinite().all(1).tolist() == [True, True, False, True, True]
+    for k in (3, 4):
+        alone[k].plane.host.module.eval()
+        with torch.no_grad():
+            logits = torch.cat([alone[k].plane.host.forward_with_slots(b.inputs) for b in held_out])
+        expected = torch.nn.functional.cross_entropy(logits, torch.cat([b.targets for b in held_out]), reduction="none")
+        assert torch.allclose(losses[k], expected, atol=1e-4)
+    with pytest.raises(RuntimeError):
+        stacked.evaluate([Batch(held_out[0].inputs[..., :1, :1, :].repeat(1, 2, 1, 1), held_out[0].targets)], "block2")
+    assert stacked.points["block2"].muted is False and all(s.template.training for s in stacked.arena.stacks)
+
+
 def test_decisions_carry_the_seeds_own_losses_to_the_gate() -> None:
     stacked, _ = population()
     stacked.apply(0, grow("block2", "conv"))

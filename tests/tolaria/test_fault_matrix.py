@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ ON = "finishes without what failed, which the log names"
 CULLED = "finishes; the seed at fault is culled, and no other"
 SHARED = "finishes; the seeds that use what is at fault are culled"
 REFUSED = "finishes; the command is refused and told"
-UNOFFERED = "finishes; an operation that was asked about beforehand is not offered, another is refused"
+UNOFFERED = (
+    "finishes; what the veto was asked about is not offered or refused, which the log tells; then growth goes on"
+)
+BARRED = "finishes; nothing grows, and the log tells why each time"
 STOPS = "stops with one line and its model; once it is mended, it goes on as if nothing had happened"
 BEFORE = "is refused with one line before it begins"
 ENDS = "stops with one line and its last good model; once it is mended, it goes on"
@@ -36,6 +40,7 @@ SAVED = "stops as it was asked, saved; it goes on as if nothing had happened"
 
 ROWS = [
     # part, when, how, once, always
+    ("host", "birth", "hang", SAME, SAME),
     ("host", "birth", "exception exit", BEFORE, BEFORE),
     ("host", "forward", "hang", SAME, SAME),
     ("host", "forward", "exception exit type shape", SAME, STOPS),
@@ -57,6 +62,7 @@ ROWS = [
     ("seed", "backward", "nan", ON, ENDS),
     ("seed", "eval", "hang", SAME, SAME),
     ("seed", "eval", "exception exit type shape", ON, CULLED),
+    ("blend", "birth", "hang", SAME, SAME),
     ("blend", "birth", "exception exit", REFUSED, REFUSED),
     ("blend", "forward", "hang", SAME, SAME),
     ("blend", "forward", "exception exit", SAME, SHARED),
@@ -65,12 +71,12 @@ ROWS = [
     ("controller", "decision", "exception exit type nan", ON, ON),
     ("controller", "save", "hang nan", SAME, SAME),
     ("controller", "save", "exception exit type shape", ON, ON),
-    ("controller", "resume", "exception exit", SAVED, SAVED),
+    ("controller", "resume", "exception exit hang", SAVED, SAVED),
     ("overseer", "decision", "hang", SAME, SAME),
     ("overseer", "decision", "exception exit type nan", ON, ON),
     ("overseer", "save", "hang nan", SAME, SAME),
     ("overseer", "save", "exception exit type shape", ON, ON),
-    ("overseer", "resume", "exception exit", SAVED, SAVED),
+    ("overseer", "resume", "exception exit hang", SAVED, SAVED),
     ("reward", "decision", "hang nan", SAME, SAME),
     ("reward", "decision", "exception exit type shape", SAME, SAME),
     ("objective", "forward", "hang", SAME, SAME),
@@ -78,8 +84,10 @@ ROWS = [
     ("objective", "forward", "nan", ON, ENDS),
     ("objective", "backward", "hang", SAME, SAME),
     ("objective", "backward", "exception exit", SAME, STOPS),
+    ("objective", "eval", "hang", SAME, SAME),
     ("objective", "eval", "exception exit type shape", SAME, STOPS),
     ("objective", "eval", "nan", ON, STOPS),
+    ("task", "birth", "hang", SAME, SAME),
     ("task", "birth", "exception exit", BEFORE, BEFORE),
     ("task", "forward", "hang", SAME, SAME),
     ("task", "forward", "exception exit", STOPS, STOPS),
@@ -91,19 +99,23 @@ ROWS = [
     ("task", "eval", "nan", ON, STOPS),
     ("task", "test", "exception exit type shape", STOPS, STOPS),
     ("task", "test", "hang", SAME, SAME),
+    ("inline sink", "birth", "hang", SAME, SAME),
     ("inline sink", "birth", "exception exit", BEFORE, BEFORE),
     ("inline sink", "decision", "exception exit hang", SAME, SAME),
     ("inline sink", "save", "exception exit hang", SAME, SAME),
     ("inline sink", "end", "exception exit hang", SAME, SAME),
+    ("queued sink", "birth", "hang", SAME, SAME),
+    ("queued sink", "birth", "exception exit", BEFORE, BEFORE),
     ("queued sink", "decision", "exception exit hang", SAME, SAME),
     ("queued sink", "save", "exception exit hang", SAME, SAME),
     ("queued sink", "end", "exception exit hang", SAME, SAME),
     ("veto", "decision", "hang", SAME, SAME),
-    ("veto", "decision", "exception exit type", UNOFFERED, REFUSED),
+    ("veto", "decision", "exception exit type nan shape", UNOFFERED, BARRED),
     ("listener", "decision", "exception exit hang", SAME, SAME),
-    ("disk", "save", "full eio memory", SAME, SAME),
+    ("disk", "save", "full eio memory hang", SAME, SAME),
+    ("disk", "end", "hang", SAME, SAME),
     ("disk", "end", "full eio", STOPS, STOPS),
-    ("disk", "resume", "eio memory", SAVED, SAVED),
+    ("disk", "resume", "eio memory hang", SAVED, SAVED),
     ("signal", "forward", "SIGTERM SIGINT", SAVED, None),
     ("signal", "backward", "SIGTERM SIGINT", SAVED, None),
     ("signal", "decision", "SIGTERM SIGINT", SAVED, None),
@@ -190,7 +202,9 @@ class Disk:
         monkeypatch.setattr(tensor_file, "read_bytes", load)
 
     def strike(self, when: str) -> None:
-        if Store.plan.take("disk", when):
+        if Store.plan.what == "hang":
+            saboteurs.strike("disk", when)
+        elif Store.plan.take("disk", when):
             raise self.ERRORS[Store.plan.what]
 
 
@@ -247,13 +261,13 @@ def test_cell(parts, reference, tmp_path, monkeypatch, cell):
     if when == "resume":
         assert outcome == "interrupted"
         plan.struck = 0  # the signal was counted
-        with pytest.raises(EsperError):
+        with nullcontext() if what == "hang" else pytest.raises(EsperError):
             resume_run(folder, registry=parts)
     assert Store.plan.struck, "the plan never came to pass"
     Store.plan = Plan()
     check(expected, outcome, folder, undisturbed, lives, parts)
-    if part == "veto" and what in ("exception", "exit"):  # a text is no fault: it is the reason of a refusal
-        assert {e["where"] for e in ground.events(folder, "fault")} == {"the veto of plugin tests/saboteurs"}
+    if expected in (UNOFFERED, BARRED):
+        check_veto(what, always, folder)
     if (folder / "run.json").exists() and expected != SHARED:
         assert ("block2", "culled") not in {
             (e["slot"], e["after"]) for e in ground.events(folder, "stage_changed") if e["source"] == "governor"
@@ -276,7 +290,10 @@ def check(expected, outcome, folder, undisturbed, lives, parts) -> None:
     elif expected == SHARED:
         assert outcome == "finished" and culled == {"block1", "block2"}, (culled, told)
     elif expected == UNOFFERED:
-        assert outcome == "finished" and not culled
+        grown = {(e["slot"], e["after"]) for e in log if e["kind"] == "stage_changed"}
+        assert outcome == "finished" and not culled and grown >= {life for life in lives if life[1] == "training"}
+    elif expected == BARRED:
+        assert outcome == "finished" and not any(e["kind"] == "stage_changed" for e in log)
     elif expected == REFUSED:
         assert outcome == "finished" and any(e["kind"] == "command_refused" for e in told)
     elif expected in (STOPS, SAVED, ENDS):
@@ -291,6 +308,23 @@ def check(expected, outcome, folder, undisturbed, lives, parts) -> None:
         assert {k: now[k] for k in ("weights", "structure")} == {k: undisturbed[k] for k in ("weights", "structure")}
     if outcome == "finished":
         load_model(folder, registry=parts)
+
+
+def check_veto(what: str, always: bool, folder: Path) -> None:
+    """A veto that fails is told, by the name of its plugin; one that answers with a text is a refusal as any other."""
+    faults = ground.events(folder, "fault")
+    refused = [e["reason"] for e in ground.events(folder, "command_refused")]
+    if what == "type":
+        assert not faults and all("vetoed: a text" in reason for reason in refused)
+    else:
+        error = {"exception": "ConnectionError: veto fails", "exit": "SystemExit: 3"}.get(
+            what, "TypeError: it answered with a"
+        )
+        assert {e["where"] for e in faults} <= {"the veto of plugin tests/saboteurs"}
+        assert all(error in e["error"] and e["action"].startswith("not offered: ") for e in faults)
+        assert all("the veto of plugin tests/saboteurs failed with " + error in reason for reason in refused)
+        assert len(faults) + len(refused) == 1 or (always and len(faults) == len(ground.events(folder, "decided")))
+    assert refused or not always
 
 
 def test_the_matrix_is_large_enough():

@@ -19,7 +19,7 @@ from esper_core.tolaria import assembly
 from esper_core.tolaria import run as runs
 from esper_core.tolaria.governor import Governor, GovernorConfig
 from esper_core.tolaria.model_file import load_model
-from esper_core.tolaria.run import resume_run, start_run
+from esper_core.tolaria.run import eval_run, resume_run, start_run
 from tests.nissa.disk import Disk
 from tests.tolaria import ground
 
@@ -123,6 +123,26 @@ def test_a_finite_batch_whose_loss_is_not_is_named_and_nobody_is_blamed(tmp_path
     assert fault["where"] == "data" and "batch 3 of epoch 1" in fault["error"] and "nobody" not in fault["action"]
     rates = [e["learning_rate"] for e in ground.events(tmp_path / "run", "epoch_ended")]
     assert rates[1] == pytest.approx(1e-2), "the data were at fault, which is no reason to be cautious"
+
+
+@pytest.mark.parametrize("factor", [1e12, 1e30], ids=["finite variance", "infinite variance"])
+def test_one_batch_that_spoils_running_statistics_costs_one_rollback(tmp_path, spoil, factor):
+    """Training does not read them, so that no loss tells; a snapshot since then must not hold them, nor the result."""
+    spoil(lambda n, batch: Batch(batch.inputs * factor, batch.targets) if n == 33 else batch)
+    settings = {"governor.snapshot_every": 3}
+    result = start_run(ground.config(tmp_path / "run", epochs=6, settings=settings), registry=ground.registry())
+    (rolled,) = ground.events(tmp_path / "run", "rolled_back")
+    assert rolled["to_step"] >= 32 and result.status == "finished"
+    assert result.validation_loss < 2.0 and result.test_loss < 2.0, (result.validation_loss, result.test_loss)
+
+
+def test_the_result_is_that_of_the_state_that_a_last_rollback_returned_to(tmp_path, spoil):
+    spoil(lambda n, batch: Batch(batch.inputs * 1e12, batch.targets) if n == 46 else batch)
+    result = start_run(ground.config(tmp_path / "run", epochs=6), registry=ground.registry())
+    assert ground.events(tmp_path / "run", "rolled_back")[-1]["step"] == result.steps == 48
+    assert result.validation_loss < 2.0 and result.test_loss < 2.0, (result.validation_loss, result.test_loss)
+    found = eval_run(tmp_path / "run", split="validation", registry=ground.registry(), device="cpu")
+    assert found.loss == pytest.approx(result.validation_loss, rel=1e-5)
 
 
 def test_caution_ends_after_calm():

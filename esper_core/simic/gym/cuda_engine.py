@@ -323,19 +323,26 @@ class StackedPopulation:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], muted: str = "") -> tuple[Tensor, Tensor]:
-        """Losses (nats) and accuracies, (N, examples) each, in eval mode; the slot at `muted` is the identity."""
-        losses, hits = [], []
+        """Losses (nats) and metrics, (N, examples) each, in eval mode; the slot at `muted` is the identity.
+
+        An environment whose weights are not finite has losses that are not, and a metric of 0 where a larger one is
+        better; it moves nobody else's figures.
+        """
+        if self._changed:
+            self._settle()
+        found = []
         self._train(False)
-        if muted:
-            self.points[muted].muted = True
-        for batch in batches:
-            loss, score = self._scores(batch.to(self.device, non_blocking=True))
-            losses.append(loss)
-            hits.append(score)
-        if muted:
-            self.points[muted].muted = False
-        self._train(True)
-        return torch.cat(losses, 1), torch.cat(hits, 1)
+        try:
+            for batch in batches:
+                if muted:
+                    self.points[muted].muted = True
+                found.append(self._scores(batch.to(self.device, non_blocking=True)))
+        finally:
+            if muted:
+                self.points[muted].muted = False
+            self._train(True)
+        losses, scores = zip(*found, strict=True)
+        return torch.cat(losses, 1), torch.cat(scores, 1)
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch], paths: Sequence[str]) -> Tensor:

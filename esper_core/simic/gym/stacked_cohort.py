@@ -45,8 +45,8 @@ class LaneSnapshot(Snapshot):
         self.population, self.k = population, k
         self.frame: StackFrame | None = None
 
-    def take(self, plane: Plane, optimizer: GrowthOptimizer, step: int) -> None:
-        """See `Snapshot.take`."""
+    def take(self, plane: Plane, optimizer: GrowthOptimizer, step: int, *, validated: bool = True) -> None:
+        """See `Snapshot.take`; a frame has everything, running statistics included, whatever was validated."""
         self.frame = self.population.frame()
         self.plain, self.step = training_plain(plane, optimizer), step
 

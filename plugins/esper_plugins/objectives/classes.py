@@ -76,7 +76,8 @@ class Classification(_Classes):
 class Dense(_Classes):
     """Outputs (N, C, *positions), targets (N, *positions): mean IoU or pixel accuracy of each example.
 
-    The mean IoU of an example is over the classes that occur in its targets or in its predictions.
+    The mean IoU of an example is over the classes that occur in its targets or in its predictions. It is 0 where the
+    example's loss is not finite.
 
     Args:
         metric: `iou` or `accuracy`. outputs, label_smoothing, class_weights: as for classification.
@@ -113,7 +114,7 @@ class Dense(_Classes):
         )
         present = either > 0
         ratios = torch.where(present, both / either.clamp(min=1), 0.0)
-        return losses, ratios.sum(1) / present.sum(1).clamp(min=1)
+        return losses, torch.where(losses.isfinite(), ratios.sum(1) / present.sum(1).clamp(min=1), 0.0)
 
     def tally(self, outputs: Tensor, targets: Tensor) -> None:
         """Not counted in training."""

@@ -53,18 +53,22 @@ class Multilabel:
         return self._losses(outputs, targets, counted, self.positive_weight).sum() / counted.sum().clamp(min=1)
 
     def scores(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (nats), averaged over its labels, and metric of each example."""
+        """Cross-entropy (nats), averaged over its labels, and metric of each example; 0 if the loss is not finite."""
         counted = (targets != IGNORED).float()
         labels = counted.sum(1).clamp(min=1)
         losses = self._losses(outputs, targets, counted).sum(1) / labels
+        return losses, torch.where(losses.isfinite(), self._judge(outputs, targets, counted), 0.0)
+
+    def _judge(self, outputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """The metric of each example, (N,)."""
         found, true = (outputs > 0).float() * counted, targets.float() * counted
         if self.kind == "f1":
             both, total = (found * true).sum(1), found.sum(1) + true.sum(1)
-            return losses, torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)
+            return torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)
         right = (found == true).float() * counted
         if self.kind == "accuracy":
-            return losses, right.sum(1) / labels
-        return losses, (right.sum(1) == counted.sum(1)).float()
+            return right.sum(1) / counted.sum(1).clamp(min=1)
+        return (right.sum(1) == counted.sum(1)).float()
 
     def tally(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the examples' metric, and examples."""

@@ -89,6 +89,8 @@ def token_loss(logits: Tensor, targets: Tensor, weight: Tensor | None = None, la
 def token_scores(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each example's cross-entropy (nats) and accuracy (share of 1), averaged over the positions that count.
 
+    A position whose loss is not finite is not right, whatever the largest of its logits is.
+
     Args:
         logits: (N, …, C). targets: (N, …). weight: (C,), of each class in the loss.
 
@@ -97,7 +99,7 @@ def token_scores(logits: Tensor, targets: Tensor, weight: Tensor | None = None) 
     """
     flat = targets.flatten()
     losses = F.cross_entropy(widened(logits.flatten(0, -2)), flat, weight, ignore_index=IGNORED, reduction="none")
-    hits = (logits.argmax(-1).flatten() == flat).float()
+    hits = ((logits.argmax(-1).flatten() == flat) & losses.isfinite()).float()
     counted = (flat != IGNORED).float().view(targets.shape[0], -1)
     positions = counted.sum(1).clamp(min=1)
     per_example = losses.view_as(counted).sum(1) / positions
