@@ -1,4 +1,4 @@
-"""Tests of a new seed before it is attached: whether it is causal, and whether it draws random numbers."""
+"""Tests of a new seed before it is attached: whether it is causal, serves other sizes, and draws random numbers."""
 
 from __future__ import annotations
 
@@ -54,6 +54,45 @@ def check_causal(seed: nn.Module, point: InjectionSpec, who: str) -> None:
             "a causal seed, as the host is causal there",
             'excludes=("causal",) in its spec',
         )
+
+
+@torch.no_grad()
+def check_other_size(
+    seed: nn.Module, point: InjectionSpec, where: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse a seed in eval mode that returns a wrong shape for pictures or sequences of another size.
+
+    A seed that is made for one size may raise instead: then such an input is an error and no wrong sum.
+
+    Raises:
+        IncompatibleSeed: it returns another shape than the feature's.
+    """
+    feature = torch.zeros(2, *_resized(point), device=device, dtype=dtype)
+    try:
+        out = seed(feature)
+    except Exception:  # noqa: BLE001 - it says itself that it serves one size
+        return
+    given = tuple(feature.shape)
+    if not isinstance(out, Tensor) or tuple(out.shape) != given:
+        got = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise IncompatibleSeed(
+            f"{where} returned {got} for a feature of {given}, another size than that of the run",
+            f"{given}, or an error if it serves one size only",
+        )
+
+
+def _resized(point: InjectionSpec) -> tuple[int, ...]:
+    """The shape of one example's feature with another number of positions: half as many along each axis, if it can be.
+
+    Height and width become different, so that a seed cannot take one for the other.
+    """
+    first, last = {"NCHW": (1, 3), "NHWC": (0, 2)}.get(point.layout, (0, 1))
+    shape = list(point.feature_shape)
+    for axis in range(first, last):
+        shape[axis] = shape[axis] // 2 if shape[axis] >= 4 else shape[axis] + 1
+    if last - first == 2 and shape[first] == shape[first + 1]:
+        shape[first + 1] *= 2
+    return tuple(shape)
 
 
 @torch.no_grad()

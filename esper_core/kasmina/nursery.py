@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from esper_core.kasmina.around import example_call
-from esper_core.kasmina.birth_tests import check_causal, draws_in_training
+from esper_core.kasmina.birth_tests import check_causal, check_other_size, draws_in_training
 from esper_core.kasmina.blends import BlendOptions, parse_blend
 from esper_core.kasmina.block_run import quiet_pass
 from esper_core.kasmina.copies import BlockRun
@@ -171,6 +171,8 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
         got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(feature.shape), dtype, feature.device)
         if got != expected:
             raise IncompatibleSeed(f"{where} returned {got}", f"{expected}")
+    if point.layer is None:
+        check_other_size(seed, point, where, device, dtype)
     return writes
 
 

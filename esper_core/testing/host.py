@@ -27,6 +27,7 @@ from esper_core.leyline.host import HostProtocol, list_tensors
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.testing.base import Conformance
 from esper_core.testing.cases import installed
+from esper_core.testing.inplace import INPLACE, registry_with_inplace
 
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
@@ -251,6 +252,20 @@ class HostConformance(Conformance):
         for path, old in before.items():
             moved = [not torch.equal(a, b) for a, b in zip(old, plane.seed_groups()[path], strict=True)]
             assert any(moved), f"the seed at {path} learns nothing"
+
+    def test_seeds_that_work_in_place_change_no_bit_of_training(self, host: HostProtocol, inputs: Inputs) -> None:
+        """They are given copies: otherwise the host, or its backward pass, would go on with what a seed wrote."""
+        bare, plane = copy.deepcopy(host), Plane(host, registry_with_inplace())
+        for path in plane.slots:
+            plane.germinate(path, INPLACE)
+        hosts = [torch.optim.SGD(h.module.parameters(), lr=1e-3) for h in (bare, host)]
+        for step in range(4):
+            assert torch.equal(train_step(bare, inputs), train_step(host, inputs)), f"the logits of step {step}"
+            assert_same_state(bare, host)
+            for each, optimizer in zip((bare, host), hosts, strict=True):
+                nn.utils.clip_grad_norm_(each.module.parameters(), 1.0)
+                optimizer.step()
+        assert torch.equal(evaluate(bare, inputs), evaluate(host, inputs))
 
     def test_alpha_zero_and_culling_leave_the_host(self, host: HostProtocol, inputs: Inputs) -> None:
         bare, plane = copy.deepcopy(host), Plane(host, installed())

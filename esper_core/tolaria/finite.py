@@ -19,9 +19,9 @@ def find_not_finite(plane: Plane) -> list[str]:
 
     The host's running statistics count, too: one batch with an infinite variance spoils them for good.
     """
-    groups = {"": [p for p in plane.host.module.parameters() if p.is_floating_point()]}
+    groups: dict[str, list[Tensor]] = {"": [p for p in plane.host.module.parameters() if p.is_floating_point()]}
     groups[""] += [b for _, held in running_statistics(plane.host.module.modules()) for b in held]
-    groups |= {path: parameters for path, parameters in plane.seed_groups().items() if parameters}
+    groups |= {path: list(parameters) for path, parameters in plane.seed_groups().items() if parameters}
     parts = [[local(p.detach()) for p in group] for group in groups.values() if group]
     norms = torch.stack([torch.stack(_absolute_sums(part)).sum(dtype=torch.float64) for part in parts])
     finite = (plane.ranks.add_up(norms) if plane.ranks.sharded else norms).isfinite().tolist()

@@ -68,6 +68,38 @@ class Noisy(Silent):
         return functional.dropout(h, 0.5, self.training)
 
 
+class Resampled(nn.Conv2d):
+    """Brings every picture to the size that it was built for."""
+
+    def __init__(self, point) -> None:
+        super().__init__(point.channels, point.channels, 1)
+        self.size = point.feature_shape[1:]
+
+    def forward(self, h):
+        return functional.adaptive_avg_pool2d(super().forward(h), self.size)
+
+
+class Squeezed(nn.Conv2d):
+    """One number for each channel: the right shape where the feature has one position, and broadcast elsewhere."""
+
+    def __init__(self, point) -> None:
+        super().__init__(point.channels, point.channels, 1)
+
+    def forward(self, h):
+        return super().forward(h).mean((2, 3), keepdim=True)
+
+
+class OneSize(nn.Linear):
+    """Mixes the positions of the size that it was built for, and raises at any other."""
+
+    def __init__(self, point) -> None:
+        super().__init__(point.positions, point.positions)
+
+    def forward(self, h):
+        return super().forward(h.flatten(2)).view_as(h)
+
+
+PICTURES = {kind.__name__.lower(): kind for kind in (Resampled, Squeezed, OneSize)}
 KINDS = {kind.__name__.lower(): kind for kind in (Silent, Padded, Causal, Fourier, Noisy)}
 
 
@@ -89,6 +121,11 @@ def registry():
         BlueprintSpec(name="fourier-unsaid", summary="s", factory=f"{__name__}:Fourier", family="mixing",
                       layouts=("NLD",), estimate=f"{__name__}:estimate", sensors=("gradient_norm",))
     )  # fmt: skip
+    specs += [
+        BlueprintSpec(name=name, summary="s", factory=f"{__name__}:{kind.__name__}", family="mixing",
+                      layouts=("NCHW",), estimate=f"{__name__}:estimate", sensors=("gradient_norm",))
+        for name, kind in PICTURES.items()
+    ]  # fmt: skip
     plugin = SimpleNamespace(esper_blueprints=hookimpl(lambda: specs, specname="esper_blueprints"))
     found.register(plugin, name="births", distribution="tests", version="0")
     return found
@@ -166,3 +203,14 @@ def test_whether_a_seed_draws_is_measured() -> None:
     for kind, draws in ((Noisy, True), (Causal, False)):
         with torch.random.fork_rng(devices=[]):
             assert draws_in_training(kind(point), point) == draws
+
+
+@pytest.mark.parametrize(("name", "slot"), [("resampled", "block1"), ("resampled", "block3"), ("squeezed", "block3")])
+def test_a_seed_that_returns_a_wrong_shape_at_another_size_is_not_born(name, slot) -> None:
+    """At the size of the run its answers are right; `block3` has one position on pictures of 8×8."""
+    plane = Plane(registry().build("host", "cnn", outputs=3, input_shape=(1, 8, 8), seed=0), registry())
+    assert plane.slots["block3"].spec.positions == 1
+    with pytest.raises(IncompatibleSeed, match="another size than that of the run"):
+        plane.germinate(slot, name)
+    assert plane.slots[slot].seed is None
+    plane.germinate(slot, "onesize")
