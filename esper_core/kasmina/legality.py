@@ -104,7 +104,7 @@ def _ask_plugins(plane: Plane, command: Command) -> str:
     if reason is None:
         return ""
     if not isinstance(reason, str):
-        raise TypeError(f"it answered with a {type(reason).__name__}, and a reason or None was expected")
+        raise TypeError(f"it returned a {type(reason).__name__}, and a reason or None was expected")
     return reason
 
 

@@ -318,7 +318,7 @@ def check_veto(what: str, always: bool, folder: Path) -> None:
         assert not faults and all("vetoed: a text" in reason for reason in refused)
     else:
         error = {"exception": "ConnectionError: veto fails", "exit": "SystemExit: 3"}.get(
-            what, "TypeError: it answered with a"
+            what, "TypeError: it returned a"
         )
         assert {e["where"] for e in faults} <= {"the veto of plugin tests/saboteurs"}
         assert all(error in e["error"] and e["action"].startswith("not offered: ") for e in faults)
