@@ -14,10 +14,15 @@ from esper_core.registry.record import Registered
 
 @attrs.frozen
 class Owner:
-    """The distribution that offered a part, and its version then."""
+    """The distribution that offered a part, and its version then.
+
+    Attributes:
+        code: digest of its code, and of what else it was made of, where the version does not tell; empty if unknown.
+    """
 
     distribution: str
     version: str
+    code: str = ""
 
     @property
     def hint(self) -> str:
@@ -25,6 +30,9 @@ class Owner:
         if self.distribution == "local":
             return "registry.register(plugin), as when the file was written"
         return f"pip install '{self.distribution}=={self.version}'"
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} {self.code}".rstrip()
 
 
 @attrs.frozen
@@ -42,7 +50,9 @@ class Origins:
         """The inverse of `describe_parts`; of an empty mapping, as older files have it, one that prefers built-ins."""
         return cls(
             {
-                (str(kind), str(name)): Owner(str(owner["distribution"]), str(owner["version"]))
+                (str(kind), str(name)): Owner(
+                    str(owner["distribution"]), str(owner["version"]), str(owner.get("code", ""))
+                )
                 for kind, names in data.items()
                 for name, owner in names.items()
             }
@@ -87,12 +97,28 @@ class Origins:
             if now.get(normalised(owner.distribution), owner.version) != owner.version
         }
 
+    def differing(self, now: Origins, kinds: Iterable[str]) -> list[str]:
+        """In words, every part of these kinds that both know and that is another now; the built-ins in one line."""
+        told: dict[str, None] = {}
+        for (kind, name), owner in self.owners.items():
+            other = now.owners.get((kind, name))
+            if kind not in kinds or other is None:
+                continue
+            same = (normalised(owner.distribution), owner.version) == (normalised(other.distribution), other.version)
+            if same and (owner.code == other.code or not owner.code or not other.code):
+                continue
+            built_in = owner.distribution == other.distribution == CORE_DISTRIBUTION and owner.code == other.code
+            what = "the parts that come with Esper" if built_in else f"{kind} {name}"
+            told[f"{what} (was {owner}, is {other})"] = None
+        return list(told)
 
-def describe_parts(parts: Iterable[tuple[str, str, Registered]]) -> dict[str, dict[str, dict[str, str]]]:
-    """JSON-compatible: kind to name as it was typed to distribution and version."""
+
+def describe_parts(parts: Iterable[tuple[str, str, Registered, str]]) -> dict[str, dict[str, dict[str, str]]]:
+    """JSON-compatible: kind to name as it was typed to distribution, version and, where there is one, code."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for kind, name, part in parts:
-        found.setdefault(kind, {})[name] = {"distribution": part.distribution, "version": part.version}
+    for kind, name, part, code in parts:
+        about = {"distribution": part.distribution, "version": part.version} | ({"code": code} if code else {})
+        found.setdefault(kind, {})[name] = about
     return found
 
 

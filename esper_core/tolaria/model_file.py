@@ -22,12 +22,12 @@ from esper_core.leyline.host import HostProtocol, TaskProtocol
 from esper_core.leyline.stages import STAGES, Stage
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.origin import Origins, describe_parts, not_as_written
-from esper_core.registry.record import Registered
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.checkpoint import Checkpoints
 from esper_core.tolaria.config import OWN_MODEL, RunConfig
 from esper_core.tolaria.offline import offline, without_fetching
+from esper_core.tolaria.origin import named_parts
 from esper_core.tolaria.own_code import named_code, runs_code, take_named
 from esper_core.tolaria.recipe import check_buildable, rebuild_host, recipe_of
 from esper_core.tolaria.run_names import ROOT, is_run, list_runs
@@ -84,26 +84,6 @@ def save_growth(plane: Plane, path: str | Path) -> None:
     write_tensor_file(path, seeds, {"format": GROWTH_FORMAT, **growth_of(plane)})
 
 
-def origins_of(registry: Registry, config: RunConfig, task: str, plane: Plane) -> dict[str, dict[str, dict[str, str]]]:
-    """Distribution and version of every part of a run, by kind and name, blueprints that may grow included.
-
-    Args:
-        task: as the user named it, or its default.
-    """
-    references = [
-        ("host", config.host),
-        ("task", task),
-        *([("objective", config.objective)] if config.objective else []),
-        *(("controller", name) for name in (config.controller, *config.overseers)),
-        *(("reward", name.partition("=")[0]) for name in config.rewards),
-        *(("sink", name) for name in ("jsonl", *config.sinks)),
-        *(("blueprint", name) for name in plane.candidates),
-    ]
-    return describe_parts(
-        _found(registry, [(kind, split_reference(name)[0]) for kind, name in references], plane.blends)
-    )
-
-
 def bind(registry: Registry, origins: Origins) -> Registry:
     """The registry for the names of one file.
 
@@ -126,18 +106,10 @@ def growth_of(plane: Plane, config: RunConfig | None = None) -> dict[str, Any]:
     return {
         "structure": plane.structure(),
         "blend_options": plane.blend_options,
-        "origins": describe_parts(_found(plane.registry, names, blends)),
+        "origins": describe_parts(named_parts(plane.registry, names, blends)),
         "probes": probe(plane),
         "merged": digests(plane),
     }
-
-
-def _found(
-    registry: Registry, names: Iterable[tuple[str, str]], blends: Iterable[str]
-) -> Iterator[tuple[str, str, Registered]]:
-    of_blends = [("blend", name) for blend in blends for name in blend.split(":")]
-    for kind, name in dict.fromkeys([*names, *of_blends]):
-        yield kind, name, registry.find(kind, name)
 
 
 def load_growth(plane: Plane, path: str | Path, *, weights_follow: bool = False) -> None:

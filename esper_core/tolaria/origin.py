@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Final
 
 from torch import Tensor
 
 from esper_core.kasmina.plane import Plane
-from esper_core.leyline.errors import BadFile, EsperError
+from esper_core.leyline.errors import BadFile
 from esper_core.leyline.host import Split, TaskProtocol
 from esper_core.registry import Registry, split_reference
 from esper_core.registry.discovery import CORE_DISTRIBUTION
-from esper_core.tolaria.config import RunConfig
+from esper_core.registry.origin import Origins, Owner, describe_parts
+from esper_core.registry.record import Registered
+from esper_core.storage.tensor_file import expect_well_formed
+from esper_core.tolaria.config import OWN_MODEL, RunConfig
 from esper_core.tolaria.faults import PART_FAULTS
 
 _BATCHES: Final = 16
@@ -23,6 +28,12 @@ _BATCH: Final = 64
 """A split that has no fingerprint of its own is known by its length and its first batches."""
 
 SPLITS: Final = ("train", "validation", "test")
+
+COMPARED: Final = ("host", "task", "objective", "blueprint", "blend", "controller", "reward")
+"""Kinds of parts that make a run what it is. A sink only records it."""
+
+JUDGING: Final = ("host", "task", "objective", "blueprint", "blend")
+"""Kinds of parts on which the figures of a trained model depend."""
 
 
 def split_fingerprint(split: Split) -> str:
@@ -48,62 +59,92 @@ def data_of(task: TaskProtocol) -> dict[str, str]:
     return {name: split_fingerprint(getattr(task, name)) for name in SPLITS}
 
 
-def parts_of(config: RunConfig, plane: Plane, registry: Registry) -> dict[str, str]:
-    """Distribution and version of each plugin that the run uses, and the digest of its code if it is third-party.
+def origins_of(registry: Registry, config: RunConfig, task: str, plane: Plane) -> dict[str, dict[str, dict[str, str]]]:
+    """Distribution, version and code of every part of a run, by kind and name, blueprints that may grow included.
 
-    The code of a distribution that is being worked on changes without its version.
+    The code of a distribution that is being worked on changes without its version, and a file that a controller is
+    made of has none.
+
+    Args:
+        task: as the user named it, or its default.
     """
-    blends = [part for blend in plane.blends for part in blend.split(":") if part]
-    named = {
-        "host": [split_reference(config.host)[0]], "blueprint": list(plane.candidates), "blend": blends,
-        "controller": [split_reference(name)[0] for name in (config.controller, *config.overseers)],
-        "reward": [name.partition("=")[0] for name in config.rewards],
-    }  # fmt: skip
-    if config.task:
-        named["task"] = [split_reference(config.task)[0]]
-    found = {}
-    for kind, names in named.items():
-        for name in names:
-            try:
-                part = registry.find(kind, name)
-                code = "" if part.distribution == CORE_DISTRIBUTION else f" {_code(registry.load(part))}"
-            except EsperError:  # a model of the caller's own has no part
-                continue
-            if kind == "host" and (own := getattr(plane.host, "fingerprint", "")):
-                code = f" {own}"
-            found[f"{kind} {name}"] = f"{part.distribution} {part.version}{code}"
-    return dict(sorted(found.items()))
+    references = [
+        ("host", config.host),
+        ("task", task),
+        *([("objective", config.objective)] if config.objective else []),
+        *(("controller", name) for name in (config.controller, *config.overseers)),
+        *(("reward", name.partition("=")[0]) for name in config.rewards),
+        *(("sink", name) for name in ("jsonl", *config.sinks)),
+        *(("blueprint", name) for name in plane.candidates),
+    ]
+    own = {("host", split_reference(config.host)[0]): str(getattr(plane.host, "fingerprint", ""))}
+    for reference in (config.controller, *config.overseers):
+        name, argument = split_reference(reference)
+        files = [argument, *(v for k, v in config.settings.items() if k == f"{name}.adapter" and isinstance(v, str))]
+        own["controller", name] = " ".join(filter(None, map(_file_digest, files)))
+    names = [(kind, split_reference(name)[0]) for kind, name in references]
+    return describe_parts(named_parts(registry, names, plane.blends, own))
+
+
+def named_parts(
+    registry: Registry, names: Iterable[tuple[str, str]], blends: Iterable[str],
+    own: Mapping[tuple[str, str], str] = MappingProxyType({}),
+) -> Iterator[tuple[str, str, Registered, str]]:  # fmt: skip
+    """Kind, name, part and code of everything named; a model of the caller's own has no part.
+
+    Args:
+        blends: as in `RunConfig.blends`. own: what a part is made of beside its code.
+    """
+    of_blends = [("blend", name) for blend in blends for name in blend.split(":") if name]
+    for kind, name in dict.fromkeys([*names, *of_blends]):
+        if (kind, name) == ("host", OWN_MODEL):
+            continue
+        part = registry.find(kind, name)
+        code = "" if part.distribution == CORE_DISTRIBUTION else _code(registry.load(part))
+        yield kind, name, part, " ".join(filter(None, (code, own.get((kind, name), ""))))
 
 
 def compare_data(
-    recorded: Mapping[str, Any], data: Callable[[], Mapping[str, str]], parts: Mapping[str, str],
-    splits: Iterable[str] = SPLITS,
+    recorded: Mapping[str, Any], data: Callable[[], Mapping[str, str]], now: Origins, *,
+    splits: Iterable[str] = SPLITS, kinds: Iterable[str] = COMPARED,
 ) -> list[str]:  # fmt: skip
-    """What has changed since it was recorded, in words; nothing for what was not recorded."""
+    """What has changed since it was recorded, in words; nothing for what was not recorded.
+
+    Raises:
+        BadFile: the record is malformed.
+    """
     told = []
     then = recorded.get("data")
     if isinstance(then, Mapping):
-        now = data()
-        told += [f"the {name} data" for name in splits if then.get(name) and now.get(name) and then[name] != now[name]]
-    before = recorded.get("parts")
-    if isinstance(before, Mapping):
-        told += [f"{name} (was {before[name]}, is {now})" for name, now in parts.items()
-                 if name in before and before[name] != now]  # fmt: skip
-    return told
+        found = data()
+        told += [f"the {n} data" for n in splits if then.get(n) and found.get(n) and then[n] != found[n]]
+    return told + _recorded_parts(recorded).differing(now, kinds)
+
+
+def _recorded_parts(recorded: Mapping[str, Any]) -> Origins:
+    """The parts of a run or of a model's training, as this version or an earlier one recorded them."""
+    parts = recorded.get("parts", recorded.get("origins", {}))
+    with expect_well_formed("the record of the run's parts"):
+        if not all(isinstance(part, str) for part in parts.values()):
+            return Origins.read(parts)
+        owners = {}
+        for name, told in parts.items():  # such as "blueprint twin": "dist-a 1.0 0123456789ab"
+            distribution, version, code = (*told.split(" ", 2), "", "")[:3]
+            owners[str(name).partition(" ")[0], str(name).partition(" ")[2]] = Owner(distribution, version, code)
+        return Origins(owners)
 
 
 def check_origin(
-    about: Mapping[str, Any], task: TaskProtocol, plane: Plane, config: RunConfig, registry: Registry, *,
-    accept_changes: bool, notify: Callable[[str], None],
-) -> None:  # fmt: skip
+    about: Mapping[str, Any], task: TaskProtocol, now: Origins, *, accept_changes: bool, notify: Callable[[str], None]
+) -> None:
     """Refuse to resume with data or plugins that differ from those of the run.
 
     Raises:
         BadFile: something has changed, and that was not accepted.
     """
     if not isinstance(about.get("data"), Mapping):
-        notify("the run does not record its data and plugins; whether they have changed is unknown")
-    changed = compare_data(about, lambda: data_of(task), parts_of(config, plane, registry))
+        notify("the run does not record its data; whether they have changed is unknown")
+    changed = compare_data(about, lambda: data_of(task), now)
     if not changed:
         return
     told = f"not what the run began with: {'; '.join(changed)}"
@@ -130,7 +171,17 @@ def _take(digest: Any, value: object) -> None:
 def _code(factory: Any) -> str:
     """Digest of the file that a factory stands in, or `?`."""
     try:
-        with open(inspect.getsourcefile(factory) or "", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    except (OSError, TypeError):
+        return _file_digest(inspect.getsourcefile(factory) or "") or "?"
+    except TypeError:
         return "?"
+
+
+def _file_digest(path: str) -> str:
+    """Digest of a regular file, or the empty string if there is none."""
+    try:
+        if not path or not os.path.isfile(path):
+            return ""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    except (OSError, ValueError):
+        return ""

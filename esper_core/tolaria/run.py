@@ -26,9 +26,9 @@ from esper_core.storage.tensor_file import expect_well_formed
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.flop_budget import measure_speed
-from esper_core.tolaria.model_file import bind, describe_origin, load_plane, origins_of
+from esper_core.tolaria.model_file import bind, describe_origin, load_plane
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
-from esper_core.tolaria.origin import check_origin, compare_data, data_of, parts_of, split_fingerprint
+from esper_core.tolaria.origin import JUDGING, check_origin, compare_data, data_of, origins_of, split_fingerprint
 from esper_core.tolaria.own_code import take_named
 from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.process_group import ProcessGroup
@@ -79,7 +79,7 @@ def build_trainer(
     hub = Hub(found, registry)
     about = describe_origin(attrs.evolve(config, task=setup.task_name), setup.task)
     if folder is not None:
-        about |= {"data": data_of(setup.task), "parts": parts_of(config, setup.plane, registry)}
+        about |= {"data": data_of(setup.task), "parts": origins_of(registry, config, setup.task_name, setup.plane)}
     return Trainer(setup, tolaria, hub, folder, about=about, test=test, keeps=keeps)
 
 
@@ -113,7 +113,7 @@ def start_run(
         create = partial(RunFolder.create, setup.config, setup.task_name, setup.registry, origins)
         trainer = build_trainer(setup, sinks or {}, create if keep else lambda: None, test=test, keeps=keep)
     if trainer.folder is not None:
-        trainer.folder.add_to_manifest({key: trainer.about[key] for key in ("data", "parts")})
+        trainer.folder.add_to_manifest({"data": trainer.about["data"]})
         notify(f"run folder: {trainer.folder.path}")
     if isinstance(ranks, ProcessGroup):
         ranks.part_ways(config.seed)
@@ -188,9 +188,9 @@ def _take_up(
             asked = config if download else without_fetching(config)
             setup = set_up(asked, registry, lenient=True, ranks=ranks, notify=notify)
         setup = attrs.evolve(setup, config=with_fetching(setup.config, config))
-        standing = setup.task, setup.plane, config, setup.registry
         if ranks.first:
-            check_origin(about, *standing, accept_changes=accept_changes, notify=notify)
+            now = Origins.read(origins_of(setup.registry, config, setup.task_name, setup.plane))
+            check_origin(about, setup.task, now, accept_changes=accept_changes, notify=notify)
     spread(setup, ranks)
     if found is None and ranks.first:
         aside = folder.set_aside()
@@ -280,9 +280,10 @@ def eval_run(
     plane, header = load_plane(path, registry, weights=weights)
     config = RunConfig.from_mapping(header["config"])
     with offline(not download):
-        task, _ = assembly.build_task(config if download else without_fetching(config), plane.registry)
-    now = lambda: {split: split_fingerprint(getattr(task, split))}  # noqa: E731
-    changed = compare_data(header, now, parts_of(config, plane, plane.registry), (split,))
+        task, name = assembly.build_task(config if download else without_fetching(config), plane.registry)
+    now = Origins.read(origins_of(plane.registry, _judging(config), name, plane))
+    data = lambda: {split: split_fingerprint(getattr(task, split))}  # noqa: E731
+    changed = compare_data(header, data, now, splits=(split,), kinds=JUDGING)
     if changed:
         notify(f"not what the model was trained with: {'; '.join(changed)}")
     chosen = assembly.choose_device(device)
@@ -292,6 +293,11 @@ def eval_run(
     objective = assembly.build_objective(config, registry, task)
     measured = measure_counterfactuals(plane, batches, objective, paths=[], count_cost=False)
     return Evaluation(split, measured.loss, measured.score, measured.examples, objective.metric)
+
+
+def _judging(config: RunConfig) -> RunConfig:
+    """The configuration without parts that only training needs: they need not be installed."""
+    return attrs.evolve(config, controller="wait", overseers=(), rewards=(), sinks=())
 
 
 @attrs.frozen

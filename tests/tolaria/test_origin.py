@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from esper_core.leyline.errors import BadFile
+from esper_core.registry.origin import Origins
 from esper_core.tolaria import origin
+from esper_core.tolaria import run as runs
 from esper_core.tolaria.run import resume_run, start_run
 from esper_plugins.tasks.splits import ResidentSplit, StreamedSplit
 from tests.tolaria import ground
@@ -60,12 +62,21 @@ def test_all_that_is_resident_is_hashed():
 
 
 def test_what_has_changed_is_named():
-    recorded = {"data": {"train": "a", "test": "b"}, "parts": {"blueprint x": "dist 1", "host y": "dist 1"}}
-    now = {"train": "a", "test": "c"}
-    assert origin.compare_data(recorded, lambda: now, {"blueprint x": "dist 2", "host y": "dist 1"}) == [
-        "the test data", "blueprint x (was dist 1, is dist 2)",
-    ]  # fmt: skip
-    assert not origin.compare_data({}, lambda: now, {"blueprint x": "dist 2"})
+    def parts(version, code):
+        about = {"distribution": "dist", "version": version, "code": code}
+        return {"blueprint": {"x": about}, "host": {"y": {**about, "version": "1"}}, "sink": {"z": about}}
+
+    was, data = {"train": "a", "test": "b"}, {"train": "a", "test": "c"}
+    told = ["the test data", "blueprint x (was dist 1 ab, is dist 2 ab)"]
+    before = {"blueprint x": "dist 1 ab", "host y": "dist 1 ab", "reward gone": "dist 1"}  # as it was recorded once
+    for recorded in ({"origins": parts("1", "ab")}, {"parts": parts("1", "ab")}, {"parts": before}):
+        now = Origins.read(parts("2", "ab"))
+        assert origin.compare_data({"data": was, **recorded}, lambda: data, now) == told
+        assert not origin.compare_data(recorded, lambda: data, Origins.read(parts("1", "ab")))
+        assert len(origin.compare_data(recorded, lambda: data, Origins.read(parts("1", "cd")))) == 2, "x and y"
+    assert not origin.compare_data({}, lambda: data, Origins.read(parts("2", "cd")))
+    with pytest.raises(BadFile):
+        origin.compare_data({"parts": {"host": 7}}, lambda: data, Origins.read(parts("2", "cd")))
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +94,20 @@ def test_a_run_does_not_go_on_with_others_unless_told(stopped, tmp_path, monkeyp
     if what == "data":
         monkeypatch.setattr(origin, "data_of", lambda task: {"train": "another"})
     else:
-        parts = origin.parts_of
-        monkeypatch.setattr(origin, "parts_of", lambda *args: {**parts(*args), "blueprint plain": "tests 2 abc"})
+        other = {"plain": {"distribution": "tests", "version": "2", "code": "abc"}}
+        of_now = runs.origins_of
+        monkeypatch.setattr(runs, "origins_of", lambda *args: {**of_now(*args), "blueprint": other})
     with pytest.raises(BadFile, match=r"(the train data|blueprint plain \(was tests 0 .*is tests 2).*--accept-changes"):
         resume_run(folder, registry=ground.registry())
     assert resume_run(folder, registry=ground.registry(), accept_changes=True, notify=told.append).status == "finished"
     assert any("not what the run began with" in line for line in told)
+
+
+def test_a_schedule_that_was_edited_is_noticed(tmp_path):
+    controller = ground.schedule(tmp_path / "plan.json", {"decision": 4, "op": "germinate", "slot": "block1",
+                                                          "blueprint": "plain"})  # fmt: skip
+    config = ground.config(tmp_path / "run", epochs=1, controller=controller)
+    start_run(config, {"stop": Interrupter(signal.SIGTERM, 4)}, registry=ground.registry())
+    ground.schedule(tmp_path / "plan.json")
+    with pytest.raises(BadFile, match=r"controller schedule \(was esper-core .*--accept-changes"):
+        resume_run(tmp_path / "run", registry=ground.registry())
