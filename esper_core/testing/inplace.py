@@ -32,7 +32,7 @@ class InplaceSeed(nn.Module):
         return out
 
 
-def estimate(point: InjectionSpec) -> tuple[int, int]:
+def pointwise_cost(point: InjectionSpec) -> tuple[int, int]:
     """Parameters, and FLOPs of one example."""
     return point.channels * (point.channels + 1), 2 * point.channels**2 * point.positions
 
@@ -43,7 +43,7 @@ def registry_with_inplace() -> Registry:
     registry = load_registry()
     spec = BlueprintSpec(
         name=INPLACE, summary="writes to its input", factory=f"{__name__}:InplaceSeed", family="pointwise",
-        layouts=tuple(LAYOUTS), estimate=f"{__name__}:estimate", sensors=("gradient_norm",),
+        layouts=tuple(LAYOUTS), estimate=f"{__name__}:pointwise_cost", sensors=("gradient_norm",),
     )  # fmt: skip
     plugin = SimpleNamespace(esper_blueprints=hookimpl(lambda: [spec], specname="esper_blueprints"))
     registry.register(plugin, name="inplace", distribution="local", version="0")

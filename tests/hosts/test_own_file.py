@@ -119,7 +119,9 @@ def test_a_run_of_a_file_and_every_verb_that_opens_it(folder: Path) -> None:
     code, said = esper("run", "--host", "module:net.py:Net", *told)
     assert code == 0, said
     about = json.loads((folder / "runs" / "a" / "run.json").read_text())
-    assert about["config"]["host"] == "module:net.py:Net" and " net.py:Net " in about["parts"]["host module"]
+    assert about["config"]["host"] == "module:net.py:Net" and about["origins"]["host"]["module"]["code"].startswith(
+        "net.py:Net "
+    )
 
     (folder / "ran").unlink()
     for verb in ("eval", "export", "compare"):
