@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, Final
 
@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from esper_core.leyline.objective import Metric
-from esper_core.nissa.report.wording import metric_of, number, printable, quantity
+from esper_core.leyline.pairs import TOO_FEW
+from esper_core.nissa.report.control import arm_scores, differences, judge_of, show_ends, verdict_of_record
+from esper_core.nissa.report.wording import number, quantity
 
 FOREST: Final = 21
 """Cells of the drawn interval."""
@@ -26,15 +28,15 @@ def show_arms(compare: Mapping[str, Any], console: Console) -> None:
     console.print(
         Text(f"Differences: grown minus the arm, in {metric}, paired by seed, with 95% intervals.", style="dim")
     )
-    verdict = compare.get("verdict")
-    if isinstance(verdict, Mapping):
-        console.print(Text(printable(verdict.get("text")), style="bold"))
+    verdict = verdict_of_record(compare)
+    if verdict:
+        console.print(Text(verdict, style="bold"))
 
 
 def arms_table(compare: Mapping[str, Any], *, wide: bool = True) -> Table:
     """The arms as a rich table; a `wide` one has the intervals drawn and the seconds."""
     judge = judge_of(compare)
-    paired = {str(p.get("minus")): p for p in compare.get("paired", []) if p.get("arm") == "grown"}
+    paired = {str(p.get("minus")): p for p in differences(compare) if p.get("arm") == "grown"}
     widest, largest = (max([1e-12, *(abs(number(p.get(end)) or 0.0) for p in paired.values() for end in ends)])
                        for ends in (("low", "high", "mean"), ("mean",)))  # fmt: skip
     reach = min(widest, 4 * largest)  # one huge interval must not flatten the others
@@ -64,30 +66,15 @@ def arms_table(compare: Mapping[str, Any], *, wide: bool = True) -> Table:
     return table
 
 
-def judge_of(compare: Mapping[str, Any]) -> Metric:
-    """The metric by which the arms of a `compare.json` of any version are compared."""
-    if "judge" in compare:
-        return metric_of({"metric": compare["judge"]})
-    bits = compare.get("metric") == "bits_per_byte"
-    return Metric("bits per byte", higher_is_better=False, share=False) if bits else Metric()
-
-
-def arm_scores(compare: Mapping[str, Any], arm: Mapping[str, Any]) -> Sequence[float]:
-    """The arm's measured scores, one a seed."""
-    values = arm.get(str(compare.get("metric") or "accuracy")) or arm.get("accuracy") or []
-    return [score for score in map(number, values) if score is not None]
-
-
 def _difference(paired: Mapping[str, Any], judge: Metric) -> tuple[str, str]:
     mean, low, high = (number(paired.get(key)) for key in ("mean", "low", "high"))
     if mean is None:
         return "", ""
-    unit, digits = (100.0, 2) if judge.share else (1.0, 4)
+    shown = f"{100 * mean:+.2f}" if judge.share else f"{mean:+.4f}"
     if low is None or high is None:
-        return f"{unit * mean:+.{digits}f} [unknown]", ""
+        return f"{shown}, {TOO_FEW}", ""
     won, lost = (low > 0, high < 0) if judge.higher_is_better else (high < 0, low > 0)
-    words = f"{unit * mean:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
-    return words, "green" if won else "red" if lost else ""
+    return f"{shown} {show_ends(low, high, judge)}", "green" if won else "red" if lost else ""
 
 
 def _forest(paired: Mapping[str, Any], reach: float) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -87,7 +86,7 @@ def print_arms(
         show_arms(summary, make_console())
 
 
-def compare_after_run(folder: Path, seeds: int, display: Display, arms: tuple[str, ...] = ()) -> Mapping[str, Any]:
+def compare_after_run(folder: Path, seeds: int, display: Display, arms: tuple[str, ...] = ()) -> None:
     """Compare a run that has just finished; the table goes where the display's lines go."""
     from esper_core.cli.arms import show_arms
     from esper_core.trials.compare import ARMS, CompareConfig, compare_run
@@ -97,4 +96,3 @@ def compare_after_run(folder: Path, seeds: int, display: Display, arms: tuple[st
     summary = compare_run(folder, config, notify=display.notify)
     if display.mode == "auto":
         show_arms(summary, display.console)
-    return summary

@@ -116,11 +116,11 @@ def _train(config: RunConfig, display: Display, seeds: int, arms: tuple[str, ...
     display.close()
     if is_follower():
         return 0 if result.status == "finished" else STOPPED
-    seconds, table = time.monotonic() - began, None
+    seconds = time.monotonic() - began
     if seeds and result.status == "finished":
         from esper_core.cli.compare import compare_after_run
         from esper_core.tolaria.own_code import code_named, runs_code
 
         with code_named(config.host if runs_code(config.host, current_registry()) else ""):
-            table = compare_after_run(result.folder, seeds, display, arms)
-    return conclude(result.folder, display, seconds, table)
+            compare_after_run(result.folder, seeds, display, arms)
+    return conclude(result.folder, display, seconds)

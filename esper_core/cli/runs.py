@@ -1,26 +1,26 @@
-"""`esper runs`: list runs, or compare two."""
+"""`esper runs`: list runs, compare two, or write one page about all of them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-import attrs
 import click
 
 from esper_core.cli.arguments import find_run, run_argument
 from esper_core.cli.output import InOrder, make_console, make_table, print_json, say
 from esper_core.leyline.events import with_accuracy
-from esper_core.leyline.stages import BORN, stages_where
+from esper_core.nissa.report.overview import age_of, summarise_run
 from esper_core.tolaria.run_names import ROOT as RUNS
 from esper_core.tolaria.run_names import list_runs
 
 if TYPE_CHECKING:
-    from esper_core.nissa.report.reading import RunDigest
+    from rich.text import Text
 
-_VACANT = stages_where(occupied=False)
-_KEPT = stages_where(permanent=True)
+WIDE: Final = 120
+"""Columns of a terminal from which the list has the host, the task and the parameters as well."""
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
@@ -42,14 +42,37 @@ def list_all(folder: str, as_json: bool) -> None:
     if not summaries:
         say(f"no runs in {folder}; start one with: esper run --host cnn")
         return
-    from esper_core.nissa.report.wording import percent, quantity
-
-    table = make_table("run", "host", "task", "status", "score", "parameters", "kept", header=True)
+    console = make_console()
+    wide = console.width >= WIDE
+    more = ("host on task", "parameters") if wide else ()
+    table = make_table("run", "result", "vs control", "kept", "FLOP", "time", "age", *more, header=True)
+    for column in table.columns:
+        column.ratio, column.no_wrap = None, True
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    for column in table.columns[3:7]:
+        column.justify = "right"
+    now = time.time()
     for s in summaries:
-        grown = f"{quantity(s['params'])} +{percent(s['excess_params_ratio'])}" if s["params"] else "unknown"
-        kept = f"{s['fossilized']} of {s['germinated']}"
-        table.add_row(s["name"], s["host"], s["task"], s["status"], _scored(s), grown, kept)
-    make_console().print(table)
+        rest = (f"{s['host']} on {s['task']}", _grown(s)) if wide else ()
+        table.add_row(s["name"], _scored(s), _beside_control(s), f"{s['fossilized']} of {s['germinated']}",
+                      _spent(s), _clock(s["seconds"]), _age(age_of(s, now)), *rest)  # fmt: skip
+    console.print(table)
+    for line in _footnotes(summaries, folder):
+        console.print(line)
+
+
+@runs.command("report")
+@click.argument("folder", default=str(RUNS), type=click.Path(file_okay=False))
+@click.option("--out", metavar="FILE", help="Where to write it.  [default: index.html in FOLDER]")
+@click.option("--open", "show", is_flag=True, help="Open it in the browser.")
+def report_all(folder: str, out: str | None, show: bool) -> None:
+    """Write one page about all runs in FOLDER (runs/ by default): sortable, with their curves in one chart."""
+    from esper_core.nissa.report.index import write_index
+
+    path = write_index(list_runs(Path(folder)), folder, out)
+    say(path)
+    if show:
+        click.launch(path.resolve().as_uri())
 
 
 @runs.command()
@@ -95,55 +118,88 @@ def compare(a: str, b: str, as_json: bool) -> None:
     make_console().print(table)
 
 
-def _scored(summary: Mapping[str, Any]) -> str:
-    from esper_core.nissa.report.wording import metric_of, show_score
+def _scored(summary: Mapping[str, Any]) -> Text:
+    """The final figure; that of the validation split is marked, and so is a metric that is no accuracy."""
+    from rich.text import Text
+
+    from esper_core.nissa.report.wording import metric_of, nats, show_score
 
     metric = metric_of(summary)
-    return f"{show_score(summary['score'], metric, 2)} {metric.name}"
+    if summary["score"] is None:
+        return Text("–")
+    if summary["language"]:
+        shown = f"loss {nats(summary['loss'])}"
+    else:
+        shown = show_score(summary["score"], metric, 2) + ("" if metric.name == "accuracy" else f" {metric.name}")
+    return Text(shown) if summary["split"] == "test" else Text(f"{shown}*", style="dim")
 
 
-def summarise_run(folder: Path) -> dict[str, Any]:
-    """The results of a run, from its `run.json` and events; None where unknown."""
-    from esper_core.nissa.report.reading import RunDigest, read_json
-    from esper_core.nissa.report.wording import metric_of, number, printable
+def _beside_control(summary: Mapping[str, Any]) -> Text:
+    from rich.text import Text
 
-    digest, manifest = RunDigest(folder, brief=True), read_json(folder / "run.json")
-    config = manifest.get("config") if isinstance(manifest, Mapping) else None
-    ended: Mapping[str, Any] = digest.ended or {}
-    last = digest.epochs[-1] if digest.epochs else [None] * 10
-    host_params = number(digest.started.get("host_params"))
-    seeds = number(last[7]) or 0.0
-    params = number(ended.get("params")) or (host_params + seeds if host_params is not None else None)
-    tested = number(ended.get("test_score")) is not None
-    lives = {path: slot.segments[-1] for path, slot in digest.slots.items() if slot.segments}
-    return {
-        "name": folder.name, "folder": str(folder), "host": printable(digest.started.get("host", "unknown")),
-        "task": printable(digest.started.get("task", "unknown")),
-        "status": printable(ended.get("status", "unfinished")),
-        "epochs": int(last[1] + 1) if last[1] is not None else 0, "steps": digest.last_step,
-        "split": "test" if tested else "validation",
-        "score": number(ended.get("test_score")) if tested else last[5],
-        "metric": attrs.asdict(metric_of(digest.started)),
-        "loss": number(ended.get("test_loss")) if tested else last[4],
-        "params": int(params) if params is not None else None, "host_params": host_params,
-        "excess_params_ratio": params / host_params - 1 if params and host_params else None,
-        "total_flops": number(ended.get("total_flops")) or last[9],
-        "germinated": sum(mark[1] == BORN for mark in digest.marks),
-        "fossilized": sum(life[2] in _KEPT for life in lives.values()),
-        "rollbacks": sum(mark[1] == "rolled_back" for mark in digest.marks),
-        "slots": {printable(p): printable(f"{v[3]} {v[2]}").strip() for p, v in lives.items() if v[2] not in _VACANT},
-        "token": _token(digest), "language": bool(_token(digest)),
-        "config": config if isinstance(config, dict) else {},
-    }  # fmt: skip
+    control = summary["control"]
+    if summary["status"] != "finished":
+        return Text(summary["status"], style="yellow" if summary["status"] == "unfinished" else "red")
+    if control is None:
+        return Text("not run", style="dim")
+    scale, digits, unit = (100, 2, " pt") if control["judge"]["share"] else (1, 4, "")
+    text = f"{scale * control['gain']:+.{digits}f}{unit}"
+    if not control["decided"]:
+        return Text(f"{text} ?")
+    return Text(text, style="green" if control["better"] else "red")
 
 
-def _token(digest: RunDigest) -> str:
-    """What the targets of a language task are; empty for other tasks. Runs of 0.1.0 do not say: by their points."""
-    from esper_core.nissa.report.wording import printable
+def _spent(summary: Mapping[str, Any]) -> str:
+    from esper_core.nissa.report.wording import quantity
 
-    if "token" in digest.started:
-        return printable(digest.started["token"])
-    return "token" if any("causal" in str(slot.point.get("tags")) for slot in digest.slots.values()) else ""
+    return "–" if summary["total_flops"] is None else quantity(summary["total_flops"], "").replace("B", "G")
+
+
+def _clock(seconds: float | None) -> str:
+    from esper_core.cli.live import clock
+
+    return "–" if seconds is None else clock(seconds)
+
+
+def _age(seconds: float | None) -> str:
+    """An age in the largest unit that it fills once.
+
+    >>> _age(90.0), _age(7200.0), _age(10 * 86400.0)
+    ('1 min', '2 h', '10 d')
+    """
+    if seconds is None:
+        return "–"
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def _grown(summary: Mapping[str, Any]) -> str:
+    from esper_core.nissa.report.wording import quantity
+
+    ratio = summary["excess_params_ratio"]
+    return quantity(summary["params"]) + (f" {ratio:+.1%}" if ratio is not None else "")
+
+
+def _footnotes(summaries: list[dict[str, Any]], folder: str) -> list[Text]:
+    """What the list's marks mean, for those that it has."""
+    from rich.text import Text
+
+    from esper_core.leyline.pairs import FEWEST
+
+    notes = []
+    if any(s["score"] is not None and s["split"] == "validation" for s in summaries):
+        notes.append("*: of the validation split; the test split is unread")
+    if any(s["control"] and not s["control"]["decided"] for s in summaries):
+        notes.append(f"?: undecided, as the interval holds 0 or there are fewer than {FEWEST} seeds")
+    missing = [s for s in summaries if s["status"] == "finished" and s["control"] is None]
+    if missing:
+        from esper_core.nissa.report.control import ask_for_control
+
+        name = missing[0]["name"] if Path(folder) == RUNS else missing[0]["folder"]
+        notes.append(f"a control is run by: {ask_for_control(name, missing[0]['host'])}")
+    return [Text(note, style="dim") for note in notes]
 
 
 def _text(value: object) -> str:

@@ -11,26 +11,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper_core.cli.arms import arm_scores, judge_of
 from esper_core.cli.context import current_registry
 from esper_core.cli.live import clock
 from esper_core.cli.output import say
 from esper_core.cli.processes import STOPPED
-from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.files import typed
 from esper_core.leyline.stages import stages_where
-from esper_core.nissa.report.reading import dropped_sinks, read_events, read_lines
-from esper_core.nissa.report.wording import metric_of, nats, number, percent, printable, quantity, show_score
+from esper_core.nissa.report.control import ask_for_control
+from esper_core.nissa.report.overview import summarise_run
+from esper_core.nissa.report.reading import dropped_sinks, read_events
+from esper_core.nissa.report.wording import metric_of, nats, printable, quantity, show_score
 from esper_core.tolaria.own_code import runs_code
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
 
 
-def conclude(
-    folder: Path, display: Display, seconds: float, compare: Mapping[str, Any] | None = None, *, resumed: bool = False
-) -> int:
+def conclude(folder: Path, display: Display, seconds: float, *, resumed: bool = False) -> int:
     """Write the report and print the summary.
 
     Returns:
@@ -52,14 +50,11 @@ def conclude(
     elif display.mode == "json-lines":
         say(f"{run['status']}; report: {report}", err=True)
     elif display.mode == "auto":
-        show(run, display.console, report, seconds, compare, resumed)
+        show(run, display.console, report, seconds, resumed)
     return 0 if run["status"] != "unfinished" else STOPPED
 
 
-def show(
-    run: Mapping[str, Any], console: Console, report: Path | None, seconds: float, compare: Mapping[str, Any] | None,
-    resumed: bool = False,
-) -> None:  # fmt: skip
+def show(run: Mapping[str, Any], console: Console, report: Path | None, seconds: float, resumed: bool = False) -> None:
     """Print the summary of a run. `seconds`: of this process, which may have resumed the run."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -71,15 +66,12 @@ def show(
         perplexity = f"{math.exp(min(run['loss'], 700)):.3g}"
         reached = f"loss {nats(run['loss'])} nats a {run['token']} (perplexity {perplexity})"
     table.add_row("reached", Text(f"{reached} on the {run['split']} split", style="bold"))
-    verdict = compare.get("verdict") if compare else None
-    if isinstance(verdict, Mapping):
-        table.add_row("versus host", Text(printable(verdict.get("text")), style="bold"))
-    alone = host_alone(compare)
-    if alone is not None:
-        table.add_row("host alone", alone)
+    for name, text in beside(run):
+        table.add_row(name, Text(text, style="bold" if name == "verdict" else ""))
     grown = {path: what.rpartition(" ") for path, what in run["slots"].items()}
     permanent = stages_where(permanent=True)
-    kept = [f"{path} ({blueprint})" for path, (blueprint, _, stage) in grown.items() if stage in permanent]
+    kept = [f"{path} ({blueprint}{', undecided' * (path in run['undecided'])})"
+            for path, (blueprint, _, stage) in grown.items() if stage in permanent]  # fmt: skip
     others = [f"{path} ({run['slots'][path]})" for path, (_, _, stage) in grown.items() if stage not in permanent]
     table.add_row("fossilised", ", ".join(kept) if kept else f"no seed ({run['germinated']} germinated)")
     if others:
@@ -92,23 +84,38 @@ def show(
     )
     table.add_row("parameters", quantity(run["params"]) + growth)
     rolled = f", {run['rollbacks']} rollback{'s' * (run['rollbacks'] != 1)}" if run["rollbacks"] else ""
-    trained = clock(training_seconds(Path(run["folder"])))
-    spent = f"{trained} of training, {clock(seconds)} {'since it was resumed' if resumed else 'in all'}"
+    trained = f"{clock(run['seconds'])} of training, " if run["seconds"] is not None else ""
+    spent = f"{trained}{clock(seconds)} {'since it was resumed' if resumed else 'in all'}"
     table.add_row("cost", f"{quantity(run['total_flops'], 'FLOP')}, {spent}{rolled}")
     if report is not None:
         table.add_row("report", str(report))
     name = typed(run["folder"])
     code = f" --host {typed(run['host'])}" if runs_code(str(run["host"]), current_registry()) else ""
-    asked = f", esper compare {name}{code} --arms host@FLOPs" if run["germinated"] and not compare else ""
-    table.add_row(
-        "next",
-        f"esper resume {name}{code}" if stopped else f"esper eval {name}{code}, esper export {name}{code}{asked}",
-    )
+    after = f"esper eval {name}{code}, esper export {name}{code}"
+    table.add_row("next", f"esper resume {name}{code}" if stopped else after)
     verb = "stopped, saved" if stopped else run["status"]
     epochs = f"{run['epochs']} epoch{'s' * (run['epochs'] != 1)}"
     console.print()
     console.print(Text(f"{run['host']} on {run['task']}: {verb} after {epochs}", style="bold"))
     console.print(table)
+
+
+def beside(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The rows that put the final figure beside its control, or that name the command which measures one."""
+    control = run["control"]
+    if control is None:
+        if run["status"] != "finished":
+            return []
+        return [
+            ("control", f"not run, so whether growing paid is unknown; {ask_for_control(run['folder'], run['host'])}")
+        ]
+    shown, count = control["shown"], control["seeds"]
+    of = f"means of {count} seeds" if count > 1 else "1 seed"
+    judge = control["judge"]["name"]
+    rows = [("control", f"{shown['value']} {judge} by {control['what']}, grown {shown['grown']} ({of})")]
+    if not run["verdict"]:
+        return [*rows, ("difference", shown["difference"])]
+    return [*rows, ("verdict", run["verdict"])]
 
 
 def last_note(folder: Path) -> str:
@@ -117,30 +124,3 @@ def last_note(folder: Path) -> str:
     for event in read_events(folder / "events.jsonl", frozenset({"decided"})):
         note = printable((event or {}).get("note") or "")
     return note
-
-
-def training_seconds(folder: Path) -> float | None:
-    """Seconds in the training loop, from `timings.jsonl`; None where there is none."""
-    times = [number(line.get("seconds")) for line in read_lines(folder / "timings.jsonl") if line]
-    return sum(t for t in times if t is not None) if times else None
-
-
-def host_alone(compare: Mapping[str, Any] | None) -> str | None:
-    """The host's own mean in a comparison, and what growing added to it; None when it was not measured."""
-    if not compare:
-        return None
-    judge = judge_of(compare)
-    arm = next((a for a in compare.get("arms", []) if "host" in str(a.get("name"))), None)
-    scores = arm_scores(compare, arm) if arm else []
-    if not arm or not scores:
-        return None
-    mean = sum(scores) / len(scores)
-    paired: Mapping[str, Any] = next((p for p in compare.get("paired", []) if p.get("minus") == arm.get("name")), {})
-    low, middle, high = (number(paired.get(key)) for key in ("low", "mean", "high"))
-    text = f"{percent(mean, 2)} {judge.name}" if judge.share else f"{mean:.4f} {judge.name}"
-    if middle is None or low is None or high is None:
-        return text
-    scale, unit = (100.0, " points") if judge.share else (1.0, "")
-    gain = f"{scale * middle:+.2f} [{scale * low:+.2f}, {scale * high:+.2f}]{unit}"
-    verb = "adds" if judge.higher_is_better else "changes it by"
-    return f"{text}; growing {verb} {gain} over {len(scores)} seeds"

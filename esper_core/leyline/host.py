@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 IGNORED: Final = -100
 """The integer target that neither a loss nor a metric counts."""
 
+OWN_MODEL: Final = "model"
+"""Name of the host where the caller brings a module of their own."""
+
 
 def map_tensors(function: Callable[[Any], Any], nest: Any) -> Any:
     """`nest` with `function` applied to every tensor in it.

@@ -27,10 +27,6 @@ SYNONYMS: Final[Mapping[str, str]] = MappingProxyType(
 """Other names of options, as other libraries call them."""
 
 
-OWN_MODEL: Final = "model"
-"""Name of the host where the caller brings a module of their own."""
-
-
 def _texts(value: object) -> object:
     """`"a,b"` and `["a", "b"]` are the same list."""
     if isinstance(value, str):

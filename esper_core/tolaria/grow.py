@@ -16,13 +16,13 @@ from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event, Sink
-from esper_core.leyline.host import Batch
+from esper_core.leyline.host import OWN_MODEL, Batch
 from esper_core.nissa.hub import Hub
 from esper_core.nissa.report import write_report
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.caller_groups import adopted, kind_for, unwrapped
-from esper_core.tolaria.config import OWN_MODEL, RunConfig
+from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
 from esper_core.tolaria.grown import Grown, Lines
 from esper_core.tolaria.labels import ToBatch, settle, to_batch

@@ -14,10 +14,11 @@ from torch import nn
 
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption
+from esper_core.leyline.host import OWN_MODEL
 from esper_core.leyline.stages import STAGES
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import read_json_file, write_json_file
-from esper_core.tolaria.config import OWN_MODEL, RunConfig
+from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.model_file import load_model, load_plane, named_run, save_model
 
 if TYPE_CHECKING:

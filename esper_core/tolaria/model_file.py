@@ -18,14 +18,14 @@ from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.probe import odd_ones, probe
 from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.leyline.files import refuse_links, typed
-from esper_core.leyline.host import HostProtocol, TaskProtocol
+from esper_core.leyline.host import OWN_MODEL, HostProtocol, TaskProtocol
 from esper_core.leyline.stages import STAGES, Stage
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.origin import Origins, describe_parts, not_as_written
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, read_tensor_file, write_tensor_file
 from esper_core.tolaria.assembly import build_host, build_plane
 from esper_core.tolaria.checkpoint import Checkpoints
-from esper_core.tolaria.config import OWN_MODEL, RunConfig
+from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.offline import offline, without_fetching
 from esper_core.tolaria.origin import named_parts
 from esper_core.tolaria.own_code import named_code, runs_code, take_named

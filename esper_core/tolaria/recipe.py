@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.leyline.errors import BadFile, BadOption, MissingDependency
-from esper_core.tolaria.config import OWN_MODEL
+from esper_core.leyline.host import OWN_MODEL
 
 _LIBRARIES: Final = ("timm", "transformers")
 _MOST_NUMBERS: Final = 1 << 28

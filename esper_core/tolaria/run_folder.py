@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +25,10 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run_names import ROOT
 
 FORMAT: Final = "esper-run-1"
-_LEFT: Final = ("checkpoints", "events.jsonl", "timings.jsonl", "model", "result.json", "report.html", "tensorboard")
+_LEFT: Final = (
+    "checkpoints", "events.jsonl", "timings.jsonl", "model", "result.json", "report.html",
+    "csv", "mlflow", "tensorboard", "wandb",
+)  # fmt: skip
 """What an attempt to train leaves in a run folder, beside its `run.json`."""
 
 
@@ -85,7 +89,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             refuse_links(path)
             folder.hold()
-            about = {"config": config.to_mapping(), **_versions(registry), "origins": dict(origins)}
+            about = {"started": _now(), "config": config.to_mapping(), **_versions(registry), "origins": dict(origins)}
             write_json_file(path / "run.json", {"format": FORMAT, **about})
         except OSError as error:
             raise BadOption(
@@ -135,11 +139,13 @@ class RunFolder:
         return data if isinstance(data, dict) else {}
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Record how the run ended."""
+        """Record how the run ended, and in `run.json` when."""
         write_json_file(self.path / "result.json", result)
+        with suppress(BadFile):  # the time matters less than the result
+            self.add_to_manifest({"ended": _now()})
 
     def forget_result(self) -> None:
-        """Remove the result of a run that is resumed.
+        """Remove the result of a run that is resumed; `run.json` keeps the time of its last end until the next one.
 
         Raises:
             BadFile: its earlier result cannot be removed.
@@ -204,6 +210,11 @@ class RunFolder:
         """Append a line to `timings.jsonl`; on a full disk it is left out, which is told where it matters."""
         with suppress(OSError), open_append(self.path / "timings.jsonl") as file:
             file.write(json.dumps(line).encode() + b"\n")
+
+
+def _now() -> str:
+    """The present time in UTC to the second, in ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _is(path: Path, held: os.stat_result) -> bool:

@@ -18,6 +18,12 @@ def is_run(folder: Path) -> bool:
 
 
 def list_runs(folder: Path) -> list[Path]:
-    """The runs in a folder, newest first."""
+    """The runs in a folder, the one that trained last first."""
     found = [child for child in folder.iterdir() if is_run(child)] if folder.is_dir() else []
-    return sorted(found, key=lambda run: max(f.lstat().st_mtime for f in run.iterdir()), reverse=True)
+    return sorted(found, key=_last_written, reverse=True)
+
+
+def _last_written(run: Path) -> float:
+    """When a run last logged an event; a report that is written again makes no run newer."""
+    log = run / "events.jsonl"
+    return (log if log.is_file() else run / "run.json").lstat().st_mtime

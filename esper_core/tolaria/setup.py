@@ -21,7 +21,7 @@ from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.ranks import Ranks
 from esper_core.leyline.errors import BadOption, did_you_mean
 from esper_core.leyline.events import Event
-from esper_core.leyline.host import Batch, HostProtocol, TaskProtocol
+from esper_core.leyline.host import OWN_MODEL, Batch, HostProtocol, TaskProtocol
 from esper_core.leyline.objective import Objective, default_objective
 from esper_core.leyline.options import options_of
 from esper_core.leyline.specs import HostSpec
@@ -29,7 +29,7 @@ from esper_core.nissa.sensors import SensorArray
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.record import Registered
 from esper_core.tolaria import assembly
-from esper_core.tolaria.config import OWN_MODEL, RunConfig
+from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.flop_budget import (
     budget_of_minutes,
     fit_to_budget,

@@ -27,7 +27,7 @@ from esper_core.leyline.files import typed
 from esper_core.leyline.host import TaskProtocol
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
-from esper_core.nissa.report.reading import read_events, read_lines
+from esper_core.nissa.report.reading import read_events, training_seconds
 from esper_core.nissa.report.wording import number
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
@@ -134,7 +134,9 @@ def compare_run(
         beside.mkdir(exist_ok=True)
         own = beside / f"grown-{run.seed}.json"
         if not own.exists():
-            described = _describe_grown("grown", run.seed, folder.path, renamed(result), _seconds(folder.path))
+            described = _describe_grown(
+                "grown", run.seed, folder.path, renamed(result), training_seconds(folder.path) or 0.0
+            )
             write_json_file(own, described)
     except OSError as error:
         raise BadFile(
@@ -275,7 +277,7 @@ def _grow(unit: Unit, registry: Registry) -> dict[str, Any]:
             result = resume_run(path, registry=registry).to_mapping()
     else:
         result = start_run(config, registry=registry).to_mapping()
-    return _describe_grown(unit.arm, unit.seed, path, result, _seconds(path))
+    return _describe_grown(unit.arm, unit.seed, path, result, training_seconds(path) or 0.0)
 
 
 def _describe_grown(arm: str, seed: int, path: Path, result: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -316,12 +318,6 @@ def training_flops(path: Path) -> float:
     if total is None:
         raise BadFile(f"{path} logged no epoch", "a finished run")
     return total
-
-
-def _seconds(path: Path) -> float:
-    """Seconds of training that a run noted, over all its sittings."""
-    lines = read_lines(path / "timings.jsonl")
-    return math.fsum(number(line.get("seconds")) or 0.0 for line in lines if line is not None)
 
 
 def _train_fixed(unit: Unit, registry: Registry) -> tuple[Setup, StaticResult, float, tuple[StaticSeed, ...]]:

@@ -8,6 +8,8 @@ from statistics import fmean, stdev
 
 from scipy.special import stdtrit
 
+from esper_core.leyline.pairs import FEWEST
+
 
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
     """The quantile of Student's t.
@@ -19,7 +21,7 @@ def t_quantile(freedom: int, probability: float = 0.975) -> float:
 
 
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of first minus second with the ends of its 95% interval; the ends are NaN for fewer than two pairs.
+    """Mean of first minus second with the ends of its 95% interval; the ends are NaN for fewer than `FEWEST` pairs.
 
     Raises:
         ValueError: the sequences are empty or of different lengths.
@@ -28,7 +30,7 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[fl
     if not differences:
         raise ValueError("nothing to compare")
     mean, count = fmean(differences), len(differences)
-    if count < 2:
+    if count < FEWEST:
         return mean, math.nan, math.nan
     half = t_quantile(count - 1) * stdev(differences) / math.sqrt(count)
     return mean, mean - half, mean + half

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any, Final
 
 from esper_core.leyline.objective import Metric
+from esper_core.leyline.pairs import TOO_FEW
 
 CONTROL: Final = "host@FLOPs"
 """The arm against which every run can be held: the host alone, at the FLOPs of the grown run."""
@@ -44,13 +45,15 @@ def _sentence(found: Mapping[str, Any], what: str) -> str:
     scale = 100.0
     gain, seeds = scale * found["gain"], found["seeds"]
     if found["low"] is None or not math.isfinite(found["low"]):
-        return (
-            f"{gain:+.2f}{what} over the host alone at equal FLOPs, on one seed: no verdict without --seeds 3 or more"
-        )
+        return f"{gain:+.2f}{what} over the host alone at equal FLOPs, {_count(seeds)}: a verdict {TOO_FEW}"
     low, high = scale * found["low"], scale * found["high"]
-    told = f"{gain:+.2f}{what} [{low:+.2f}, {high:+.2f}] over the host alone at equal FLOPs, {seeds} seeds"
+    told = f"{gain:+.2f}{what} [{low:+.2f}, {high:+.2f}] over the host alone at equal FLOPs, {_count(seeds)}"
     if found["low"] > 0:
         return f"growing paid: {told}"
     if found["high"] < 0:
         return f"growing did not pay here: keep the host ({told})"
     return f"growing did not pay here, as far as {seeds} seeds can tell: keep the host ({told})"
+
+
+def _count(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds != 1)}"

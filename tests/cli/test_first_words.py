@@ -116,14 +116,14 @@ def test_a_suggested_command_can_be_pasted(home: Path) -> None:
 def test_the_time_of_a_resumed_run_is_not_that_of_the_whole(home: Path) -> None:
     from rich.console import Console
 
-    from esper_core.cli.runs import summarise_run
     from esper_core.cli.summary import show
+    from esper_core.nissa.report.overview import summarise_run
 
     (home / "events.jsonl").write_text("")
     (home / "timings.jsonl").write_text('{"seconds": 201.0}\n')
     for resumed, told in ((True, "3:21 of training, 1:37 since it was resumed"), (False, "3:21 of training, 3:40 in")):
         console = Console(width=100, record=True, quiet=False)
-        show(summarise_run(home), console, None, 97.0 if resumed else 220.0, None, resumed)
+        show(summarise_run(home), console, None, 97.0 if resumed else 220.0, resumed)
         assert told in " ".join(console.export_text().split())
 
 
@@ -139,8 +139,8 @@ def test_the_time_of_a_resumed_run_is_not_that_of_the_whole(home: Path) -> None:
 def test_the_summary_tells_what_a_loss_is_of(home: Path, token: str | None, told: str) -> None:
     from rich.console import Console
 
-    from esper_core.cli.runs import summarise_run
     from esper_core.cli.summary import show
+    from esper_core.nissa.report.overview import summarise_run
 
     points = [{"name": "a", "order": 0, "tags": ["causal"]}]
     started = {"kind": "run_started", "step": 0, "host": "gpt", "task": "mine", "points": points, "host_params": 9}
@@ -148,7 +148,7 @@ def test_the_summary_tells_what_a_loss_is_of(home: Path, token: str | None, told
     lines = [started if token is None else {**started, "token": token}, ended]
     (home / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     console = Console(width=100, record=True, quiet=False)
-    show(summarise_run(home), console, None, 1.0, None)
+    show(summarise_run(home), console, None, 1.0)
     assert told in " ".join(console.export_text().split())
 
 

@@ -22,8 +22,12 @@ def test_a_run_carries_its_own_control(home: Path, versus: str) -> None:  # noqa
     assert arms["host@FLOPs"]["flops"] == pytest.approx(arms["grown"]["flops"], rel=0.05)
     text = found["verdict"]["text"]
     assert "over the host alone at equal FLOPs, " in text and "2 seeds" in text
-    assert "versus host" in versus and text.split(":")[0] in " ".join(versus.split())
+    assert text.endswith("2 seeds: a verdict needs 3 seeds") and found["verdict"]["low"] is None
+    told = " ".join(versus.split())
+    assert "by the host alone at equal FLOPs, grown" in told and text in told and "--arms host@FLOPs" not in told
     assert text in (home / "versus" / "report.html").read_text()
+    listed = esper(home, "runs", "list", ".").output
+    assert " pt ?" in listed and "fewer than 3 seeds" in listed and max(map(len, listed.splitlines())) <= 80
 
 
 def test_a_run_by_epochs_has_no_frontier(home: Path, versus: str) -> None:  # noqa: F811

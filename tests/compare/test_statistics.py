@@ -22,8 +22,9 @@ def test_an_interval_is_paired() -> None:
     assert (low, high) == pytest.approx((1 - 4.30265 * 0.5 / math.sqrt(3), 1 + 4.30265 * 0.5 / math.sqrt(3)), abs=1e-4)
 
 
-def test_one_pair_has_no_interval_and_none_is_an_error() -> None:
-    mean, low, high = paired_interval([2.0], [1.5])
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_fewer_than_three_pairs_have_no_interval_and_none_is_an_error(pairs: int) -> None:
+    mean, low, high = paired_interval([2.0] * pairs, [1.5] * pairs)
     assert mean == 0.5 and math.isnan(low) and math.isnan(high)
     with pytest.raises(ValueError, match="nothing"):
         paired_interval([], [])

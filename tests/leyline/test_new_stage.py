@@ -30,7 +30,7 @@ stages = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = stages
 spec.loader.exec_module(stages)
 
-from esper_core.cli.runs import summarise_run
+from esper_core.nissa.report.overview import summarise_run
 from esper_core.cli.live_state import LiveState
 from esper_core.kasmina.slot import Mode, mode_of
 from esper_core.leyline.stages import Stage

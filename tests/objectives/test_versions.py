@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from esper_core.cli.runs import summarise_run
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import RENAMED
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.specs import RewardSpec, TaskSpec
+from esper_core.nissa.report.overview import summarise_run
 from esper_core.nissa.report.reading import RunDigest
 from esper_core.tolaria.run import plan_run, resume_run, start_run
 from esper_core.tolaria.trainer import Trainer

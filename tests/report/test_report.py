@@ -55,12 +55,76 @@ def test_report_holds_the_run(run: Path) -> None:
             assert one[0] < one[1] == two[0]
 
 
-def test_page_needs_nothing_from_anywhere(run: Path) -> None:
-    page = write_report(run).read_text("utf-8")
+def test_the_headline_is_the_final_figure_beside_its_control(run: Path, tmp_path: Path) -> None:
+    control = data_of(write_report(run))["control"]
+    assert control["arm"] == "host alone" and control["seeds"] == 5  # before the static arms
+    assert control["shown"]["difference"] == "+2.00 points [+1.48, +2.52]" and control["decided"]
+    alone = write_run("maps", tmp_path / "a run")
+    data = data_of(write_report(alone))
+    assert data["control"] is None and data["ask"].endswith("a run' --arms host@FLOPs --seeds 3")
+    if shutil.which("chromium"):
+        dump, _ = browse(run / "report.html")
+        heading = re.sub("<[^>]+>", "", re.search(r"<h1>(.*?)</h1>", dump)[1])  # type: ignore[index]
+        assert heading == "cnn reached 96.28% grown and 94.28% as host alone"
+        dump, _ = browse(alone / "report.html")
+        assert "No control was run" in dump and "host@FLOPs</span> <span>--seeds</span> <span>3</span>" in dump
+        heading = re.sub("<[^>]+>", "", re.search(r"<h1>(.*?)</h1>", dump)[1])  # type: ignore[index]
+        ended = data["ended"]
+        assert heading.endswith(f"and reached {100 * ended['test_score']:.2f}%")  # not the best of validation
+        assert max(data["epochs"]["validation_score"]) != ended["test_score"]
+
+
+def test_an_interval_of_two_seeds_is_refused_in_files_of_any_version(tmp_path: Path) -> None:
+    folder = write_run("maps", tmp_path / "run", compare=True)
+    compare = json.loads((folder / "compare.json").read_text())
+    for arm in compare["arms"]:
+        arm["seeds"], arm["accuracy"] = arm["seeds"][:2], arm["accuracy"][:2]
+    for pair in compare["paired"]:
+        pair["n"] = 2
+    compare["verdict"] = {"text": "growing paid: +1.75 points [+1.0, +2.5]", "seeds": 2, "low": 0.01, "high": 0.025}
+    (folder / "compare.json").write_text(json.dumps(compare))
+    data = data_of(write_report(folder))
+    assert all(pair["low"] is None and pair["high"] is None for pair in data["compare"]["paired"])
+    assert data["control"]["shown"]["difference"] == "+1.75 points; an interval needs 3 seeds"
+    assert data["verdict"] == "+1.75 points over host alone, 2 seeds: a verdict needs 3 seeds"
+    assert not data["control"]["decided"]
+
+
+def test_a_seed_stands_with_the_figure_on_which_it_was_decided(tmp_path: Path) -> None:
+    seed = {"kind": "stage_changed", "slot": "a", "blueprint": "conv", "params": 7}
+    lines = [
+        {"kind": "run_started", "step": 0, "points": [{"name": "a", "order": 0}], "host_params": 70},
+        {**seed, "step": 1, "before": "dormant", "after": "germinated"},
+        {**seed, "step": 2, "before": "probationary", "after": "fossilized", "gain": 0.02, "gain_low": 0.001,
+         "gain_high": 0.039, "rent": 0.005},
+        {"kind": "counterfactual", "step": 3, "slot": "a", "loss_mean": 0.4, "loss_low": 0.3, "loss_high": 0.5,
+         "rent": 0.005},
+        {"kind": "epoch_ended", "step": 4, "epoch": 0},
+    ]  # fmt: skip
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    digest = RunDigest(tmp_path)
+    assert digest.slots["a"].segments[-1][6:] == [0.02, 0.001, 0.039, 0.005] and digest.slots["a"].undecided
+    if shutil.which("chromium"):
+        dump, _ = browse(write_report(tmp_path))
+        ledger = dump[dump.index('id="ledger"') : dump.index('id="log"')]
+        assert "+0.02 [+0.001, +0.039]" in ledger and "+0.400" not in ledger and ", undecided" in ledger
+    del lines[2]["gain"], lines[2]["gain_low"]  # as version 0.2.0 wrote it: the last counterfactual before
+    lines[2], lines[3] = {**lines[3], "step": 2}, {**lines[2], "step": 3}
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    digest = RunDigest(tmp_path)
+    assert digest.slots["a"].segments[-1][6:] == [0.4, 0.3, 0.5, 0.005] and not digest.slots["a"].undecided
+
+
+def needs_something(page: str) -> bool:
+    """Whether a page asks for anything beside itself, or builds elements from text."""
     page = page.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
-    assert not re.search(
-        r"https?://|<link[^>]+stylesheet|@import|url\(|\bfetch\(|XMLHttpRequest|innerHTML|eval\(", page
+    return bool(
+        re.search(r"https?://|<link[^>]+stylesheet|@import|url\(|\bfetch\(|XMLHttpRequest|innerHTML|eval\(", page)
     )
+
+
+def test_page_needs_nothing_from_anywhere(run: Path) -> None:
+    assert not needs_something(write_report(run).read_text("utf-8"))
 
 
 def test_a_rollback_takes_back_the_seed_that_was_born_since(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import attrs
 
 from benchmarks.growth.frontier.protocols import STDLIB, WARM
+from esper_core.leyline.pairs import FEWEST
 from esper_core.trials.frontier.job import Job
 from esper_core.trials.intervals import paired_interval
 
@@ -69,7 +70,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name, by_seed in losses.items():
         both = [seed for seed in by_seed if seed in losses["copies"]]
         shares = [by_seed[seed] / losses["copies"][seed] - 1 for seed in both]
-        mean, low, high = paired_interval(shares, [0.0] * len(shares)) if len(shares) > 1 else (None, None, None)
+        mean, low, high = paired_interval(shares, [0.0] * len(shares)) if len(shares) >= FEWEST else (None, None, None)
         arms.append({"name": name, "loss": list(by_seed.values()), "share": mean, "low": low, "high": high})
     return {"name": "ablation", "arms": arms}
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +14,9 @@ import attrs
 
 from esper_core.leyline.events import renamed
 from esper_core.leyline.files import open_text
+from esper_core.leyline.pairs import TOO_FEW
 from esper_core.leyline.stages import BORN, EMPTY, STAGES
+from esper_core.nissa.report.control import ask_for_control, control_of, differences, verdict_of_record
 from esper_core.nissa.report.wording import GROUPS, describe_event, number, printable
 
 MAX_POINTS: Final = 1200
@@ -25,7 +29,9 @@ MAX_JSON: Final = 1 << 25
 MAX_LINE: Final = 1 << 22
 """Characters of a line of events that are read at once; a longer one counts as damaged."""
 
-BRIEF: Final = frozenset({"run_started", "epoch_ended", "stage_changed", "counterfactual", "rolled_back", "run_ended"})
+BRIEF: Final = frozenset(
+    {"run_started", "epoch_ended", "decided", "stage_changed", "counterfactual", "rolled_back", "run_ended"}
+)
 MAX_LOG: Final = 6000
 
 _EPOCH_FIELDS: Final = (
@@ -39,6 +45,7 @@ _COUNTERFACTUAL_FIELDS: Final = (
 _READING_FIELDS: Final = ("alpha", "gradient_norm")
 _AUDIT_FIELDS: Final = ("churn", "churn_low", "churn_high", "rise", "harm", "rent")
 
+_FIGURE_FIELDS: Final = ("gain", "gain_low", "gain_high", "rent")
 _REGION_FIELDS: Final = ("slots", "live", "used", "budget", "efficiency", "flops", "flops_budget")
 
 Columns = dict[str, list[float | None]]
@@ -88,9 +95,27 @@ def dropped_sinks(folder: Path) -> list[str]:
     return [printable(name) for name in names] if isinstance(names, list) else []
 
 
+def training_seconds(folder: Path) -> float | None:
+    """Seconds in the training loop over all its sittings, from `timings.jsonl`; None where there is none."""
+    times = [number(line.get("seconds")) for line in read_lines(folder / "timings.jsonl") if line]
+    return math.fsum(t for t in times if t is not None) if times else None
+
+
+def moment(text: object) -> str | None:
+    """A time in ISO 8601 as given, or None for what is none."""
+    try:
+        return text if isinstance(text, str) and datetime.fromisoformat(text).tzinfo else None
+    except ValueError:
+        return None
+
+
 @attrs.define
 class SlotHistory:
-    """One slot over the run. A segment is [start, end, stage, blueprint, parameters, reason]."""
+    """One slot over the run.
+
+    A segment is [start, end, stage, blueprint, parameters, reason, gain, low, high, rent]: the last four are the figure
+    on which the stage was decided (nats), None where it rests on none.
+    """
 
     point: dict[str, Any]
     segments: list[list[Any]] = attrs.field(factory=list)
@@ -98,18 +123,40 @@ class SlotHistory:
     readings: list[list[float | None]] = attrs.field(factory=list)
     audits: list[list[float | None]] = attrs.field(factory=list)
 
-    def enter(self, step: int, stage: str, blueprint: str = "", params: float | None = 0, reason: str = "") -> None:
+    def enter(
+        self, step: int, stage: str, blueprint: str = "", params: float | None = 0, reason: str = "",
+        figure: Sequence[float | None] = (None,) * 4,
+    ) -> None:  # fmt: skip
         """Close the open segment at `step` and open the next."""
         if self.segments:
             self.segments[-1][1] = step
             if self.segments[-1][0] >= step:
                 self.segments.pop()
-        self.segments.append([step, step, stage, blueprint, params, reason])
+        self.segments.append([step, step, stage, blueprint, params, reason, *figure])
 
-    def state_at(self, step: int) -> tuple[str, str, float | None]:
-        """(stage, blueprint, parameters) at `step`."""
-        held = next((s for s in reversed(self.segments) if s[0] <= step), None)
-        return (held[2], held[3], held[4]) if held else (EMPTY.value, "", 0)
+    @property
+    def undecided(self) -> bool:
+        """Whether its seed was kept although the interval of its gain reaches down to the rent, or below."""
+        if not self.segments or not is_permanent(self.segments[-1][2]):
+            return False
+        low, rent = self.segments[-1][7], self.segments[-1][9]
+        return low is not None and rent is not None and low <= rent
+
+    def return_to(self, step: int, before: int) -> None:
+        """Enter again, at `step`, the state of the step `before`."""
+        held = next((s for s in reversed(self.segments) if s[0] <= before), None)
+        if held is None:
+            self.enter(step, EMPTY.value, reason="rolled back")
+        else:
+            _, _, stage, blueprint, params, _, *figure = held
+            self.enter(step, stage, blueprint, params, "rolled back", figure)
+
+    def latest_figure(self) -> list[float | None]:
+        """Gain, its interval and the rent of the last counterfactual since the seed's birth; None if there is none."""
+        born = next((s[0] for s in reversed(self.segments) if s[2] == BORN), 0)
+        if not self.counterfactual or (self.counterfactual[-1][0] or 0) < born:
+            return [None] * 4
+        return [*self.counterfactual[-1][1:4], self.counterfactual[-1][7]]
 
 
 class RunDigest:
@@ -117,7 +164,7 @@ class RunDigest:
 
     Args:
         folder: the run folder. Nothing in it need exist.
-        brief: leave out what only drawings need: readings, decisions, rewards.
+        brief: leave out what only drawings of one run need: readings and rewards.
     """
 
     def __init__(self, folder: Path, *, brief: bool = False) -> None:
@@ -194,7 +241,10 @@ class RunDigest:
     def _on_stage_changed(self, step: int, event: dict[str, Any]) -> None:
         stage = str(event.get("after"))
         blueprint, params = str(event.get("blueprint") or ""), number(event.get("params"))
-        self._slot(event.get("slot")).enter(step, stage, blueprint, params, str(event.get("reason") or ""))
+        slot, figure = self._slot(event.get("slot")), [number(event.get(name)) for name in _FIGURE_FIELDS]
+        if figure[0] is None and _is_verdict(stage):  # versions up to 0.2.0 did not say
+            figure = slot.latest_figure()
+        slot.enter(step, stage, blueprint, params, str(event.get("reason") or ""), figure)
         self.marks.append([step, stage, str(event.get("slot")), describe_event(event, self.started.get("metric"))])
 
     def _on_counterfactual(self, step: int, event: dict[str, Any]) -> None:
@@ -220,19 +270,21 @@ class RunDigest:
         before = int(number(event.get("to_step")) or 0)
         for slot in self.slots.values():
             if slot.segments and slot.segments[-1][0] > before:
-                slot.enter(step, *slot.state_at(before), "rolled back")
+                slot.return_to(step, before)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data for the template: curves as columns, downsampled; the log cut to `MAX_LOG` entries."""
         manifest = read_json(self.folder / "run.json")
         compare = read_json(self.folder / "compare.json")
+        compare = {**compare, "paired": differences(compare)} if isinstance(compare, dict) else None
+        control = control_of(compare)
         return {
             "name": self.folder.name,
             "started": self.started,
             "ended": self.ended,
             "last_step": self.last_step,
-            "epochs": _columns(("step", *_EPOCH_FIELDS), _thin(self.epochs, MAX_POINTS)),
-            "decisions": _columns(("step", *_DECISION_FIELDS), _thin(self.decisions, MAX_POINTS)),
+            "epochs": _columns(("step", *_EPOCH_FIELDS), thin(self.epochs, MAX_POINTS)),
+            "decisions": _columns(("step", *_DECISION_FIELDS), thin(self.decisions, MAX_POINTS)),
             "slots": [self._slot_dict(slot) for slot in sorted(self.slots.values(), key=lambda s: s.point["order"])],
             "regions": self.regions[:MAX_SLOT_POINTS],
             "trees": self._trees()[:MAX_SLOT_POINTS],
@@ -242,7 +294,13 @@ class RunDigest:
             "unreadable": self.unreadable,
             "dropped": self.dropped,
             "config": manifest,
-            "compare": compare if isinstance(compare, dict) else None,
+            "compare": compare,
+            "control": control.to_mapping() if control is not None else None,
+            "verdict": verdict_of_record(compare),
+            "ask": ask_for_control(self.folder, str(self.started.get("host"))),
+            "few": TOO_FEW,
+            "moment": moment(manifest.get("started")) if isinstance(manifest, dict) else None,
+            "seconds": training_seconds(self.folder),
             "stages": {stage.value: {"colour": spec.colour, "summary": spec.summary, "occupied": spec.occupied,
                                      "isolated": spec.isolated, "contributes": spec.contributes,
                                      "permanent": spec.permanent, "ramping": spec.ramping, "leaving": spec.leaving,
@@ -272,14 +330,23 @@ class RunDigest:
         return rows
 
     def _slot_dict(self, slot: SlotHistory) -> dict[str, Any]:
-        measured = _thin(slot.counterfactual, MAX_SLOT_POINTS)
+        measured = thin(slot.counterfactual, MAX_SLOT_POINTS)
         return {
             **slot.point,
             "segments": slot.segments[-MAX_LOG:],
             "counterfactual": _columns(("step", *_COUNTERFACTUAL_FIELDS), measured),
-            "readings": _columns(("step", *_READING_FIELDS), _thin(slot.readings, MAX_SLOT_POINTS)),
+            "readings": _columns(("step", *_READING_FIELDS), thin(slot.readings, MAX_SLOT_POINTS)),
             "audits": _columns(("step", *_AUDIT_FIELDS), slot.audits[-MAX_SLOT_POINTS:]),
         }
+
+
+def is_permanent(stage: str) -> bool:
+    """Whether a seed of that stage stays for good; False for the name of no stage."""
+    return any(known.value == stage and spec.permanent for known, spec in STAGES.items())
+
+
+def _is_verdict(stage: str) -> bool:
+    return any(known.value == stage and (spec.permanent or spec.leaving) for known, spec in STAGES.items())
 
 
 def _is_occupied(stage: str) -> bool:
@@ -294,7 +361,7 @@ def _round(value: float | None) -> float | None:
     return value if value is None or value == int(value) else float(f"{value:.6g}")
 
 
-def _thin(rows: list[list[float | None]], limit: int) -> list[list[float | None]]:
+def thin(rows: list[list[float | None]], limit: int) -> list[list[float | None]]:
     """Hardly more than `limit` rows: each bucket keeps its first, and the lowest and highest of its second column."""
     if len(rows) <= limit:
         return rows

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from esper_core.leyline.errors import BadOption, RunFailed
+from esper_core.leyline.pairs import FEWEST
 from esper_core.simic.gym.cpu_engine import make_pool, one_thread
 from esper_core.simic.learning.curriculum import Curriculum
 from esper_core.simic.learning.rollout import PackedCore, Played, contest
@@ -86,7 +87,8 @@ def evaluate(
 def summarise_contests(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """For each contender: mean return, gain, weight, seeds and commands, and its paired difference from every other.
 
-    A difference is `(mean, low, high)` of a 95% interval by Student's t over contests; of one contest it has no ends.
+    A difference is `(mean, low, high)` of a 95% interval by Student's t over contests; it has no ends over
+    fewer than three.
     """
     played = {name: [Played(**c["played"][name]) for c in contests] for name in contests[0]["played"]}
     totals = {name: [one.total for one in many] for name, many in played.items()}
@@ -108,4 +110,4 @@ def summarise_contests(contests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _minus(first: Sequence[float], second: Sequence[float]) -> tuple[float, float | None, float | None]:
     mean, low, high = paired_interval(first, second)
-    return (mean, None, None) if len(first) < 2 else (mean, low, high)
+    return (mean, None, None) if len(first) < FEWEST else (mean, low, high)

@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 
+from esper_core.leyline.pairs import FEWEST, TOO_FEW
 from esper_core.trials.frontier.plan import Frontier, static_name
 from esper_core.trials.intervals import paired_interval
 from esper_core.trials.isoflop import fit_isoflop, flops_to_reach
@@ -98,6 +99,11 @@ def equal_loss(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return found
 
 
+def _is_told(pair: Mapping[str, Any]) -> bool:
+    """Whether a pair's interval is known and rests on enough seeds."""
+    return pair["n"] >= FEWEST and None not in (pair["low"], pair["high"])
+
+
 def show_frontier(summary: Mapping[str, Any]) -> str:
     """The summary as text."""
     lines = [f"== {summary['name']}: {summary['budget']:.3g} FLOP"]
@@ -116,10 +122,9 @@ def show_frontier(summary: Mapping[str, Any]) -> str:
             f"  final {arm['name']:26s} test {fmean(arm['loss']):.4f} ({losses}), {arm['seconds']:.0f} s a run"
         )
     for pair in summary["paired"]:
-        low, high = (f"{100 * pair[k]:+.2f}" if pair[k] is not None else "?" for k in ("low", "high"))
-        lines.append(
-            f"  {pair['arm']:26s} {100 * pair['share']:+.2f}% [{low}, {high}] of {pair['minus']}, {pair['n']} seeds"
-        )
+        ends = "[{:+.2f}, {:+.2f}]".format(*(100 * pair[k] for k in ("low", "high"))) if _is_told(pair) else TOO_FEW
+        count = f"{pair['n']} seed{'s' * (pair['n'] != 1)}"
+        lines.append(f"  {pair['arm']:26s} {100 * pair['share']:+.2f}% ({ends}) of {pair['minus']}, {count}")
     if summary.get("equal_loss"):
         lines.append(
             f"  FLOPs for the static frontier's loss: {summary['equal_loss']:.2f} of the best static network's"
