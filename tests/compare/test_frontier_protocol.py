@@ -62,6 +62,24 @@ def test_it_ends_and_what_it_found_is_what_is_there() -> None:
     assert summary["isoflop"]["fitted"] and "grown" in show_frontier(summary)
 
 
+def test_a_contender_gets_a_longer_decay_while_the_longest_is_best_and_the_host_does_not() -> None:
+    def run_with(most: int, best: float) -> dict[str, set[float]]:
+        frontier = attrs.evolve(FRONTIER, decays=(0.4, 0.2, 0.6), most_decays=most, finalists=1, seeds=1)
+        rows: list[dict] = []
+        while job := next((j for j in frontier.plan(rows) if j.key not in {row["key"] for row in rows}), None):
+            loss = outcome(job)["loss"] - 0.02 * (job.decay - 0.2) + 0.02 * abs(job.decay - best)
+            rows.append({**outcome(job), "loss": loss})
+        found: dict[str, set[float]] = {}
+        for row in rows:
+            found.setdefault(row["arm"], set()).add(row["decay"])
+        return found
+
+    found = run_with(4, 0.8)
+    assert found["static 3x64"] == found["grown"] == {0.2, 0.4, 0.6, 0.8}
+    assert found["static 1x64"] == {0.2, 0.4, 0.6} and found["static 4x64"] == {0.4}
+    assert run_with(4, 0.4)["grown"] == run_with(3, 0.8)["grown"] == {0.2, 0.4, 0.6}
+
+
 def test_flops_to_equal_loss_are_told_within_one_configuration() -> None:
     def found(name: str, budget: float, static: float, grown: float, **config: str) -> dict:
         tuned = {"s": {"validation_loss": static, "static": True}, "g": {"validation_loss": grown, "static": False}}

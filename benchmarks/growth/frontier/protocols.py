@@ -79,10 +79,8 @@ def p8(data: str = "text/english") -> list[Frontier]:
     """One GPU, Debian's documentation: 1e15, 3e15 and 1e16 FLOP, each with AdamW and with Muon."""
     base = _debian("byte", data)
     muon = {"base": base, "config": {"optimizer": "muon"}}
-    stacked = (
-        _grown("heuristic 3x160", 3, 160, heuristic=True),
-        _grown("by hand 3-6-12x160", 3, 160, (0.07, 2), (0.28, 2)),
-    )
+    stacked = (_grown("heuristic 3x160", 3, 160, heuristic=True),)
+    by_hand = (_grown("by hand 3-6-12x160 at 0.05, 0.2", 3, 160, (0.05, 2), (0.2, 2)),)
     interleaved = (
         _grown("heuristic 3x160", 3, 160, heuristic=True, order="interleave"),
         _grown("by hand 5-10x160", 5, 160, (0.2, 2), order="interleave"),
@@ -93,7 +91,7 @@ def p8(data: str = "text/english") -> list[Frontier]:
     shallow = _grown("by hand 3-6x192", 3, 192, (0.2, 2), order="interleave")
     zero = _grown("zero output 3-6-12x128", 3, 128, (0.07, 2), (0.28, 2), birth="zero")
     bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004, 0.008), "most_rates": 3,
-           "margin": 0.012, "decays": (0.4, 0.6, 0.2), "finalists": 1, "seeds": 3}  # fmt: skip
+           "margin": 0.012, "decays": (0.4, 0.6, 0.2), "most_decays": 4, "finalists": 1, "seeds": 3}  # fmt: skip
     low = {"budget": 1e15, "host": (3, 128), "rates": (0.006, 0.003), "most_rates": 3, "decays": (0.4,), "seeds": 3,
            "sizes": P8_SMALL}  # fmt: skip
     high = {"budget": 1e16, "host": (4, 192), "sizes": ((12, 192), (10, 256), (16, 192), (8, 320)), "rates": (0.003,),
@@ -102,7 +100,7 @@ def p8(data: str = "text/english") -> list[Frontier]:
     return [
         Frontier(name="p8-1e15", base=base, grown=(thin, narrow), controls=(zero,), **low),
         Frontier(name="p8-muon-1e15", **muon, grown=(thin_interleaved, shallow), **low),
-        Frontier(name="p8", base=base, grown=stacked, **bar),
+        Frontier(name="p8", base=base, grown=stacked, controls=by_hand, **bar),
         Frontier(name="p8-muon", **muon, grown=interleaved, **bar),
         Frontier(name="p8-1e16", base=base, grown=large, **high),
         Frontier(name="p8-muon-1e16", **muon, **high, grown=(attrs.evolve(large[0], order="interleave"),)),

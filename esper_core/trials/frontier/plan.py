@@ -5,7 +5,8 @@ Stages, each a function of the rows so far, so that a queue can be cut off anywh
 1. `tune`: every static size, the host and every grown arm at the first of `rates`, on a seed of its own; then, where
    that left them within `margin` of the best of their kind, at the others. An arm whose best rate is the last one tried
    gets one more on that side, up to `most_rates` for every arm alike.
-2. `decay`: the best sizes and every grown arm at their best rate with the other shares of decay.
+2. `decay`: the best sizes, the host and every grown arm at their best rate with the other shares of decay. A contender
+   that is best at the longest gets one a fifth of the budget longer, up to `most_decays`.
 3. `final`: the best sizes, the host and the grown arms, as tuned, on fresh seeds; the test split is read.
 """
 
@@ -32,7 +33,8 @@ class Frontier:
         config: fields of the configuration that set this one apart from others in the same file of rows.
         grown: the arms that grow, as jobs without rate, decay and seed; the first is the heuristic's.
         controls: jobs that show what an operator is worth; they take rate and decay from the first grown arm.
-        rates: tried for every arm. most_rates: tried for an arm at most. decays: shares of the budget.
+        rates: tried for every arm. most_rates: tried for an arm at most.
+        decays: shares of the budget. most_decays: tried for a contender at most.
         margin: share above the best loss up to which an arm is a contender.
         finalists: static sizes that get fresh seeds. seeds: how many. tune_seed: none of them.
     """
@@ -49,6 +51,7 @@ class Frontier:
     rates: Sequence[float]
     most_rates: int = 4
     decays: Sequence[float] = (0.4, 0.2, 0.6)
+    most_decays: int = 3
     margin: float = 0.04
     finalists: int = 2
     seeds: int = 3
@@ -115,8 +118,7 @@ class Frontier:
     def _contends(self, arm: Job, arms: Sequence[Job], found: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether another rate could make it the best of its kind; the host always gets every rate."""
         best = min(found[other.key]["loss"] for other in arms if other.is_static == arm.is_static)
-        host = arm.is_static and tuple(arm.size.values()) == tuple(self.host)
-        return host or found[arm.key]["loss"] <= (1 + self.margin) * best
+        return self._is_host(arm) or found[arm.key]["loss"] <= (1 + self.margin) * best
 
     def _rate_jobs(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> list[Job]:
         """The arm at every rate, and beyond the last on a side where the best is the last."""
@@ -130,11 +132,21 @@ class Frontier:
         return jobs
 
     def _decay_jobs(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+        """The arm at its best rate with every other share of decay, and with longer ones while the longest is best."""
         rated = [job for job in self._rate_jobs(arm, found) if job.key in found]
         if not rated:
             return []
         best = min(rated, key=lambda job: found[job.key]["loss"])
-        return [attrs.evolve(best, decay=decay, stage="decay") for decay in self.decays[1:]]
+        jobs = [best, *(attrs.evolve(best, decay=decay, stage="decay") for decay in self.decays[1:])]
+        while len(jobs) < self.most_decays and not self._is_host(arm) and all(job.key in found for job in jobs):
+            longest = max(jobs, key=lambda job: job.decay)
+            if longest.decay > 0.75 or longest != min(jobs, key=lambda job: found[job.key]["loss"]):
+                break
+            jobs.append(attrs.evolve(longest, decay=_round(longest.decay + 0.2), stage="decay"))
+        return jobs[1:]
+
+    def _is_host(self, arm: Job) -> bool:
+        return arm.is_static and tuple(arm.size.values()) == tuple(self.host)
 
     def _best_loss(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> float:
         return min(float(found[job.key]["loss"]) for job in self._rate_jobs(arm, found) if job.key in found)
@@ -143,7 +155,7 @@ class Frontier:
         """Grown arms, the host, and the best static sizes by tuned validation loss."""
         grown = [arm for arm in arms if not arm.is_static]
         static = [arm for arm in arms if arm.is_static]
-        host = [arm for arm in static if arm.arm == static_name(self.host)]
+        host = [arm for arm in static if self._is_host(arm)]
         best = sorted(static, key=lambda arm: self._best_loss(arm, found))
         return list({arm.key: arm for arm in (*grown, *best[: self.finalists], *host)}.values())
 
