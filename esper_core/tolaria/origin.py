@@ -14,13 +14,13 @@ from torch import Tensor
 
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile
-from esper_core.leyline.host import Split, TaskProtocol
+from esper_core.leyline.host import OWN_MODEL, Split, TaskProtocol
 from esper_core.registry import Registry, split_reference
 from esper_core.registry.discovery import CORE_DISTRIBUTION
 from esper_core.registry.origin import Origins, Owner, describe_parts
 from esper_core.registry.record import Registered
 from esper_core.storage.tensor_file import expect_well_formed
-from esper_core.tolaria.config import OWN_MODEL, RunConfig
+from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.faults import PART_FAULTS
 
 _BATCHES: Final = 16
