@@ -298,10 +298,7 @@ def _plain(owner: Any, name: str) -> Any:
 
 
 def _plane_over(model: nn.Module, inputs: Any, points: Sequence[str] | None) -> Plane:
-    training = model.training
-    host = host_from_module(model, list(points) if points else None, example=inputs)
-    model.train(training)
-    return Plane(host, load_registry())
+    return Plane(host_from_module(model, list(points) if points else None, example=inputs), load_registry())
 
 
 def _size_of(batch: Any) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.calls import Call, Place
 from esper_core.kasmina.feature_trace import feature_of
+from esper_core.kasmina.modes import evaluating
 
 
 @attrs.define(eq=False)
@@ -57,14 +58,8 @@ class BlockInfo:
 @contextmanager
 def quiet_pass(model: nn.Module) -> Iterator[None]:
     """A context of eval mode without gradients, after which random states are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model):
+        yield
 
 
 def trace_blocks(model: nn.Module, run: Callable[[], object], paths: Iterable[str]) -> dict[str, Pass]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.flops import count_flops
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.prefix_tree import Mask, PrefixTree
 from esper_core.kasmina.scoring import describe_objective, refuse_scores
@@ -99,32 +100,25 @@ def measure_counterfactuals(
     """
     chosen = plane.contributing() if paths is None else list(paths)
     masks = list(dict.fromkeys((*(every_mask(chosen) if every else leave_one_out(chosen)), *also)))
-    modules = (plane.host.module, plane.module)
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.eval()
     sums: dict[Mask, Tensor] = {}
     flops_each, examples = 0, 0
-    try:
-        with plane.ranks.together(), PrefixTree(plane.host, plane.slots) if masks else _Bare(plane.host) as tree:
-            for batch in batches:
-                if not sums:
-                    sample = batch.head(1)
-                    tree.observe(sample.inputs)
-                    if count_cost:
-                        flops_each = count_flops(lambda: list(tree.run(sample.inputs, masks)))  # noqa: B023 - run here
-                examples += batch.size if batch.counted else 0
-                base: tuple[Tensor, Tensor] | None = None
-                for mask, outputs in tree.run(batch.inputs, masks):
-                    scores = objective.scores(outputs, batch.targets)
-                    refuse_scores(scores, len(outputs), describe_objective(objective))
-                    base = base or scores
-                    found = moments(base, scores, objective.metric.higher_is_better)
-                    found = found if batch.counted else torch.zeros_like(found)
-                    sums[mask] = sums[mask] + found if mask in sums else found
-    finally:
-        for module, training in modes:
-            module.training = training
+    tree_of = PrefixTree(plane.host, plane.slots) if masks else _Bare(plane.host)
+    with evaluating(plane.host.module, plane.module), plane.ranks.together(), tree_of as tree:
+        for batch in batches:
+            if not sums:
+                sample = batch.head(1)
+                tree.observe(sample.inputs)
+                if count_cost:
+                    flops_each = count_flops(lambda: list(tree.run(sample.inputs, masks)))  # noqa: B023 - run here
+            examples += batch.size if batch.counted else 0
+            base: tuple[Tensor, Tensor] | None = None
+            for mask, outputs in tree.run(batch.inputs, masks):
+                scores = objective.scores(outputs, batch.targets)
+                refuse_scores(scores, len(outputs), describe_objective(objective))
+                base = base or scores
+                found = moments(base, scores, objective.metric.higher_is_better)
+                found = found if batch.counted else torch.zeros_like(found)
+                sums[mask] = sums[mask] + found if mask in sums else found
     if not sums:
         raise ValueError("no validation batch")
     rows = torch.stack(list(sums.values()))

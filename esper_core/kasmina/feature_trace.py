@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from esper_core.kasmina.modes import evaluating
 from esper_core.leyline.host import map_tensors
 
 if TYPE_CHECKING:
@@ -182,18 +183,15 @@ def _trace_fake(model: nn.Module, example: Inputs, to_logits: Any) -> Trace:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """A context of eval mode in which every floating parameter requires gradients."""
-    modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    model.eval()
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
         for parameter in frozen:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 def _trace(model: nn.Module, single: Inputs, double: Inputs, to_logits: Any) -> Trace:

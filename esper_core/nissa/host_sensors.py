@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.leyline.host import Batch
@@ -48,7 +49,12 @@ def read_host(plane: Plane, batch: Batch, objective: Objective, *, examples: int
     Nothing in the model changes: no gradient is accumulated, no buffer and no random state moves.
     """
     watch, few = _EntropyRecorder(), batch.head(examples)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _quiet(plane), _tapped(plane, watch) as features:
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        evaluating(plane.host.module, plane.module),
+        _tapped(plane, watch) as features,
+    ):
         with watch:
             outputs = plane.host.forward_with_slots(few.inputs)
         loss = objective.loss(outputs, few.targets)
@@ -176,17 +182,3 @@ def _tapped(plane: Plane, watch: _EntropyRecorder) -> Iterator[dict[str, Tensor]
             handle.remove()
         for path, probe in probes.items():
             plane.slots[path].probe = probe
-
-
-@contextmanager
-def _quiet(plane: Plane) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode again afterwards."""
-    modules = [*plane.host.module.modules(), *plane.module.modules()]
-    modes = [module.training for module in modules]
-    plane.host.module.eval()
-    plane.module.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode

@@ -17,6 +17,7 @@ from esper_core.kasmina.around import resolve_points
 from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.ledger import Limits
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.scoring import refuse_misfit
 from esper_core.leyline.errors import BadOption
@@ -272,10 +273,9 @@ def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, dev
     """
     outputs: list[torch.Tensor] = []
     batch = next(iter(task.validation.batches(1, device=str(device))))
-    training = host.module.training
-    host.module.eval()
     try:
-        flops = count_flops(lambda: outputs.append(host.forward_with_slots(batch.head(1).inputs)))
+        with evaluating(host.module):
+            flops = count_flops(lambda: outputs.append(host.forward_with_slots(batch.head(1).inputs)))
     except Exception as error:  # hosts are plugins, and this is their first call
         what = _in_words(batch.inputs)
         raise Misfit(
@@ -283,7 +283,6 @@ def host_flops(host: HostProtocol, task: TaskProtocol, objective: Objective, dev
             "a host and a task of one kind",
             "leave out --task to use the host's default",
         ) from error
-    host.module.train(training)
     refuse_misfit(objective, outputs[0], batch.head(1).targets)
     return flops
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
 
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import RunFailed
 from esper_core.leyline.host import Batch
@@ -34,10 +36,8 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
         return None
     validating = alarm.cause.startswith("validation")
     repeated = enumerate(setup.validation()) if validating else _latest(setup, epoch, batch, count)
-    training = plane.host.module.training
-    set_training(plane, not validating)
     names, seeds, looked = list[str](), dict[str, None](), 0
-    try:
+    with evaluating(plane.host.module, plane.module) if validating else nullcontext():
         for number, one in repeated:
             looked += 1
             with without_seeds(plane):
@@ -49,15 +49,7 @@ def gather_evidence(setup: Setup, plane: Plane, alarm: Alarm, epoch: int, batch:
                 raise RunFailed(told, "finite data", "clean them, then esper resume")
             else:
                 names.append(f"batch {number} of epoch {epoch}")
-    finally:
-        set_training(plane, training)
     return Evidence(tuple(names), tuple(seeds), looked)
-
-
-def set_training(plane: Plane, training: bool) -> None:
-    """Put host and seeds into training or evaluation mode."""
-    plane.host.module.train(training)
-    plane.module.train(training)
 
 
 def _seeds_that_fail(setup: Setup, plane: Plane, batch: Batch, training: bool) -> Iterator[str]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esper_core.kasmina.around import path_of
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.module_copy import copy_module
 from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.paths import base_of
@@ -108,13 +109,8 @@ def compare_with_peft(plane: Plane, folder: Path, inputs: Inputs) -> tuple[float
         raise EsperError(f"a {type(host).__name__} cannot be wrapped by peft", "a host made of one module")
     model = copy_module(host.module, {id(hook): None for hook in plane_hooks(host.module)})
     drop_hooks(model)
-    training = host.module.training
-    host.module.eval()
-    try:
-        with torch.no_grad():
-            expected = host.forward_with_slots(inputs)
-            loaded = import_module("peft").PeftModel.from_pretrained(model.eval(), str(folder)).eval()
-            found = host.logits_of(loaded, inputs)
-    finally:
-        host.module.train(training)
+    with torch.no_grad(), evaluating(host.module):
+        expected = host.forward_with_slots(inputs)
+        loaded = import_module("peft").PeftModel.from_pretrained(model.eval(), str(folder)).eval()
+        found = host.logits_of(loaded, inputs)
     return float((found - expected).abs().max()), len(expected)

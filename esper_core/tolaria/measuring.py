@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from esper_core.kasmina.counterfactual import Measurement, measure_counterfactuals
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.scoring import BadScores, describe_objective, refuse_scores
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import CounterfactualMeasured
@@ -103,15 +104,9 @@ def _probe(tolaria: Tolaria, batches: Iterable[Batch], paths: Sequence[str], *, 
 @torch.no_grad()
 def _look(tolaria: Tolaria, batches: Iterable[Batch]) -> None:
     """Evaluate the model as it is: a measurement would silence slots, which would hide the seed that raises."""
-    host, plane = tolaria.plane.host, tolaria.plane
-    training = host.module.training
-    for module in (host.module, plane.module):
-        module.eval()
-    try:
+    host = tolaria.plane.host
+    with evaluating(host.module, tolaria.plane.module):
         for batch in batches:
             outputs = host.forward_with_slots(batch.inputs)
             scores = tolaria.objective.scores(outputs, batch.targets)
             refuse_scores(scores, len(outputs), describe_objective(tolaria.objective))
-    finally:
-        for module in (host.module, plane.module):
-            module.train(training)

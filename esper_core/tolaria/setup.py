@@ -16,6 +16,7 @@ from torch import nn
 from esper_core.kasmina.around import PREFIX
 from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.ranks import Ranks
@@ -310,13 +311,11 @@ def set_up_module(
         first = next(number for number, word in enumerate(points) if word.startswith(PREFIX))
         points = points[:first] or None
     host = host_from_module(module, points, example=sample.head(2).inputs)
-    training = module.training
-    module.eval()
     one = sample.head(1).inputs
-    with torch.no_grad():
-        outputs = host.forward_with_slots(one)
-    flops = count_flops(lambda: host.forward_with_slots(one))
-    module.train(training)
+    with evaluating(module):
+        with torch.no_grad():
+            outputs = host.forward_with_slots(one)
+        flops = count_flops(lambda: host.forward_with_slots(one))
     objective = choose_objective(config, registry, outputs, sample, own.loss, own.metric, own.higher_is_better)
     timetable = timetable or Timetable.of(config, task)
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)

@@ -248,6 +248,22 @@ def steps(model, optimizer, tolaria, first: int, last: int) -> None:
         optimizer.zero_grad()
 
 
+def test_a_batch_norm_that_the_caller_froze_stays_frozen() -> None:
+    """Set-up and decisions evaluate the model; afterwards every module has the mode that it had."""
+    train, validation = loaders()
+    norm = nn.BatchNorm2d(6).eval()
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(6, 4))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tolaria = accompany(model, optimizer, next(iter(train)), steps=4, decisions=2, blueprints=["conv"], points=["2"],
+                        controller="wait", budget_params="")  # fmt: skip
+    assert model.training and not norm.training
+    before = norm.running_mean.clone()
+    steps(model, optimizer, tolaria, 0, 2)
+    tolaria.decide(map(tolaria.convert, validation), epoch=0.5)
+    assert model.training and not norm.training and torch.equal(norm.running_mean, before)
+
+
 def test_a_loop_of_ones_own_is_resumed_bit_for_bit(tmp_path) -> None:
     model, optimizer, tolaria = own_loop()
     tolaria.plane.germinate("1", "conv")
