@@ -150,8 +150,11 @@ class RunView:
         readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
             unmeasured.
         settling: optimizer steps for which governor and judge hold still after blocks were copied in.
+<<<<<<< HEAD
         regions: region, as in `slot.spec.region`, to the parameters and FLOPs that may still grow there (infinite:
             unlimited); empty where nothing shares the budget out.
+=======
+        step: optimizer steps so far. targets: that were trained on so far, as in `Course`; 0 where nobody counts them.
     """
 
     decision: int
@@ -179,6 +182,13 @@ class RunView:
     readings: Mapping[str, float] = attrs.Factory(dict)
     settling: int = 0
     regions: Mapping[str, tuple[float, float]] = attrs.Factory(dict)
+    step: int = 0
+    targets: int = 0
+
+    @property
+    def horizon(self) -> float | None:
+        """Optimizer steps of the whole run at the pace so far; None before the first."""
+        return self.step / self.share if self.step and self.share > 0 else None
 
     @property
     def share(self) -> float:

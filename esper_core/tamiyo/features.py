@@ -236,6 +236,12 @@ GLOBAL_FEATURES: Final[tuple[Feature, ...]] = (
     *map(_share, Stage),
     Feature("attention_entropy", "mean entropy of the host's attentions (nats)", COUNT,
             lambda r: r.readings.get("attention_entropy")),
+    Feature("steps", "optimizer steps so far", LOG, lambda r: r.step),
+    Feature("horizon", "optimizer steps of the whole run", LOG, lambda r: r.horizon),
+    Feature("tokens_per_param", "targets trained on so far (positions of a text) over the host's parameters", LOG,
+            lambda r: r.targets / max(r.host_params, 1)),
+    Feature("flops_budget_left", "share of the run's budget of FLOPs that is not spent", SHARE,
+            lambda r: None if r.course is None else 1.0 - r.course.share),
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from esper_core.leyline.stages import STAGES, Op, begins_blending
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
 from esper_core.tamiyo.depth_plan import FAMILY, plan_depth
 from esper_core.tamiyo.heuristic_config import HeuristicConfig
+from esper_core.tamiyo.prospects import isolated_prospect, measured_prospect, track_record
 
 FAMILY_PRIORS: Final = MappingProxyType(
     {
@@ -149,6 +150,7 @@ class HeuristicController:
     def __init__(self, argument: str = "", *, seed: int = 0, **options: Any) -> None:
         self.config = HeuristicConfig(**options)
         self._gains: dict[str, dict[str, float]] = {}  # blueprint → "slot@birth" → mean measured gain, nats
+        self._hopes: dict[str, float] = {}  # "slot@birth" → gain that was expected at germination, nats
         self._measured: dict[str, list[float]] = {}  # slot → its seed's gains at full alpha, one a decision, nats
         self._failures: dict[str, int] = {}  # "slot blueprint" → how often such a seed was lost
         self._alive: dict[str, str] = {}  # slot → blueprint, at the last decision
@@ -175,9 +177,10 @@ class HeuristicController:
         return Investment(None if earns else view.seed_params, shares)
 
     def state_dict(self) -> dict[str, object]:
-        """Measured gains, failures, the seeds of the last decision, and the number of germinations."""
+        """Measured and expected gains, failures, the seeds of the last decision, and the number of germinations."""
         return {
             "gains": self._gains,
+            "hopes": self._hopes,
             "measured": self._measured,
             "failures": self._failures,
             "alive": self._alive,
@@ -188,6 +191,7 @@ class HeuristicController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self._gains = {name: dict(gains) for name, gains in state["gains"].items()}
+        self._hopes = dict(state.get("hopes", {}))  # runs of before kept none
         self._measured = {path: list(gains) for path, gains in state["measured"].items()}
         self._failures, self._alive = dict(state["failures"]), dict(state["alive"])
         self._withering, self._planted = set(state["withering"]), int(state["planted"])
@@ -221,6 +225,11 @@ class HeuristicController:
 
     def _end_isolation(self, slot: SlotView, view: RunView) -> Command | None:
         isolation = self.config.isolation * view.decisions
+        rent = view.rent * slot.tree_params / max(view.host_params, 1)
+        prospect = isolated_prospect(slot, view)
+        if prospect is not None and prospect < rent and Op.CULL in slot.legal:
+            self._gains.setdefault(slot.blueprint, {})[f"{slot.path}@{view.decision - slot.age}"] = max(prospect, 0.0)
+            return self._command(Op.CULL, slot, f"at its pace {prospect:.3g} by the end, against rent {rent:.3g}")
         if Op.ADVANCE in slot.legal and slot.stage_age >= isolation:
             command = self._command(Op.ADVANCE, slot, f"learnt in isolation for {slot.stage_age} decisions")
             return attrs.evolve(command, blend=slot.blend, tempo=self._tempo(view))
@@ -244,7 +253,11 @@ class HeuristicController:
         reason = f"gain {pooled.mean:.4g} [{pooled.low:.4g}, {pooled.high:.4g}] against rent {rent:.3g}"
         certain = len(self._measured.get(slot.path, ())) >= _CERTAIN
         harms = certain and max(pooled.high, gain.high) < -rent - self.config.harm  # the latest says so by itself
-        if harms or (pooled.mean <= rent and not young and not uncertain):
+        prospect = measured_prospect(self._measured.get(slot.path, []), gain, slot, view)
+        hopeless = not last and prospect < rent
+        if hopeless:
+            reason += f", at most {prospect:.3g} by the end"
+        if harms or hopeless or (pooled.mean <= rent and not young and not uncertain):
             if Op.WITHER not in slot.legal:
                 return None
             self._withering.add(slot.path)
@@ -286,6 +299,7 @@ class HeuristicController:
             return
         for offer in choose_by_region(self._offers(view), view, room):
             self._planted += 1
+            self._hopes[f"{offer.slot.path}@{view.decision}"] = offer.gain
             yield Command(
                 Op.GERMINATE, offer.slot.path, offer.blueprint.name, view.blends[0] if view.blends else "",
                 self._tempo(view), source="heuristic", reason=self._why(offer),
@@ -305,6 +319,8 @@ class HeuristicController:
         open_slots = [slot for slot in view.slots if Op.GERMINATE in slot.legal]
         measured = {slot.path: measured_need(slot) for slot in open_slots}
         typical = median([need for need in measured.values() if need is not None] or [1.0]) or 1.0
+        found = {born: gain for gains in self._gains.values() for born, gain in gains.items()}
+        record = track_record(self._hopes, found)
         offers = []
         for slot in open_slots:
             need = measured[slot.path]
@@ -312,7 +328,7 @@ class HeuristicController:
             for blueprint in slot.blueprints:
                 if blueprint.family == FAMILY and view.course is not None:
                     continue  # depth goes by the plan
-                gain = self.expected_gain(blueprint, slot, view) * math.pow(relative, self.config.need_power)
+                gain = record * self.expected_gain(blueprint, slot, view) * math.pow(relative, self.config.need_power)
                 failures = self._failures.get(f"{slot.path} {blueprint.name}", 0)
                 offers.append(Offer(slot, blueprint, gain * math.pow(self.config.failure_factor, failures)))
         return offers

@@ -51,6 +51,8 @@ def controller_view(tolaria: Tolaria, measured: Measurement, epoch: float) -> Ru
         course=None if tolaria.budget is None else _course(clock, tolaria.budget),
         readings=of_host,
         settling=tolaria.governor.settling(clock.step),
+        step=clock.step,
+        targets=clock.targets,
     )
 
 

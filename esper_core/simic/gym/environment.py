@@ -193,6 +193,7 @@ class EpisodeGroup:
             else:
                 self.cohort.step(rows[0][0], rate)
             self.steps += 1
+            self._count([row[0] for row in rows])
             if due:
                 break
         self._decision += 1
@@ -202,6 +203,15 @@ class EpisodeGroup:
         else:
             views = self.cohort.observe(self._validation[0], epoch)
         return views, [self._pay(k) for k in range(len(self._accounts))]
+
+    def _count(self, batches: Sequence[Batch]) -> None:
+        """Count what every environment was trained on, as the trainer does for a run."""
+        for g, batch in enumerate(batches):
+            mine = self.cohort.members[g * self.size : (g + 1) * self.size]
+            for member in (self.cohort.trunks[g], *mine):
+                if not member.failed:
+                    member.tolaria.clock.targets += batch.targets.numel()
+                    member.tolaria.clock.examples += batch.size
 
     def group_of(self, k: int) -> int:
         """The group of environment k."""
