@@ -65,7 +65,11 @@ def seen() -> dict[str, set[float | None]]:
     return values
 
 
-@pytest.mark.parametrize("name", features.schema())
+YOUNGER = {"run.steps", "run.horizon", "run.tokens_per_param", "run.flops_budget_left"}
+"""Features of fields that views did not have when the runs were recorded; a run of today delivers them below."""
+
+
+@pytest.mark.parametrize("name", [name for name in features.schema() if name not in YOUNGER])
 def test_every_feature_is_delivered_and_varies(name: str) -> None:
     known = seen()[name] - {None}
     assert known, "no recorded view delivers it"
@@ -113,6 +117,24 @@ def test_a_run_of_today_delivers_what_the_recorded_one_did(tmp_path: Path) -> No
     assert views[-1].slots[1].seed_tags == frozenset({"learned"})
     last = views[-1].slots[0]
     assert last.stage is Stage.CULLED and last.culled == {"plain": 1} and views[0].slots[0].culled == {}
+
+
+@pytest.mark.parametrize("budget", ["", "2e9"])
+def test_a_view_says_how_far_the_run_is_and_how_long_it_will_be(tmp_path: Path, budget: str) -> None:
+    config = ground.config(tmp_path / "run", epochs=2, decisions_per_epoch=3, controller="wait", budget_total=budget)
+    views = record(config, ground.registry())
+    steps = [view.step for view in views]
+    assert steps == sorted(set(steps)) and steps[0] > 0
+    assert all(view.targets == view.step * config.batch_size for view in views)
+    for view in views:
+        told = dict(zip((f.name for f in features.GLOBAL_FEATURES),
+                        features.read_features(features.GLOBAL_FEATURES, view), strict=True))  # fmt: skip
+        assert told["steps"] == pytest.approx(np.log10(view.step))
+        assert told["horizon"] == pytest.approx(np.log10(steps[-1] / views[-1].share), abs=0.02)
+        assert told["tokens_per_param"] == pytest.approx(np.log10(view.targets / view.host_params))
+        assert told["flops_budget_left"] == pytest.approx(1 - view.share) if budget else told["flops_budget_left"] != 0
+    if budget:
+        assert 0 <= 1 - views[-1].share < 0.2 < 1 - views[0].share
 
 
 def _row(view: RunView, name: str) -> np.ndarray[Any, Any]:
