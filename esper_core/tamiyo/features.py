@@ -241,7 +241,7 @@ GLOBAL_FEATURES: Final[tuple[Feature, ...]] = (
     Feature("tokens_per_param", "targets trained on so far (positions of a text) over the host's parameters", LOG,
             lambda r: r.targets / max(r.host_params, 1)),
     Feature("flops_budget_left", "share of the run's budget of FLOPs that is not spent", SHARE,
-            lambda r: None if r.course is None else 1.0 - r.course.share),
+            lambda r: None if r.course is None else max(0.0, 1.0 - r.course.share)),
 )  # fmt: skip
 
 

@@ -253,7 +253,7 @@ class HeuristicController:
         reason = f"gain {pooled.mean:.4g} [{pooled.low:.4g}, {pooled.high:.4g}] against rent {rent:.3g}"
         certain = len(self._measured.get(slot.path, ())) >= _CERTAIN
         harms = certain and max(pooled.high, gain.high) < -rent - self.config.harm  # the latest says so by itself
-        prospect = measured_prospect(self._measured.get(slot.path, []), gain, slot, view)
+        prospect = measured_prospect(self._measured.get(slot.path, []), pooled, slot, view)
         hopeless = not last and prospect < rent
         if hopeless:
             reason += f", at most {prospect:.3g} by the end"

@@ -6,6 +6,7 @@ generous, since a removed seed never comes back: only what falls short of the re
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -32,21 +33,27 @@ def isolated_prospect(slot: SlotView, view: RunView) -> float | None:
     return -reading * math.pow(_stretch(slot, view), _WARM_UP)
 
 
-def measured_prospect(gains: Sequence[float], latest: Interval, slot: SlotView, view: RunView) -> float:
+def measured_prospect(gains: Sequence[float], pooled: Interval, slot: SlotView, view: RunView) -> float:
     """Largest gain (nats) by the end of the run that a seed's measurements leave open.
 
-    It is the lesser of two projections of the latest interval's upper end: growth in proportion to the seed's age, and
-    once there are two measurements, the rise since the one before over the decisions that are left.
+    It is the lesser of two projections: growth of the pooled upper end in proportion to the seed's age, and once there
+    are two measurements, the best so far and from there the steepest rise so far over the decisions that are left.
 
     Args:
-        gains: mean gain at each decision so far, the latest last. latest: the last one with its interval.
+        gains: mean gain at each decision so far, the latest last. pooled: over the later of them, with its interval.
+
+    Returns:
+        Infinity where the pooled upper end is below zero: a seed that harms at first may still learn, and how long it
+        may harm is another question.
     """
-    proportional = latest.high * _stretch(slot, view) if latest.high > 0 else latest.high
+    if pooled.high <= 0:
+        return math.inf
+    proportional = pooled.high * _stretch(slot, view)
     if len(gains) < 2:
         return proportional
-    half = (latest.high - latest.low) / 2
-    rise = max(latest.high - (gains[-2] - half), 0.0)
-    return min(proportional, latest.high + rise * max(view.decisions - view.decision - 1, 0))
+    half = (pooled.high - pooled.low) / 2
+    rise = max(0.0, *(later - earlier + half for earlier, later in itertools.pairwise(gains)))
+    return min(proportional, max(gains) + half + rise * max(view.decisions - view.decision - 1, 0))
 
 
 def track_record(hopes: Mapping[str, float], found: Mapping[str, float]) -> float:

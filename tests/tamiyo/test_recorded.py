@@ -132,9 +132,10 @@ def test_a_view_says_how_far_the_run_is_and_how_long_it_will_be(tmp_path: Path, 
         assert told["steps"] == pytest.approx(np.log10(view.step))
         assert told["horizon"] == pytest.approx(np.log10(steps[-1] / views[-1].share), abs=0.02)
         assert told["tokens_per_param"] == pytest.approx(np.log10(view.targets / view.host_params))
-        assert told["flops_budget_left"] == pytest.approx(1 - view.share) if budget else told["flops_budget_left"] != 0
+        left = told["flops_budget_left"]
+        assert left == pytest.approx(max(0.0, 1 - view.share)) if budget else np.isnan(left)
     if budget:
-        assert 0 <= 1 - views[-1].share < 0.2 < 1 - views[0].share
+        assert views[0].share < 0.8 < views[-1].share
 
 
 def _row(view: RunView, name: str) -> np.ndarray[Any, Any]:

@@ -4,9 +4,13 @@ The descriptor of each is that of an ordinary adapter, so its worth is known onl
 
 - `planted_useless`: returns zeros, whatever its parameters.
 - `planted_essential`: a linear map of the feature and of the mean over all positions, which few offers have.
+- `planted_dangerous`: drowns the feature, at once a little and after some steps for good, so that a rollback follows
+  if it shows then. While it is isolated, only its size (`delta_norm`) tells of it.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,11 @@ from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.specs import BlueprintSpec
 from esper_core.registry import Registry, load_registry
+
+_LOUD: Final = 30.0
+_FUSE: Final = 12
+_BURST: Final = 1e12
+"""The dangerous one's answer over the feature at first and in the end, and the training passes between the two."""
 
 
 class Planted(nn.Module):
@@ -49,6 +58,24 @@ class Useless(Planted):
         return torch.zeros_like(h) + 0.0 * (self.own.sum() + self.whole.sum() + self.gate.sum())
 
 
+class Dangerous(Planted):
+    """A random map of the feature, loud from the first update on, that bursts after `_FUSE` training passes."""
+
+    passes: Tensor
+
+    def __init__(self, point: InjectionSpec) -> None:
+        super().__init__(point)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Feature (N, …) in, delta of its shape out."""
+        if self.training:
+            self.passes.add_(1.0)
+        x = h.movedim(self.axis, -1)
+        loud = _LOUD * torch.tanh(1e4 * self.gate) + torch.where(self.passes > _FUSE, _BURST, 0.0)
+        return (x @ (self.own + self.whole) * loud).movedim(-1, self.axis).to(h.dtype)
+
+
 def estimate(point: InjectionSpec) -> tuple[int, int]:
     """Parameters and forward FLOPs of one example."""
     weights = 2 * point.channels**2 + point.channels
@@ -56,12 +83,12 @@ def estimate(point: InjectionSpec) -> tuple[int, int]:
 
 
 class PlantedPlugin:
-    """Both as a plugin."""
+    """All of them as a plugin."""
 
     @hookimpl
     def esper_blueprints(self) -> list[BlueprintSpec]:
         """See the module's docstring."""
-        factories = {"useless": "Useless", "essential": "Planted"}
+        factories = {"useless": "Useless", "essential": "Planted", "dangerous": "Dangerous"}
         return [
             BlueprintSpec(
                 name=f"planted_{name}", summary=f"{name}, planted in worlds alone", family="adapter",

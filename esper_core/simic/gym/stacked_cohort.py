@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ from esper_core.tolaria.snapshot import Snapshot, training_plain
 
 if TYPE_CHECKING:
     from esper_core.simic.gym.environment import Ground
+
+
+_WORTH_A_GRAPH: Final = 20
+"""Optimizer steps between decisions from which on a step is captured."""
 
 
 class LaneSnapshot(Snapshot):
@@ -232,6 +236,8 @@ class StackedCohort:
         self._everyone = [member for group in groups for member in group]
         sees = [g for g, group in enumerate(groups) for _ in group] if len(grounds) > 1 else []
         check = first.setup.build_governor().config.check_every
+        # A graph is worth its capture where it is replayed often before growth changes what is computed.
+        options.setdefault("capture", None if _rhythm(first) >= _WORTH_A_GRAPH else False)
         self.population = StackedPopulation(
             [m.plane for m in self._everyone], first.setup.objective, device=device, sees=sees,
             optimizer=stacked_optimizer(first.config), history=check, **options,
@@ -322,6 +328,12 @@ class StackedCohort:
     def act(self, k: int, commands: Iterable[Command]) -> list[Command]:
         """Carry out the legal ones of `commands` in member k, and return them."""
         return self.members[k].act(commands)
+
+
+def _rhythm(ground: Ground) -> int:
+    """Optimizer steps between two decisions."""
+    timetable = ground.setup.timetable
+    return timetable.steps // max(1, timetable.decisions)
 
 
 def _parts(member: Member) -> tuple[StackedTolaria, LaneSensors]:

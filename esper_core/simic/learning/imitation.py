@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op
-from esper_core.simic.learning.ppo import Episode, Policy
+from esper_core.simic.learning.ppo import CorePolicy, Episode, Policy
 from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Observation
 
 
@@ -33,6 +33,7 @@ class ImitationConfig:
         value_weight: of the value's squared error. minibatch: episodes in a step.
         entropy_weights: a head each, in the order of FIELDS. A teacher that never errs would leave a core that never
             tries: with weight 0.5 about a tenth of a head's choices stay open for PPO to learn from.
+        together: score the episodes of a minibatch that are of one length in one pass: what a GPU is fast at.
     """
 
     iterations: int = 0
@@ -44,6 +45,7 @@ class ImitationConfig:
     value_weight: float = 0.5
     minibatch: int = 8
     entropy_weights: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
+    together: bool = False
 
 
 class Scribe:
@@ -88,6 +90,13 @@ class Scribe:
         return op, slot, 0, 0, 0
 
 
+def _of_one_length(episodes: Sequence[Episode], chosen: Sequence[int]) -> list[list[int]]:
+    lengths: dict[int, list[int]] = {}
+    for i in chosen:
+        lengths.setdefault(len(episodes[i].rewards), []).append(i)
+    return list(lengths.values())
+
+
 def demonstration_weights(episodes: Sequence[Episode], sharpness: float) -> list[float]:
     """One weight an episode, with mean 1 over all: by its return among those of its group."""
     raw = []
@@ -118,18 +127,24 @@ def imitate(
         for start in range(0, len(order), config.minibatch):
             chosen = order[start : start + config.minibatch]
             optimizer.zero_grad(set_to_none=True)
-            for i in chosen:
-                decision = policy.score(episodes[i])
-                to_go = np.cumsum(episodes[i].rewards[::-1])[::-1].copy() * reward_scale
-                error = (decision.value - torch.from_numpy(to_go).to(decision.value.device)).square().mean()
+            as_one = config.together and isinstance(policy, CorePolicy)
+            parts = _of_one_length(episodes, chosen) if as_one else [[i] for i in chosen]
+            for part in parts:
+                some = [episodes[i] for i in part]
+                decision = policy.score_all(some) if isinstance(policy, CorePolicy) else policy.score(some[0])
+                device = decision.value.device
+                to_go = np.concatenate([np.cumsum(e.rewards[::-1])[::-1] * reward_scale for e in some])
+                error = (decision.value - torch.from_numpy(to_go).to(device)).square().mean()
                 bonus = sum(
                     weight * decision.entropy[head].mean()
                     for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
                 )
-                loss = (config.value_weight * error - weights[i] * decision.log_prob.mean() - bonus) / len(chosen)
+                told = decision.log_prob.view(len(part), -1).mean(1)  # (E,)
+                worth = torch.tensor([weights[i] for i in part], device=device)
+                loss = (config.value_weight * error - (worth * told).mean() - bonus) * (len(part) / len(chosen))
                 loss.backward()
-                likelihood += float(decision.log_prob.detach().mean())
-                value_error += float(error.detach())
+                likelihood += float(told.detach().sum())
+                value_error += float(error.detach()) * len(part)
             norm_sum += float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             optimizer.step()
             steps += 1

@@ -7,7 +7,7 @@ of it, so that rollout and update see the same network. Shapes: T decisions, K c
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 import numpy as np
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from esper_core.tamiyo.core import Decision, TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, Normaliser, Observation, ObservationBatch, collate
+
+_AT_ONCE: Final = 32
+"""Episodes that the normalisers take in at once."""
 
 
 @attrs.frozen
@@ -295,9 +298,10 @@ def _together(
 
 def update_normalisers(core: TamiyoCore, episodes: Sequence[Episode]) -> None:
     """Take what was seen into the running normalisers: after the policy's update, never between rollout and update."""
-    for episode in episodes:
-        device = next(core.parameters()).device
-        batch: ObservationBatch = collate(episode.observations).to(device)
+    device = next(core.parameters()).device
+    for start in range(0, len(episodes), _AT_ONCE):
+        seen = [one for episode in episodes[start : start + _AT_ONCE] for one in episode.observations]
+        batch: ObservationBatch = collate(seen).to(device)
         rows = {
             "run": batch.run,
             "slots": batch.slots[batch.present],
