@@ -150,7 +150,6 @@ class RunView:
             readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
                 unmeasured.
             settling: optimizer steps for which governor and judge hold still after blocks were copied in.
-    <<<<<<< HEAD
             regions: region, as in `slot.spec.region`, to the parameters and FLOPs that may still grow there (infinite:
                 unlimited); empty where nothing shares the budget out.
             step: optimizer steps so far. targets: trained on so far, as in `Course`; 0 where nobody counts them.

@@ -142,7 +142,7 @@ def imitate(
                 told = decision.log_prob.view(len(part), -1).mean(1)  # (E,)
                 worth = torch.tensor([weights[i] for i in part], device=device)
                 loss = (config.value_weight * error - (worth * told).mean() - bonus) * (len(part) / len(chosen))
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 likelihood += float(told.detach().sum())
                 value_error += float(error.detach()) * len(part)
             norm_sum += float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
