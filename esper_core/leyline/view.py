@@ -132,27 +132,27 @@ class Course:
 class RunView:
     """The whole run as a controller sees it at a decision step.
 
-        Attributes:
-            decision: index of the decision step, from 0; `decisions` in the whole run.
-            epoch, epochs: the current epoch (fractional) and how many there are.
-            train_loss: mean since the last decision. validation_loss, validation_score: on the validation split;
-                the score is the objective's metric.
-            history: earlier (train_loss, validation_loss, validation_score), oldest first, one a decision.
-            host_params, host_flops: of the host alone; flops for one example's forward pass.
-            seed_params, seed_flops: of all seeds that pay rent.
-            params_left, flops_left: what the budgets still allow; None when unlimited.
-            rent: lambda of the rent term.
-            learning_rate: of the host, as a share of its peak.
-            governor: `calm`, `watching` or `recovering`. rollbacks: so far.
-            slots: every slot in depth order. blends: the blends that commands may name.
-            metric: what scores are of.
-            course: how much of its budget of FLOPs is spent; None if its length is in epochs.
-            readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
-                unmeasured.
-            settling: optimizer steps for which governor and judge hold still after blocks were copied in.
-            regions: region, as in `slot.spec.region`, to the parameters and FLOPs that may still grow there (infinite:
-                unlimited); empty where nothing shares the budget out.
-            step: optimizer steps so far. targets: trained on so far, as in `Course`; 0 where nobody counts them.
+    Attributes:
+        decision: index of the decision step, from 0; `decisions` in the whole run.
+        epoch, epochs: the current epoch (fractional) and how many there are.
+        train_loss: mean since the last decision. validation_loss, validation_score: on the validation split;
+            the score is the objective's metric.
+        history: earlier (train_loss, validation_loss, validation_score), oldest first, one a decision.
+        host_params, host_flops: of the host alone; flops for one example's forward pass.
+        seed_params, seed_flops: of all seeds that pay rent.
+        params_left, flops_left: what the budgets still allow; None when unlimited.
+        rent: lambda of the rent term.
+        learning_rate: of the host, as a share of its peak.
+        governor: `calm`, `watching` or `recovering`. rollbacks: so far.
+        slots: every slot in depth order. blends: the blends that commands may name.
+        metric: what scores are of.
+        course: how much of its budget of FLOPs is spent; None if its length is in epochs.
+        readings: of the host as a whole: `attention_entropy`, the mean over its attentions (nats); a missing key is
+            unmeasured.
+        settling: optimizer steps for which governor and judge hold still after blocks were copied in.
+        regions: region, as in `slot.spec.region`, to the parameters and FLOPs that may still grow there (infinite:
+            unlimited); empty where nothing shares the budget out.
+        step: optimizer steps so far. targets: trained on so far, as in `Course`; 0 where nobody counts them.
     """
 
     decision: int

@@ -38,6 +38,7 @@ TEXT = attrs.evolve(
               "transformers.dropout": 0.0, "pydoc.length": 12, "governor.check_every": 3, "plane.ramp": 0.2},
 )  # fmt: skip
 BAR = 2e-6
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
 def in_double(ground: Ground) -> Ground:
@@ -129,11 +130,12 @@ def apart(ours: list[Track], theirs: list[Track]) -> float:
     return max(worst.values())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("config", "size"), [(DIGITS, 3), (TEXT, 2)])
-def test_an_episode_on_the_engine_is_the_episode_of_the_cpu_way(config: RunConfig, size: int) -> None:
+def test_an_episode_on_the_engine_is_the_episode_of_the_cpu_way(config: RunConfig, size: int, device: str) -> None:
     """Two groups with hosts and batches of their own, as one stack and as two cohorts."""
     laid = grounds(config, 0, 1)
-    stacked, alone = play(laid, size, "cpu"), play(laid, size, None)
+    stacked, alone = play(laid, size, device), play(laid, size, None)
     stages = {s.stage for track in alone for views, _ in track for view in views for s in view.slots}
     assert len(stages) >= 4, "the script must lead seeds through their lives"
     assert apart(stacked, alone) <= BAR
