@@ -21,20 +21,24 @@ from esper_core.tolaria.run import start_run
 SEEDS: Final = 8
 LIVE: Final = 50
 HOSTS: Final = {
-    "resnet": {"host": "lattice-resnet", "blueprints": ("bottleneck",), "budget_params": str(56 * 80)},
-    "transformer": {"host": "lattice-transformer", "blueprints": ("token_mixer",), "budget_params": str(56 * 204)},
+    "resnet": {"host": "lattice-resnet", "blueprints": ("depthwise",), "budget_params": str(64 * 152)},
+    "transformer": {"host": "lattice-transformer", "blueprints": ("token_mixer",), "budget_params": str(64 * 204)},
 }  # fmt: skip
+ARMS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "narset": {"narset.size": 8, "narset.floor": 0.25, "narset.stake": 0.5},
+    "none": {},
+}
 CONTROLLERS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "heuristic": {"heuristic.at_once": 64, "heuristic.start": 0.1, "heuristic.stake": 0.5},
-    "agent": {},
+    "heuristic": {"heuristic.at_once": 64, "heuristic.start": 0.1},
+    "agent": {"agent.sample": True},
 }
 
 
 def jobs(seeds: int | None, small: bool) -> list[dict[str, Any]]:
     """One job a run, the arms of a pair side by side; `small` has a quarter of the epochs."""
     return [
-        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else 16}
-        for seed in range(seeds or SEEDS) for host in HOSTS for controller in CONTROLLERS for arm in ("narset", "none")
+        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 6 if small else 24}
+        for seed in range(seeds or SEEDS) for host in HOSTS for controller in CONTROLLERS for arm in ARMS
     ]  # fmt: skip
 
 
@@ -44,7 +48,10 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
         **HOSTS[job["host"]], task="digits", controller=job["controller"], seed=job["seed"], epochs=job["epochs"],
         overseers=("narset",) if job["arm"] == "narset" else (), decisions_per_epoch=2, decision_examples=128,
         learning_rate=0.005, clip=1.0, device="cpu",
-        settings={**CONTROLLERS[job["controller"]], "plane.ramp": 0.05, "plane.max_stack": 2, "sensors.fossils": 8},
+        settings={
+            **CONTROLLERS[job["controller"]], **ARMS[job["arm"]], "plane.ramp": 0.05, "plane.max_stack": 2,
+            "sensors.fossils": 8,
+        },
     )  # fmt: skip
     books = Books()
     try:
@@ -53,7 +60,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     except RunFailed as error:
         status, test = f"failed: {error}", {"test_accuracy": None, "test_loss": None}
     last = books.curve[-1]
-    by_region: dict[str, int] = {}
+    by_region: dict[int, int] = {}
     for slot, (_, params) in books.living.items():
         by_region[region_of(slot)] = by_region.get(region_of(slot), 0) + params
     return {
@@ -64,12 +71,10 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def region_of(slot: str) -> str:
-    """The region of a slot of either host, of eight points each in depth order."""
-    root = slot.split("/", 1)[0]
-    if root.startswith("stage"):
-        return root.split(".", 1)[0]
-    return f"blocks {int(root.removeprefix('attention').removeprefix('feed')) // 4}"
+def region_of(slot: str) -> int:
+    """The region of a slot of either host, from 0: eight points in depth order, so two of 16 blocks."""
+    block = slot.split("/", 1)[0].split(".", 1)[0]
+    return int(block.removeprefix("block").removeprefix("attention").removeprefix("feed")) // 2
 
 
 def judge(rows: Sequence[Mapping[str, Any]], rent: float = 0.05) -> dict[str, Any]:

@@ -14,4 +14,7 @@ class OrganConfig:
     floor: float = option_field(0.5, "share of an equal split of the budget that every region keeps", 0.0, 1.0)
     prior_params: float = option_field(0.05, "parameters (share of the host's) that the common gain counts for", 1e-06)
     total: float = option_field(1.0, "budget of all regions (share of the host) in a run without one", 0.0)
+    stake: float = option_field(
+        1.0, "share of the budget that may grow before half of what grew is measured at full strength", 0.0, 1.0
+    )
     size: int = option_field(0, "points of a region; 0: the host's own regions, or chosen", 0)

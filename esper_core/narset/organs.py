@@ -61,7 +61,8 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
     """Every region with its budget; an `investor` sets the total and the shares.
 
     The floor is split equally; the rest in proportion to the marginal gain per parameter measured in each region,
-    shrunk towards the common one where few parameters were measured. A region that only costs gets its floor.
+    shrunk towards the common one where few parameters were measured. A region that only costs gets its floor. Until
+    half of the parameters that live are measured, only `stake` of the total may be spent.
     """
     names = regions_of(view, config)
     regions: dict[str, list[SlotView]] = {}
@@ -82,6 +83,8 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
         )
         total = total if investment.total is None else min(total, investment.total)
         merits = {name: max(0.0, investment.shares.get(name, merit)) for name, merit in merits.items()}
+    if mass * view.host_params < 0.5 * max(view.seed_params, 1):
+        total = config.stake * total
     flops_total = None if view.flops_left is None else view.flops_left + view.seed_flops
     whole = math.fsum(merits.values())
     organs = {}
@@ -103,7 +106,10 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
 def _pool(
     organs: dict[str, OrganBudget], regions: Mapping[str, Sequence[SlotView]], merits: Mapping[str, float]
 ) -> None:
-    """Move the budget that no slot of a region can use to the best region with an open slot."""
+    """Move the budget that no slot of a region can use to the best region with an open slot.
+
+    A better region keeps it while its seeds are on trial: each may free its slot, or have another put upon it.
+    """
     cheapest = {
         name: min((b.params for slot in members if Op.GERMINATE in slot.legal for b in slot.blueprints), default=None)
         for name, members in regions.items()
@@ -113,6 +119,8 @@ def _pool(
     if not idle or not open_regions:
         return
     best = max(open_regions, key=lambda name: (name not in idle, merits[name]))
+    tried = {name for name, members in regions.items() if any(slot.stage.spec.growing for slot in members)}
+    idle = [name for name in idle if name not in tried or merits[name] <= merits[best]]
     spare = sum(organs[name].left for name in idle if name != best)
     for name in idle:
         if name != best:
@@ -127,8 +135,8 @@ def _charted(view: RunView, regions: Mapping[str, str]) -> RunView:
 
 
 def _measured(members: Sequence[SlotView], host_params: int) -> tuple[float, float]:
-    """Summed gain (nats) and summed mass (in hosts) of the measured seeds of a region."""
-    seeds = [slot for slot in members if slot.counterfactual is not None and slot.params > 0]
+    """Summed gain (nats) and summed mass (in hosts) of the seeds of a region that are measured at full strength."""
+    seeds = [slot for slot in members if slot.counterfactual is not None and slot.params > 0 and slot.alpha >= 1.0]
     gain = math.fsum(slot.counterfactual.mean for slot in seeds if slot.counterfactual)
     return gain, sum(slot.params for slot in seeds) / max(host_params, 1)
 

@@ -166,13 +166,8 @@ class HeuristicController:
         return commands
 
     def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
-        """For Narset: the whole budget while some region earns more than its rent, and else what has grown so far.
-
-        Before anything is measured it is `stake` of the budget: the rest then goes where growing is known to pay.
-        """
+        """For Narset: the whole budget while some region earns more than its rent, and else what has grown so far."""
         shares = {name: value for name, value in efficiency.items() if value is not None}
-        if not shares and view.params_left is not None:
-            return Investment(math.floor(self.config.stake * (view.seed_params + view.params_left)))
         earns = not shares or max(shares.values()) > view.rent
         return Investment(None if earns else view.seed_params, shares)
 

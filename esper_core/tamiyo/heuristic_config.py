@@ -25,9 +25,6 @@ class HeuristicConfig:
         "largest number of seeds that are alive and not yet fossilised; 0: 8, or half of the slots if that is more",
         0,
     )
-    stake: float = option_field(
-        1.0, "with Narset: share of the budget of parameters that may grow before any gain is measured", 0.0, 1.0
-    )
     isolation: float = option_field(
         0.0, "share of the run that a seed trains in isolation (at least one decision)", 0.0, 1.0
     )

@@ -68,7 +68,7 @@ class GovernorConfig:
         100_000,
     )
     caution: float = option_field(
-        0.5, "factor on the learning rate after a rollback that no command explains", 0.01, 1.0
+        0.5, "factor on the learning rate after a rollback that no command explains, or that follows another", 0.01, 1.0
     )
     penalty: float = option_field(1.0, "what a rollback costs in the event log and for a learning controller", 0.0)
 
@@ -258,9 +258,9 @@ class Governor:
         self.last_rollback, self.recovering, self.settles_until = step, self.config.recovery, -1
         self.losses = deque((number, value) for number, value in self.losses if number <= to_step)
         self.commands = [(number, command) for number, command in self.commands if number < to_step]
-        if guilty is None and strike:
+        if strike and (guilty is None or self.strikes > 1):  # whoever was blamed before, it did not help
             self.caution *= self.config.caution
-        elif guilty is not None:
+        if guilty is not None:
             key = f"{guilty['op']} {guilty['slot']}"
             self.embargoes[key] = self.config.embargo
             self.offences[guilty["slot"]] = self.offences.get(guilty["slot"], 0) + 1

@@ -143,3 +143,14 @@ def test_there_is_no_way_to_turn_it_off():
             assert governor.observe([1.0, math.nan], 22) is not None, (option.name, value)
             governor.roll_back(22, 20, None)
             assert governor.rollbacks == 1
+
+
+def test_a_rollback_that_follows_another_lowers_the_rate_whoever_is_blamed():
+    governor = Governor(GovernorConfig(pardon=50), math.log(10))
+    guilty = {"op": "advance", "slot": "a"}
+    governor.roll_back(10, 5, guilty)
+    assert governor.caution == 1.0
+    governor.roll_back(20, 5, guilty, strike=False)  # a seed that was missed while it withered
+    assert governor.caution == 1.0
+    governor.roll_back(30, 5, guilty)
+    assert governor.caution == 0.5 and governor.embargo_left(Op.ADVANCE, "a")
