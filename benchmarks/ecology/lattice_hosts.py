@@ -1,10 +1,10 @@
 """Two hosts of 64 points that lack something which seeds can give, and only early ones can.
 
 The residual network has 1×1 convolutions alone: it sees how much ink there is, not where. Its map has 8×8 positions in
-four blocks, 2×2 in four and one in eight. The transformer has no positions: it sees a bag of patches, of which it takes
-the mean after a quarter of its blocks (convolutions along the sequence can tell positions: Chu et al. 2021,
-arXiv:2102.10882). So seeds that mix positions are worth much in the first regions and nothing in the last, at the same
-cost.
+a quarter of its blocks, 2×2 in the next, and then one. The transformer has no positions: it sees a bag of patches, of
+which it takes the mean after a quarter of its sublayers (convolutions along the sequence can tell positions: Chu et al.
+2021, arXiv:2102.10882). So seeds that mix positions are worth much in the first regions and nothing in the last, at the
+same cost.
 
 Shapes: N examples, C channels, H height, W width, L tokens, D width of a token.
 """
@@ -20,37 +20,37 @@ from esper_core.kasmina.module_host import ModuleHost, host_from_module
 
 
 class Pointwise(nn.Module):
-    """x + post(mlp(norm(x))) with 1×1 convolutions, eight times as wide inside; x may be pooled first."""
+    """x + down(ReLU(up(norm(x)))) with 1×1 convolutions, four times as wide inside; x may be pooled first."""
 
     def __init__(self, width: int, square: int = 1) -> None:
         super().__init__()
-        self.pool, self.norm, self.post = nn.AvgPool2d(square), nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.mlp = nn.Sequential(nn.Conv2d(width, 8 * width, 1), nn.ReLU(), nn.Conv2d(8 * width, width, 1))
-        nn.init.constant_(self.post.weight, 0.2)
+        self.pool, self.norm = nn.AvgPool2d(square), nn.GroupNorm(1, width)
+        self.up, self.down = nn.Conv2d(width, 4 * width, 1), nn.Conv2d(4 * width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H / square, W / square)."""
         x = self.pool(x)
-        y: Tensor = x + self.post(self.mlp(self.norm(x)))
+        y: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
         return y
 
 
 def resnet_host(
     argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
 ) -> ModuleHost:
-    """A residual network of 16 blocks of width 8 with four points each."""
+    """A residual network of 32 blocks of width 8, two points behind each: at the block, and at an identity."""
     shape, width = tuple(input_shape or (1, 8, 8)), 8
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], width, 1))
-        for index in range(16):
-            layers[f"block{index}"] = Pointwise(width, {4: 4, 8: 2}.get(index, 1))
+        for index in range(32):
+            layers[f"block{index}"] = Pointwise(width, {8: 4, 16: 2}.get(index, 1))
+            layers[f"behind{index}"] = nn.Identity()
         layers |= OrderedDict(
-            norm=nn.BatchNorm2d(width), act=nn.ReLU(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
+            norm=nn.GroupNorm(1, width), act=nn.ReLU(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
             head=nn.Linear(width, outputs or 10),
         )  # fmt: skip
         model = nn.Sequential(layers)
-    points = [f"block{index}{part}" for index in range(16) for part in (".norm", ".mlp", ".post", "")]
+    points = [name for name in layers if name.startswith(("block", "behind"))]
     return host_from_module(model, points, example=torch.zeros(2, *shape))
 
 
@@ -104,17 +104,17 @@ class Mean(nn.Module):
 def transformer_host(
     argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
 ) -> ModuleHost:
-    """A vision transformer of 16 blocks of width 12 with four points each: both norms, and behind each sublayer."""
+    """A vision transformer of 16 blocks of width 12, two points behind each of their sublayers, likewise."""
     shape, width = tuple(input_shape or (1, 8, 8)), 12
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: OrderedDict[str, nn.Module] = OrderedDict(patches=Patches(shape[0], width))
-        for index in range(16):
-            if index == 4:
+        for index in range(32):
+            if index == 8:
                 layers["mean"] = Mean()
-            layers[f"attention{index}"], layers[f"feed{index}"] = Attention(width), FeedForward(width)
+            layers[f"block{index}"] = FeedForward(width) if index % 2 else Attention(width)
+            layers[f"behind{index}"] = nn.Identity()
         layers |= OrderedDict(norm=nn.LayerNorm(width), flat=nn.Flatten(), head=nn.Linear(width, outputs or 10))
         model = nn.Sequential(layers)
-    kinds = [f"{kind}{index}" for index in range(16) for kind in ("attention", "feed")]
-    points = [f"{kind}{part}" for kind in kinds for part in (".norm", "")]
+    points = [name for name in layers if name.startswith(("block", "behind"))]
     return host_from_module(model, points, example=torch.zeros(2, *shape))

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Final
 
@@ -33,6 +33,13 @@ _WITHOUT: Final[Mapping[str, Mapping[str, Any]]] = {
     "full": {}, "no emrakul": {"overseers": ("narset",)}, "no narset": {"overseers": ("emrakul",)},
     "no rent": {"rent": 0.0}, "wait": {"controller": "wait", "overseers": ()},
 }  # fmt: skip
+FIGURES: Final[Mapping[str, Callable[[Mapping[str, Any]], float]]] = {
+    "mass": lambda row: row["mass"],
+    "validation_and_rent": lambda row: row["validation_loss"] + RENT * row["mass"],
+    "test_loss": lambda row: row["test_loss"],
+    "test_accuracy": lambda row: row["test_accuracy"],
+}
+"""What is told of a run."""
 
 
 def jobs(seeds: int | None, small: bool) -> list[dict[str, Any]]:
@@ -63,36 +70,42 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every arm's mass, validation + rent and test; `full` less each of the others, paired by seed."""
-    by_arm = {arm: [row for row in rows if row["job"]["arm"] == arm] for arm in ARMS}
-    figures = {
-        arm: {
-            "mass": [row["mass"] for row in mine],
-            "validation_and_rent": [row["validation_loss"] + RENT * row["mass"] for row in mine],
-            "test_loss": [row["test_loss"] for row in mine],
-            "test_accuracy": [row["test_accuracy"] for row in mine],
-        }
-        for arm, mine in by_arm.items()
+    """Every arm's mass, validation + rent and test; `full` less each of the others, paired by seed.
+
+    A run that failed has no test figures; its pair is left out, and it is counted.
+    """
+    by_arm = {
+        arm: {row["job"]["seed"]: row for row in rows if row["job"]["arm"] == arm and row["status"] == "finished"}
+        for arm in ARMS
     }
     arms = {}
     for arm, mine in by_arm.items():
-        verdicts = [verdict["verdict"] for row in mine for verdict in row["verdicts"]]
+        all_rows = [row for row in rows if row["job"]["arm"] == arm]
+        verdicts = [verdict["verdict"] for row in all_rows for verdict in row["verdicts"]]
+        shared = sorted(mine.keys() & by_arm["full"].keys())
         arms[arm] = {
-            "mean": {name: fmean(values) for name, values in figures[arm].items()},
-            "full_less_this": {n: interval(figures["full"][n], values) for n, values in figures[arm].items()},
+            "finished": len(mine), "failed": len(all_rows) - len(mine),
+            "mean": {name: fmean(figure(row) for row in mine.values()) for name, figure in FIGURES.items()},
+            "full_less_this": {
+                name: interval(
+                    [figure(by_arm["full"][seed]) for seed in shared], [figure(mine[seed]) for seed in shared]
+                )
+                for name, figure in FIGURES.items()
+            },
             "audits": {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))},
-            "grown": sum(row["grown"] for row in mine), "alarms": sum(len(row["alarms"]) for row in mine),
-            "flops": fmean(row["flops"] for row in mine),
+            "grown": sum(row["grown"] for row in all_rows), "alarms": sum(len(row["alarms"]) for row in all_rows),
+            "flops": fmean(row["flops"] for row in mine.values()),
             "growth_curve": [
-                [epoch, fmean(row["curve"][epoch]["ratio"] for row in mine)]
-                for epoch in range(0, min(len(row["curve"]) for row in mine), 10)
+                [epoch, fmean(row["curve"][epoch]["ratio"] for row in mine.values())]
+                for epoch in range(0, min(len(row["curve"]) for row in mine.values()), 10)
             ],
         }  # fmt: skip
     failed = sum(row["status"] != "finished" for row in rows)
     books = sum(row["curve"][e]["by_events"] != row["curve"][e]["seed_params"] for row in rows for e in _epochs(row))
     lean, net = (arms["no emrakul"]["full_less_this"][name] for name in ("mass", "validation_and_rent"))
+    epochs = min(len(row["curve"]) for row in by_arm["full"].values())
     bars = [
-        ("epochs", epochs := min(len(row["curve"]) for row in rows), epochs >= 200),
+        ("epochs", epochs, epochs >= 200),
         ("runs failed", failed, failed == 0),
         ("epochs in which ledger and events differ", books, books == 0),
         ("mass with Emrakul less without, hosts", lean, lean["mean"] < 0),
