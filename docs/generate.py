@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -114,12 +115,22 @@ def sensors_page() -> str:
     )
 
 
+def _docstring(module: str, attribute: str) -> str:
+    """That of a name; read from the source where importing the module would import another library's trainer."""
+    if not module.startswith("esper_core.integrations."):
+        return getattr(importlib.import_module(module), attribute).__doc__ or ""
+    source = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    nodes = ast.parse(source.read_text(encoding="utf-8")).body
+    found = (n for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == attribute)
+    return ast.get_docstring(next(found)) or ""
+
+
 def public_api_page() -> str:
     """`public-api.md`: the names that `esper_core` promises to keep."""
     rows = []
     for name, reference in sorted(esper_core.PUBLIC.items(), key=lambda item: (item[1].partition(":")[0], item[0])):
         module, _, attribute = reference.partition(":")
-        documented = getattr(importlib.import_module(module), attribute).__doc__ or ""
+        documented = _docstring(module, attribute)
         line = documented.strip().split("\n\n")[0].replace("\n", " ")
         rows.append(f"| `{name}` | `{module}` | {' '.join(line.split()).replace('|', chr(92) + '|')} |")
     return "\n".join(

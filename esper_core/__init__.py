@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from esper_core.integrations.lightning import LightningGrowth as LightningGrowth
+    from esper_core.integrations.lightning import load_grown as load_grown
     from esper_core.integrations.transformers import GrowthCallback as GrowthCallback
     from esper_core.kasmina.calls import Call as Call
     from esper_core.kasmina.compose import compose as compose
@@ -53,6 +55,7 @@ PUBLIC: dict[str, str] = {
     "Fold": "esper_core.kasmina.fold:Fold",
     "GrowthCallback": "esper_core.integrations.transformers:GrowthCallback",
     "GrowthEMA": "esper_core.tolaria.ema:GrowthEMA",
+    "LightningGrowth": "esper_core.integrations.lightning:LightningGrowth",
     "ModuleHost": "esper_core.kasmina.module_host:ModuleHost",
     "Plane": "esper_core.kasmina.plane:Plane",
     "Progress": "esper_core.tolaria.progress_file:Progress",
@@ -66,6 +69,7 @@ PUBLIC: dict[str, str] = {
     "from_pretrained": "esper_core.tolaria.hub_folder:from_pretrained",
     "grow": "esper_core.tolaria.grow:grow",
     "host_from_module": "esper_core.kasmina.module_host:host_from_module",
+    "load_grown": "esper_core.integrations.lightning:load_grown",
     "load_growth": "esper_core.tolaria.model_file:load_growth",
     "load_model": "esper_core.tolaria.model_file:load_model",
     "load_registry": "esper_core.registry:load_registry",
@@ -88,7 +92,14 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     module, _, attribute = PUBLIC[name].partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        extra = module.rpartition(".")[2]
+        if not module.startswith("esper_core.integrations.") or str(error.name).startswith("esper_core"):
+            raise
+        needed = f"esper_core.{name} needs {error.name}, which is not installed"
+        raise ImportError(f"{needed}; try: pip install 'esper-core[{extra}]'", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -19,7 +19,7 @@ from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import Event
 from esper_core.registry import load_registry
 from esper_core.tolaria.grow import accompany
-from esper_core.tolaria.labels import ToBatch, to_batch
+from esper_core.tolaria.labels import ToBatch, settle, to_batch
 from esper_core.tolaria.model_file import load_growth
 from esper_core.tolaria.progress_file import Progress, resume, with_file
 from esper_core.tolaria.session import Tolaria
@@ -135,7 +135,7 @@ class LightningGrowth(Callback):
         with torch.inference_mode(False), torch.enable_grad():
             if self._used is None:
                 points = self.options.get("points")
-                self._used = _plane_over(self._grows(pl_module), self.convert(self._sample()).inputs, points)
+                self._used = _plane_over(self._grows(pl_module), self._sample(), self.convert, points)
             with_file(held, lambda path: load_growth(self.plane, path))
 
     # --- Training ---
@@ -271,7 +271,7 @@ def load_grown(
     if not held:
         raise EsperError(f"{path} holds no seeds", "a checkpoint of a trainer with LightningGrowth",
                          f"{kind.__name__}.load_from_checkpoint(PATH)")  # fmt: skip
-    plane = _plane_over(loaded.get_submodule(module), convert(sample).inputs, points)
+    plane = _plane_over(loaded.get_submodule(module), sample, convert, points)
     with_file(held[0], lambda name: load_growth(plane, name))
     return loaded, plane
 
@@ -297,7 +297,8 @@ def _plain(owner: Any, name: str) -> Any:
     return getattr(type(owner), name).__get__(owner)
 
 
-def _plane_over(model: nn.Module, inputs: Any, points: Sequence[str] | None) -> Plane:
+def _plane_over(model: nn.Module, sample: Any, convert: ToBatch, points: Sequence[str] | None) -> Plane:
+    inputs = settle(convert, model, sample)(sample).inputs
     return Plane(host_from_module(model, list(points) if points else None, example=inputs), load_registry())
 
 

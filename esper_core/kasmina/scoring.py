@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.leyline.errors import BadOption, EsperError
-from esper_core.leyline.host import list_tensors, map_tensors
+from esper_core.leyline.host import IGNORED, list_tensors, map_tensors
 from esper_core.leyline.objective import Metric, Objective
 
 Function = Callable[[Tensor, Any], Tensor]
@@ -95,6 +95,7 @@ class OwnObjective:
             else Metric("loss", higher_is_better=False, share=False, loss_unit=unit)
         )
         self.name = describe_objective(base) if base is not None else f"loss {_name(loss)}"
+        self._means = False  # the loss function gives the mean of a batch, of the positions that count
 
     @property
     def chance(self) -> float | None:
@@ -112,7 +113,20 @@ class OwnObjective:
             return self._base.loss(outputs, targets)
         assert self._loss is not None
         value = self._loss(outputs, targets)
+        self._means = isinstance(value, Tensor) and value.dim() == 0
         return value.mean() if isinstance(value, Tensor) and value.dim() else value
+
+    def weigh(self, targets: Any) -> Tensor | None:
+        """How much each example counts where several are averaged, (N,); None if all count alike.
+
+        As many as its positions that count, where the targets are integers (N, …) and the loss is a mean over them.
+        """
+        if self._base is not None:
+            weigh = getattr(self._base, "weigh", None)
+            return weigh(targets) if weigh is not None else None
+        if not self._means or not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dim() < 2:
+            return None
+        return (targets != getattr(self._loss, "ignore_index", IGNORED)).flatten(1).sum(1)
 
     def scores(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Loss and metric of each example, (N,) each."""
@@ -133,7 +147,12 @@ def _of_each(function: Function, outputs: Tensor, targets: Any) -> Tensor:
         whole = copy.copy(function)
         whole.reduction = "none"  # type: ignore[assignment]
         values = whole(outputs, targets).flatten(1) if len(outputs) else outputs.new_zeros(0, 1)
-        return (values.mean(1) if function.reduction == "mean" else values.sum(1)).float()
+        if function.reduction != "mean":
+            return values.sum(1).float()
+        ignored = getattr(function, "ignore_index", None)
+        if ignored is None or targets.dim() < 2:
+            return values.mean(1).float()
+        return (values.sum(1) / (targets != ignored).flatten(1).sum(1).clamp(min=1)).float()
     value = function(outputs, targets)
     if isinstance(value, Tensor) and value.dim():
         return value.float() if value.dim() == 1 else value.flatten(1).mean(1).float()

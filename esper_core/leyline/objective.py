@@ -42,6 +42,9 @@ class Objective(Protocol):
 
     Shapes: outputs (N, …) as the host gives them, targets as the task gives them, N examples. Every method works on the
     device of its arguments and waits for nothing there.
+
+    An objective may also have `weigh(targets) -> Tensor`, (N,): how much each example counts where several are
+    averaged, such as its positions that count. An example of weight 0 is left out. Without it all count alike.
     """
 
     @property

@@ -18,7 +18,9 @@ ToBatch = Callable[[Any], Batch]
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
-def to_batch(item: Any, *, shifted: bool | None = None) -> Batch:
+def to_batch(
+    item: Any, *, shifted: bool | None = None, decoder_inputs: Callable[[Tensor], Tensor] | None = None
+) -> Batch:
     """Convert an item of a loader to a batch: `(inputs, …, targets)`, or a mapping with `labels`.
 
     Several inputs go to the model as its positional arguments.
@@ -27,6 +29,8 @@ def to_batch(item: Any, *, shifted: bool | None = None) -> Batch:
         shifted: whether a label of a mapping belongs to the position before it, as for causal language models. None:
             if the labels are the `input_ids` themselves (where they are not ignored), since a model that sees a token
             is not asked for it. `grow` and `accompany` measure it instead; see `own_convention`.
+        decoder_inputs: gives the `decoder_input_ids` that a model makes of its labels, where the item has none. `grow`
+            and `accompany` find it; see `settle`.
 
     Raises:
         EsperError: neither.
@@ -36,6 +40,8 @@ def to_batch(item: Any, *, shifted: bool | None = None) -> Batch:
     if isinstance(item, Mapping) and "labels" in item:
         inputs = {name: value for name, value in item.items() if name != "labels"}
         targets = item["labels"]
+        if decoder_inputs is not None and not _has_decoder_inputs(inputs):
+            inputs["decoder_input_ids"] = decoder_inputs(targets)
         if _are_inputs(targets, inputs.get("input_ids")) if shifted is None else shifted:
             targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], IGNORED)], dim=1)
         return Batch(inputs, targets)
@@ -51,11 +57,67 @@ def settle(convert: ToBatch, model: nn.Module, item: Any) -> ToBatch:
 
     Args:
         item: what the loader yields, by which it is measured.
+
+    Raises:
+        EsperError: the model's logits depend on labels in a way that is not known.
     """
     if convert is not to_batch:
         return convert
-    shifted = own_convention(model, item)
-    return convert if shifted is None else partial(to_batch, shifted=shifted)
+    shifted, decoder_inputs = own_convention(model, item), _decoder_inputs(model, item)
+    if shifted is None and decoder_inputs is None:
+        return convert
+    return partial(to_batch, shifted=shifted, decoder_inputs=decoder_inputs)
+
+
+def _decoder_inputs(model: nn.Module, item: Any) -> Callable[[Tensor], Tensor] | None:
+    """How the model makes its decoder's inputs of labels; None where its logits do not depend on labels.
+
+    Raises:
+        EsperError: they do, and the model has no `prepare_decoder_input_ids_from_labels` that gives the same logits.
+    """
+    if not isinstance(item, Mapping) or not isinstance(item.get("labels"), Tensor) or _has_decoder_inputs(item):
+        return None
+    few = _few(model, item)
+    bare = {name: value for name, value in few.items() if name != "labels"}
+    told = _logits(model, few)
+    if told is None or _same(told, _logits(model, bare)):
+        return None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    make: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if make is not None and _same(told, _logits(model, {**bare, "decoder_input_ids": make(few["labels"])})):
+        return make  # type: ignore[no-any-return]
+    if _logits(model, bare) is None and make is None:
+        return None  # it does not run without labels, and `host_from_module` says so
+    raise EsperError(
+        f"the logits of {type(base).__name__} are others without the labels of the batch",
+        "inputs that hold all that logits depend on, such as decoder_input_ids",
+        "DataCollatorForSeq2Seq(tokenizer, model=model), or convert=",
+    )
+
+
+def _has_decoder_inputs(item: Mapping[str, Any]) -> bool:
+    return any(item.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+
+
+def _few(model: nn.Module, item: Mapping[str, Any]) -> dict[str, Any]:
+    """The first four examples, on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    few: Any = map_tensors(lambda t: t[:4].to(device) if t.dim() else t.to(device), dict(item))
+    return few  # type: ignore[no-any-return]
+
+
+def _logits(model: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
+    """The model's logits in eval mode, each time with the same random numbers; None where it raises."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), eval_mode(model):
+            torch.default_generator.manual_seed(0)  # the devices' own generators stay as they are
+            return pick_logits(model(**given))
+    except Exception:  # noqa: BLE001 - a model that takes no labels says so in any way it likes
+        return None
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def own_convention(model: nn.Module, item: Any) -> bool | None:
@@ -69,8 +131,7 @@ def own_convention(model: nn.Module, item: Any) -> bool | None:
     labels = item.get("labels") if isinstance(item, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point() or labels.shape[1] < 2:
         return None
-    device = next((p.device for p in model.parameters()), labels.device)
-    few: Any = map_tensors(lambda t: t[:4].to(device), dict(item))
+    few = _few(model, item)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), eval_mode(model):
             output = model(**few)

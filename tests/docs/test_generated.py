@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import attrs
@@ -30,6 +31,8 @@ def test_a_page_is_what_the_code_says(name: str) -> None:
 def test_every_public_name_is_there_and_is_listed_for_type_checkers_too() -> None:
     for name, reference in esper_core.PUBLIC.items():
         module, _, attribute = reference.partition(":")
+        if module == "esper_core.integrations.lightning":  # importing lightning takes 15 s; docs/generate.py found it
+            continue
         assert getattr(esper_core, name) is getattr(importlib.import_module(module), attribute)
     tree = ast.parse(Path(esper_core.__file__).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
@@ -46,6 +49,13 @@ def test_every_public_name_is_there_and_is_listed_for_type_checkers_too() -> Non
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Plain'"):
         _ = esper_core.Plain
+
+
+def test_a_name_whose_library_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "esper_core.integrations.lightning", raising=False)
+    with pytest.raises(ImportError, match=r"LightningGrowth needs lightning.*pip install 'esper-core\[lightning\]'"):
+        _ = esper_core.LightningGrowth
 
 
 def test_what_ships_as_plugins_imports_public_names_only() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from esper_core.kasmina.birth_tests import draws_in_training
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.random_states import random_states
 from esper_core.leyline.errors import IllegalCommand, IncompatibleSeed
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.specs import BlueprintSpec
@@ -146,10 +147,10 @@ class Decoder(nn.Module):
         return self.head(self.drop(torch.tanh(self.second(self.drop(h)))))
 
 
-def planted(causal: bool = True) -> Plane:
+def planted(causal: bool = True, device: str = "cpu") -> Plane:
     torch.manual_seed(0)
-    model = Decoder(causal)
-    host = host_from_module(model, ["first", "second"], example=torch.randint(0, 11, (1, 6)))
+    model = Decoder(causal).to(device)
+    host = host_from_module(model, ["first", "second"], example=torch.randint(0, 11, (1, 6), device=device))
     return Plane(host, registry())
 
 
@@ -169,31 +170,43 @@ def test_a_seed_that_sees_the_future_is_not_born_in_a_causal_host() -> None:
         open_plane.germinate(path, name)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "eager"),
+        ("cpu", "aot_eager"),
+        pytest.param("cpu", "inductor", marks=pytest.mark.slow),
+        pytest.param("cuda", "eager", marks=ON_GPU),
+        pytest.param("cuda", "inductor", marks=[ON_GPU, pytest.mark.slow]),
+    ],
+)
 @pytest.mark.parametrize("name", ["noisy", "causal"])
-def test_the_hosts_random_numbers_are_its_own(name, compiled) -> None:
-    """Twenty steps with dropout in host and isolated seed: bit for bit those of the bare host."""
+def test_the_hosts_random_numbers_are_its_own(name, device, backend) -> None:
+    """Twenty steps (four compiled) with dropout in host and isolated seed: bit for bit those of the bare host."""
     torch.compiler.reset()
-    bare = planted()
+    bare = planted(device=device)
     grown = copy.deepcopy(bare)
     for path in grown.slots:
         grown.germinate(path, name)
         assert grown.slots[path].draws == (name == "noisy")
         grown.step()
-    ids = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(1)).to(device)
     ends = []
     for plane in (bare, grown):
         model = plane.host.module.train()
-        run = torch.compile(model, backend="aot_eager") if compiled else model
+        run = model if backend == "eager" else torch.compile(model, backend=backend)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         torch.manual_seed(7)
-        for _ in range(5 if compiled else 20):
+        for _ in range(20 if backend == "eager" else 4):
             optimizer.zero_grad()
             functional.cross_entropy(run(ids).flatten(0, 1), ids.flatten()).backward()
             optimizer.step()
-        ends.append((torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]))
-    assert torch.equal(ends[0][0], ends[1][0])
-    assert all(map(torch.equal, ends[0][1], ends[1][1]))
+        states = random_states(torch.device(device))
+        ends.append([*states, *(p.detach().clone() for p in model.parameters())])
+    assert all(map(torch.equal, *ends))
     if name == "noisy":
         assert any(p.grad is not None and p.grad.any() for p in grown.seed_groups()["first"]), "the seed learns"
 

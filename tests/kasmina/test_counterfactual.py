@@ -10,6 +10,7 @@ import torch
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.counterfactual import every_mask, measure_counterfactuals
 from esper_core.kasmina.prefix_tree import PrefixTree
+from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch
 from esper_plugins.objectives.classes import Classification
 from tests.kasmina.small import batch, small_plane
@@ -123,3 +124,47 @@ def test_composed_module_computes_the_same_without_hooks(nested: bool, stacked: 
         for parameter in plain.parameters():
             parameter.zero_()
     assert torch.equal(before, plane.host.forward_with_slots(x.clone()))
+
+
+class Weighing(Classification):
+    """Examples count by their place in the batch; those of weight 0 have no usable score."""
+
+    def __init__(self, *weights: int) -> None:
+        super().__init__(outputs=None)
+        self.weights_of = torch.tensor(weights)
+
+    def weigh(self, targets):
+        return self.weights_of[torch.arange(len(targets)) % len(self.weights_of)]
+
+    def scores(self, outputs, targets):
+        losses, hits = super().scores(outputs, targets)
+        return losses.masked_fill(self.weigh(targets) == 0, float("nan")), hits
+
+
+def test_examples_count_by_their_weight_and_those_without_one_are_left_out() -> None:
+    plane, weights = grown_plane(), torch.tensor([0, 1, 3, 7]).repeat(15).double()
+    batches = [Batch(*batch(i, size=20)) for i in range(3)]
+    plain = measure_counterfactuals(plane, batches, JUDGE)
+    assert measure_counterfactuals(plane, batches, Weighing(5)) == plain, "all alike: bit for bit as without weights"
+    measured = measure_counterfactuals(plane, batches, Weighing(0, 1, 3, 7))
+    assert measured.examples == 60
+    path = plane.contributing()[0]
+    losses, hits = [], []
+    for muted in (False, True):
+        plane.slots[path].muted = muted
+        with torch.no_grad():
+            scores = [JUDGE.scores(plane.host.forward_with_slots(b.inputs.clone()), b.targets) for b in batches]
+        losses.append(torch.cat([s[0] for s in scores]).double())
+        hits.append(torch.cat([s[1] for s in scores]).double())
+    plane.slots[path].muted = False
+    total = weights.sum()
+    assert measured.loss == pytest.approx(float((weights * losses[0]).sum() / total), abs=1e-6)
+    assert measured.score == pytest.approx(float((weights * hits[0]).sum() / total), abs=1e-6)
+    gains = losses[1] - losses[0]
+    mean = (weights * gains).sum() / total
+    error = ((weights * (gains - mean)).square().sum() * 45 / 44).sqrt() / total
+    worth = measured.worth[path].loss
+    assert worth.count == 45 and worth.mean == pytest.approx(float(mean), abs=1e-6)
+    assert worth.high - worth.low == pytest.approx(2 * 2.0154 * float(error), rel=1e-3)
+    with pytest.raises(EsperError, match="every target of the validation batches is -100"):
+        measure_counterfactuals(plane, batches, Weighing(0))

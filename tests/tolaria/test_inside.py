@@ -27,7 +27,6 @@ from tests.tolaria import ground
 from tests.tolaria.test_grow import data, loaders, net
 
 transformers = pytest.importorskip("transformers")
-CONVENTIONS = {"tokens": False, "masked": False, "causal": True, "seq2seq": False}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
 
@@ -41,7 +40,11 @@ def tiny(name: str) -> nn.Module:
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
     )  # fmt: skip
+    t5 = transformers.T5Config(
+        vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
     return {
+        "t5": lambda: transformers.T5ForConditionalGeneration(t5),
         "tokens": lambda: transformers.BertForTokenClassification(bert),
         "masked": lambda: transformers.BertForMaskedLM(bert),
         "causal": lambda: transformers.GPT2LMHeadModel(gpt),
@@ -59,6 +62,10 @@ def item(name: str, rows: int = 8) -> dict[str, torch.Tensor]:
         hidden = torch.rand(ids.shape, generator=generator) < 0.3
         ids = torch.where(hidden, 3, ids)
         labels = torch.where(hidden, labels, -100)
+        labels[0] = -100  # an example in which nothing was hidden
+    elif name in ("seq2seq", "t5"):
+        labels = (ids + 1).flip(1).clamp(max=23)
+        labels[1, 3:] = -100
     return {"input_ids": ids, "labels": labels}
 
 
@@ -73,7 +80,7 @@ def test_labels_are_never_shifted_by_their_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shifted"), [("tokens", False), ("masked", False), ("causal", True), ("seq2seq", False)]
+    ("name", "shifted"), [("tokens", False), ("masked", False), ("causal", True), ("seq2seq", False), ("t5", False)]
 )
 def test_the_models_own_loss_tells_which_label_belongs_to_which_position(name, shifted) -> None:
     model, one = tiny(name).train(), item(name)
@@ -83,6 +90,7 @@ def test_the_models_own_loss_tells_which_label_belongs_to_which_position(name, s
     model.eval()
     with torch.no_grad():
         answered = model(**one)
+        torch.testing.assert_close(model(**batch.inputs).logits, answered.logits)
     tokens = answered.logits.flatten(0, 1), batch.targets.flatten()
     assert nn.functional.cross_entropy(*tokens, ignore_index=-100).item() == pytest.approx(
         answered.loss.item(), rel=1e-4
@@ -119,9 +127,11 @@ def train(tmp_path, name: str, growth, trainer=transformers.Trainer, resume=None
 def callback(name: str, tmp_path, seen=None, slot: str = "", **more):
     from esper_core.integrations.transformers import GrowthCallback
 
-    points = {"causal": ["transformer.h.0", "transformer.h.1"]}.get(
-        name, ["bert.encoder.layer.0", "bert.encoder.layer.1"]
-    )
+    points = {
+        "causal": ["transformer.h.0", "transformer.h.1"],
+        "seq2seq": ["model.encoder.layers.0", "model.decoder.layers.0"],
+        "t5": ["encoder.block.0", "decoder.block.0"],
+    }.get(name, ["bert.encoder.layer.0", "bert.encoder.layer.1"])
     tmp_path.mkdir(exist_ok=True)
     plan = ground.schedule(tmp_path / "plan.json", {"decision": 0, "op": "germinate", "slot": slot or points[1],
                                                     "blueprint": "bottleneck_adapter"})  # fmt: skip
@@ -129,7 +139,7 @@ def callback(name: str, tmp_path, seen=None, slot: str = "", **more):
                           budget_params="", on_event=(seen if seen is not None else []).append, **more)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["tokens", "causal"])
+@pytest.mark.parametrize("name", ["tokens", "masked", "causal", "seq2seq", "t5"])
 def test_esper_measures_the_loss_that_the_trainer_trains(tmp_path, name) -> None:
     seen = []
     _, model = train(tmp_path / "out", name, callback(name, tmp_path, seen))
@@ -137,7 +147,25 @@ def test_esper_measures_the_loss_that_the_trainer_trains(tmp_path, name) -> None
     last = [event.validation_loss for event in seen if event.kind == "decided"][-1]
     with torch.no_grad():
         own = float(model.eval()(**item(name)).loss)
-    assert last == pytest.approx(own, rel=1e-3)
+    assert last == pytest.approx(own, rel=1e-5)
+
+
+class Answers(nn.Module):
+    """Its logits are made of the labels, in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(24, 16), nn.Linear(16, 24)
+
+    def forward(self, input_ids, labels=None):
+        h = self.embed(input_ids)
+        return {"logits": self.head(h if labels is None else h + self.embed(labels.roll(1, 1).clamp(min=0)))}
+
+
+def test_logits_that_depend_on_labels_in_a_way_of_their_own_are_refused() -> None:
+    model = Answers()
+    with pytest.raises(EsperError, match=r"logits of Answers are others without the labels.*decoder_input_ids"):
+        accompany(model, torch.optim.SGD(model.parameters(), 0.1), item("causal"), steps=8)
 
 
 @pytest.mark.parametrize("k", [1, 4])

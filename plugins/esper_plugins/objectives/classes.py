@@ -14,6 +14,7 @@ from esper_plugins.objectives.shared import (
     check_classes,
     misfit_error,
     parse_weights,
+    positions_that_count,
     token_loss,
     token_scores,
 )
@@ -37,6 +38,10 @@ class _Classes:
     def chance(self) -> float | None:
         """ln(classes); unknown under class weights, where it depends on how often each class occurs."""
         return None if self.weights else chance_of(self.outputs)
+
+    def weigh(self, targets: Tensor) -> Tensor:
+        """How much each example counts where several are averaged, (N,): by its positions that count."""
+        return positions_that_count(targets)
 
     def weight(self, like: Tensor) -> Tensor | None:
         """The class weights, of mean 1, on the device of `like`."""
@@ -98,7 +103,7 @@ class Dense(_Classes):
         return token_loss(outputs.movedim(1, -1), targets, self.weight(outputs), self.label_smoothing)
 
     def scores(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (nats) and metric of each example; an example with no position that counts has 0 of both."""
+        """Cross-entropy (nats) and metric of each example; both are 0 where no position counts, which has no weight."""
         losses, accuracy = token_scores(outputs.movedim(1, -1), targets, self.weight(outputs))
         if self.kind == "accuracy":
             return losses, accuracy

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import IGNORED
 from esper_core.leyline.objective import Metric
-from esper_plugins.objectives.shared import misfit_error
+from esper_plugins.objectives.shared import misfit_error, positions_that_count
 
 _METRICS: Final = {"f1": Metric("F1"), "accuracy": Metric("label accuracy"), "exact-match": Metric("exact match")}
 
@@ -69,6 +69,10 @@ class Multilabel:
         if self.kind == "accuracy":
             return right.sum(1) / counted.sum(1).clamp(min=1)
         return (right.sum(1) == counted.sum(1)).float()
+
+    def weigh(self, targets: Tensor) -> Tensor:
+        """How much each example counts where several are averaged, (N,): by its labels that count."""
+        return positions_that_count(targets)
 
     def tally(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the examples' metric, and examples."""

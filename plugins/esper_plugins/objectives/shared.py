@@ -104,3 +104,8 @@ def token_scores(logits: Tensor, targets: Tensor, weight: Tensor | None = None) 
     positions = counted.sum(1).clamp(min=1)
     per_example = losses.view_as(counted).sum(1) / positions
     return per_example, (hits.view_as(counted) * counted).sum(1) / positions
+
+
+def positions_that_count(targets: Tensor) -> Tensor:
+    """How many positions of each example count, (N,), int64."""
+    return (targets != IGNORED).flatten(1).sum(1) if targets.dim() > 1 else (targets != IGNORED).long()

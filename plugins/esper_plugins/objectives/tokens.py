@@ -10,7 +10,14 @@ from torch import Tensor
 
 from esper_core.leyline.host import IGNORED
 from esper_core.leyline.objective import Metric
-from esper_plugins.objectives.shared import chance_of, check_classes, misfit_error, token_loss, token_scores
+from esper_plugins.objectives.shared import (
+    chance_of,
+    check_classes,
+    misfit_error,
+    positions_that_count,
+    token_loss,
+    token_scores,
+)
 
 _METRICS: Final = {
     "accuracy": Metric("accuracy"),
@@ -70,6 +77,10 @@ class Tokens:
         if self.kind == "accuracy":
             return losses, accuracy
         return losses, losses / (math.log(2) * self.bytes_per_token)
+
+    def weigh(self, targets: Tensor) -> Tensor:
+        """How much each example counts where several are averaged, (N,): by its positions that count."""
+        return positions_that_count(self._next(targets))
 
     def tally(self, outputs: Tensor, targets: Tensor) -> None:
         """Not counted in training."""
