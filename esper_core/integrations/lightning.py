@@ -43,7 +43,7 @@ class LightningGrowth(Callback):
     Optimizers and schedules are left as they are. Lightning's checkpoints hold the seeds and their progress:
     `fit(ckpt_path=...)` resumes with them, and `test(ckpt_path="best")` restores those of that checkpoint.
     `load_grown` reads a checkpoint outside of a trainer; `load_from_checkpoint` refuses one with seeds. Automatic and
-    manual optimization, accumulated gradients. For one device, one `fit`, and any precision but `16-mixed`.
+    manual optimization, accumulated gradients. For one device and one `fit`.
 
     Args:
         validation: batches that decisions read; read anew at each decision.
@@ -144,7 +144,7 @@ class LightningGrowth(Callback):
         """Lay the plane over the module; go on from the checkpoint if the trainer does.
 
         Raises:
-            EsperError: several devices, a second `fit`, no end in sight, `16-mixed`, an average of weights that would
+            EsperError: several devices, a second `fit`, no end in sight, an average of weights that would
                 leave out the seeds, or a checkpoint without them.
         """
         self._refuse(trainer)
@@ -155,7 +155,7 @@ class LightningGrowth(Callback):
         clip = trainer.gradient_clip_val if by_norm else None
         self.tolaria = accompany(
             model, list(trainer.optimizers), self._sample(), steps=self._total, decisions=self.decisions,
-            convert=self.convert, emit=self.on_event,
+            convert=self.convert, emit=self.on_event, scaler=getattr(trainer.precision_plugin, "scaler", None),
             **{"clip": clip or 0.0, "accumulate": self._parts(trainer, pl_module), **self.options},
         )  # fmt: skip
         self.convert = self.tolaria.convert or self.convert
@@ -209,9 +209,6 @@ class LightningGrowth(Callback):
             raise EsperError("this callback has already grown a model", "one callback a fit()", "LightningGrowth(...)")
         if trainer.world_size > 1:
             raise EsperError("the trainer uses several devices", "one process and one device", "Trainer(devices=1)")
-        if str(trainer.precision) == "16-mixed":
-            raise EsperError("16-mixed scales the gradients that seeds see", "another precision",
-                             'Trainer(precision="bf16-mixed")')  # fmt: skip
         if trainer.estimated_stepping_batches == float("inf"):
             raise EsperError("the trainer has no last step", "a number of epochs or steps", "Trainer(max_steps=N)")
         for other in trainer.callbacks:

@@ -33,7 +33,7 @@ class GrowthCallback(TrainerCallback):
 
     The trainer's optimizer and scheduler are left as they are. Its checkpoints get the seeds and their progress as
     `growth.safetensors` beside the model, whose keys do not change; `resume_from_checkpoint` and
-    `load_best_model_at_end` find them there. For one process and one device, one `train()`, and any precision but fp16.
+    `load_best_model_at_end` find them there. For one process and one device, and one `train()`.
 
     Where the model's output has no loss, because of `label_smoothing_factor` or of a `compute_loss` of one's own, call
     `watch(trainer)` before `train()`: otherwise seeds grow without the training loss, which is said aloud.
@@ -100,14 +100,12 @@ class GrowthCallback(TrainerCallback):
         """Lay the plane over the model; go on from the trainer's checkpoint if it does.
 
         Raises:
-            EsperError: several devices or processes, fp16, a second `train()`, or a checkpoint without its seeds.
+            EsperError: several devices or processes, a second `train()`, or a checkpoint without its seeds.
         """
         if self.tolaria is not None:
             raise EsperError("this callback has already grown a model", "one callback a train()", "GrowthCallback(...)")
         if max(getattr(args, "n_gpu", 1), getattr(args, "world_size", 1)) > 1:
             raise EsperError("the trainer uses several devices", "one process and one device", "CUDA_VISIBLE_DEVICES=0")
-        if getattr(args, "fp16", False):
-            raise EsperError("fp16 scales the gradients that seeds see", "another precision", "bf16=True")
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         sample = next(iter(self.validation), None)
         if sample is None:
@@ -115,7 +113,7 @@ class GrowthCallback(TrainerCallback):
         self._device = str(next(model.parameters()).device)
         self.tolaria = accompany(
             model, optimizer, sample, steps=state.max_steps, decisions=self.decisions, convert=self.convert,
-            emit=self.on_event,
+            emit=self.on_event, scaler=getattr(given["optimizer"], "scaler", None),
             **{"clip": args.max_grad_norm or 0.0, "accumulate": args.gradient_accumulation_steps, **self.options},
         )  # fmt: skip
         self.convert = self.tolaria.convert or self.convert

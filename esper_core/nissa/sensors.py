@@ -74,7 +74,7 @@ class SensorArray:
         """Take in the batch whose gradients are now in the parameters.
 
         Args:
-            loss_scale: what the loss was multiplied by before `backward`.
+            loss_scale: what the loss was multiplied by before `backward`; gradients of parameters are unscaled already.
         """
         if not self._attached:
             return
@@ -214,10 +214,12 @@ class SensorArray:
             if self.plane.ranks.size > 1:
                 felt, roots = of_all_ranks(felt, roots, self.plane.ranks)
             flow = flow_readings(felt, roots, self.parts / loss_scale)
+            if not isinstance(loss_scale, float) or loss_scale != 1.0:
+                flow = torch.nan_to_num(flow, 0.0, 0.0, 0.0)  # float16 gradients that overflowed tell nothing
             self._sums[:, : len(FLOW)].index_add_(0, self._index(paths), flow)
             for number, (path, elements, _) in enumerate(self._calls):
                 self._count(path, elements > 0, flow[number, FLOW.index("proxy_loss")])
-        self._take_gradients(groups, loss_scale)
+        self._take_gradients(groups)
         self._calls.clear()
 
     def _count(self, path: str, seeded: bool, proxy: Tensor) -> None:
@@ -228,7 +230,7 @@ class SensorArray:
             counts.known = counts.first = 1
             self._sums[self._rows[path], COLUMN["first_proxy"]] = proxy
 
-    def _take_gradients(self, groups: Mapping[str, list[nn.Parameter]], loss_scale: float | Tensor) -> None:
+    def _take_gradients(self, groups: Mapping[str, list[nn.Parameter]]) -> None:
         """Norms of the seeds' gradients, also against the host's."""
         if not self.names & {"gradient_norm", "gradient_ratio", "update_ratio"}:
             return
@@ -247,7 +249,7 @@ class SensorArray:
         host = _gradients(self._host) if "gradient_ratio" in self.names else []
         found = self.plane.ranks.add_up_norms(torch.stack([*norms, _norm(host)] if host else norms))
         rows, whole, found = self._index(paths), found[-1], found[: len(paths)]
-        self._sums[:, COLUMN["gradient_norm"]].index_add_(0, rows, found / loss_scale)
+        self._sums[:, COLUMN["gradient_norm"]].index_add_(0, rows, found)
         ratio = found / self._constant("sizes", sizes) / whole.clamp_min(1e-30) if host else found * math.nan
         self._sums[:, COLUMN["gradient_ratio"]].index_add_(0, rows, ratio)
 

@@ -22,6 +22,7 @@ from esper_core.nissa.report import write_report
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.caller_groups import adopted, kind_for, unwrapped
+from esper_core.tolaria.callers_loop import CallersLoop
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
 from esper_core.tolaria.grown import Grown, Lines
@@ -277,6 +278,7 @@ def accompany(
     points: Sequence[str] | None = None,
     convert: ToBatch = to_batch,
     emit: Callable[[Event], None] = lambda event: None,
+    scaler: torch.amp.GradScaler | None = None,
     registry: Registry | None = None,
     **options: Any,
 ) -> Tolaria:
@@ -297,7 +299,18 @@ def accompany(
     Muon alone, AdamW beside any other. A seed takes rate, weight decay and momentum or betas of the param group that
     most of the block before it belongs to, and the rate goes on following that group. Where Muon trains matrices and
     AdamW the rest, seeds go by AdamW's groups. Gradients of the seeds are not among those of
-    `model.parameters()`: `clip=` is the norm to which each seed's are clipped.
+    `model.parameters()`: `clip=` is the norm to which each seed's are clipped. Where gradients are accumulated over k
+    passes, give `accumulate=k` and call `step` once for each optimizer step:
+
+        tolaria = accompany(model, optimizer, first_batch, steps=steps, accumulate=k)
+        for number, (inputs, targets) in enumerate(loader, 1):
+            loss = criterion(model(inputs), targets)
+            (loss / k).backward()
+            losses.append(loss.detach())
+            if number % k == 0:
+                optimizer.step()
+                tolaria.step(torch.stack(losses[-k:]).mean(), k * len(targets))
+                optimizer.zero_grad()
 
     Args:
         model: any module whose answer is logits, or holds them; where it will be trained.
@@ -306,7 +319,10 @@ def accompany(
         loss, metric, higher_is_better: what the validation batches are judged by; see `grow`.
         steps: optimizer steps of the whole run; decisions: how often the controller will be asked.
         emit: takes every event.
-        options: fields of `RunConfig`, such as `controller="heuristic"`, `budget_params="20%"`.
+        scaler: that scales the loss of the loop (float16); seeds take the same scale, and skip the steps that it skips.
+        options: fields of `RunConfig`, such as `controller="heuristic"`, `budget_params="20%"`. `accumulate`: backward
+            passes for each optimizer step, by whose number the loop divides each pass's loss. What `step` takes is then
+            the mean of the undivided losses and the examples of all passes.
 
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
@@ -333,7 +349,7 @@ def accompany(
     own_options = assembly.part_config(config, "optimizer", OptimizerConfig)
     seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
     tolaria = setup.build_tolaria(emit, optimizer=seeds)
-    tolaria.convert = convert
+    tolaria.convert, tolaria.loop = convert, CallersLoop(model, others, scaler, config.accumulate)
     return tolaria
 
 

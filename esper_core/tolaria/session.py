@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -36,6 +37,7 @@ from esper_core.leyline.view import Controller, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.nissa.trees import tree_readings
+from esper_core.tolaria.callers_loop import CallersLoop
 from esper_core.tolaria.consult import command_of, compare_processes, consult, plain_command, plain_verdict
 from esper_core.tolaria.ending import resolve
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
@@ -125,6 +127,7 @@ class Tolaria:
         self.clock, self.snapshot = Clock(), Snapshot()
         self.batches: Iterable[Batch] = ()
         self.convert: Callable[[Any], Batch] | None = None
+        self.loop: CallersLoop | None = None
         self.budget: float | None = None
         self.examine: Callable[[Alarm], Evidence | None] | None = None
         self.books = RewardBooks(rewards, audited=next(auditors(controller), None) is not None)
@@ -148,7 +151,7 @@ class Tolaria:
     # --- In the loop ---
 
     def after_backward(self, loss_scale: float | Tensor = 1.0) -> None:
-        """Read sensors of gradients; call it before the optimizer's step."""
+        """Read sensors of gradients; call it before the optimizer's step. `loss_scale`: see `SensorArray`."""
         if self.sensors is not None:
             self.sensors.after_backward(loss_scale)
 
@@ -157,8 +160,12 @@ class Tolaria:
 
         Call it between the optimizer's `step()` and `zero_grad()`. Arguments and errors are `after_step`'s.
         """
+        scale = self.loop.unscale(self.plane) if self.loop is not None else 1.0
+        if scale is None and self.sensors is not None:  # the caller's scaler left this step out
+            self.sensors.forget_batch()
+        watch = partial(self.after_backward, scale or 1.0)
         precision = Precision(self._losses.device)
-        seeds = TrainingStep(self.plane, self.objective, self.optimizer, precision, watch=self.after_backward)
+        seeds = TrainingStep(self.plane, self.objective, self.optimizer, precision, watch=lambda _: watch())
         seeds.update(self.optimizer.learning_rate)
         self.after_step(loss, examples)
 

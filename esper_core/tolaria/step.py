@@ -93,13 +93,14 @@ class TrainingStep:
     Args:
         plane: what is trained. objective: gives the loss. optimizer: updates host and seeds, and clips.
         accumulate: parts into which a batch is split; their gradients, weighted by examples, make one update.
-        watch: called once a step when gradients are complete and unscaled, before they are clipped.
+        watch: called once a step when gradients are complete and unscaled, before they are clipped; takes what the loss
+            was multiplied by in the backward pass.
         tally: a tensor (2,) to which the objective's sum and count of the metric are added; None to count nothing.
     """
 
     def __init__(
         self, plane: Plane, objective: Objective, optimizer: GrowthOptimizer, precision: Precision, *,
-        accumulate: int = 1, strategy: Strategy | None = None, watch: Callable[[], None] = lambda: None,
+        accumulate: int = 1, strategy: Strategy | None = None, watch: Callable[[float], None] = lambda scale: None,
         tally: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.plane, self.objective, self.optimizer, self.precision = plane, objective, optimizer, precision
@@ -165,7 +166,7 @@ class TrainingStep:
             self._spare_the_host()
             assert optimizer.torch is not None
             self.scaler.unscale_(optimizer.torch)
-        self.watch()
+        self.watch(1.0 if self.scaler is None else self.scaler.get_scale())
         for parameter in drop:
             parameter.grad = None
         if self.scaler is None:

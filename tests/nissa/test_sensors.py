@@ -28,6 +28,9 @@ def step(plane, sensors=None, number: int = 0, optimizer=None, scale: float = 1.
     optimizer.zero_grad()
     x, y = batch(number)
     (F.cross_entropy(plane.host.forward_with_slots(x), y) * scale).backward()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= scale
     if sensors is not None:
         sensors.after_backward(scale)
     if scale == 1.0:

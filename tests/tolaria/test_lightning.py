@@ -154,9 +154,8 @@ def test_the_trainer_grows_saves_and_resumes(tmp_path) -> None:
     with pytest.raises(EsperError, match="no last step"):
         trainer(tmp_path, callback(tmp_path), max_epochs=-1).fit(Lit(), TRAIN)
     usual = {"world_size": 1, "precision": "32-true", "estimated_stepping_batches": 8, "callbacks": []}
-    for odd, match in (({"world_size": 2}, "several devices"), ({"precision": "16-mixed"}, "bf16-mixed")):
-        with pytest.raises(EsperError, match=match):
-            callback(tmp_path).on_train_start(SimpleNamespace(**{**usual, **odd}), Lit())
+    with pytest.raises(EsperError, match="several devices"):
+        callback(tmp_path).on_train_start(SimpleNamespace(**{**usual, "world_size": 2}), Lit())
     trainer(tmp_path, keep_plain := ModelCheckpoint(tmp_path / "plain"), max_epochs=1).fit(Lit(), TRAIN)
     with pytest.raises(EsperError, match="holds no seeds"):
         trainer(tmp_path, callback(tmp_path)).fit(Lit(), TRAIN, ckpt_path=keep_plain.best_model_path)

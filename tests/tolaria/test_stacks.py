@@ -16,7 +16,7 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, EsperError
 from esper_core.registry import load_registry
 from esper_core.tolaria.ema import GrowthEMA
-from esper_core.tolaria.grow import accompany
+from esper_core.tolaria.grow import accompany, to_batch
 from esper_core.tolaria.model_file import load_growth
 from esper_core.tolaria.progress_file import Progress
 from tests.tolaria.test_grow import data, net
@@ -257,11 +257,71 @@ def test_the_gradients_of_a_seed_are_clipped(tmp_path) -> None:
     assert growth.tolaria.optimizer.config.clip == 0.25, "GrowthCallback takes the trainer's"
 
 
-def test_scaled_gradients_are_refused(tmp_path) -> None:
-    from types import SimpleNamespace
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_scaled_loss_changes_no_bit(kind) -> None:
+    """As in float16, with a scale that is a power of two: host, seed and readings are those of the unscaled loop."""
+    ends = []
+    for init in (None, 2.0**12):
+        model, seen = net(), []
+        optimizer = kind(model.parameters(), lr=0.01)
+        scaler = None if init is None else torch.amp.GradScaler("cpu", init_scale=init, growth_interval=3)
+        tolaria = accompany(
+            model, optimizer, BATCHES[0], steps=8, decisions=2, points=["1"], blueprints=["conv"], emit=seen.append,
+            controller="wait", budget_params="", scaler=scaler, settings={"optimizer.seed_warmup": 1},
+        )  # fmt: skip
+        tolaria.plane.germinate("1", "conv")
+        for step in range(8):
+            inputs, targets = BATCHES[step]
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            if scaler is not None and step == 5:  # a step that overflows is left out on either side
+                before = weights(tolaria)
+                scaler.scale(loss * float("inf")).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                tolaria.step(loss, 32)
+                assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tolaria).items())
+                optimizer.zero_grad()
+                continue
+            if step != 5:
+                (loss if scaler is None else scaler.scale(loss)).backward()
+                optimizer.step() if scaler is None else scaler.step(optimizer)
+                scaler.update() if scaler is not None else None
+                tolaria.step(loss, 32)
+                optimizer.zero_grad()
+            if step == 4:
+                tolaria.decide([to_batch(BATCHES[0])], 0.0)
+        readings = next(event.readings for event in seen if event.kind == "slot_read" and event.slot == "1")
+        ends.append((weights(tolaria), readings))
+    (plain, read), (scaled, told) = ends
+    assert all(torch.equal(tensor, scaled[name]) for name, tensor in plain.items())
+    assert read["need"] > 0 and told == pytest.approx(read, rel=1e-5)
 
-    from tests.tolaria.test_inside import callback
 
-    given = SimpleNamespace(n_gpu=1, world_size=1, fp16=True)
-    with pytest.raises(EsperError, match=r"fp16 scales the gradients that seeds see.*bf16=True"):
-        callback("causal", tmp_path).on_train_begin(given, None, None, model=net(), optimizer=None)
+def test_a_scaler_that_growth_was_not_told_of_is_refused_before_the_first_step() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tolaria = along(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    before = weights(tolaria)
+    scaler.scale(nn.functional.cross_entropy(model(BATCHES[0][0]), BATCHES[0][1])).backward()
+    with pytest.raises(EsperError, match=r"a GradScaler scales.*accompany\(\.\.\., scaler=scaler\)"):
+        scaler.step(optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tolaria).items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainers_scaler_is_the_seeds_too(tmp_path) -> None:
+    from tests.tolaria.test_inside import callback, train, transformers
+
+    class Scaled(transformers.Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    ends = []
+    for trainer in (transformers.Trainer, Scaled):
+        growth = callback("causal", tmp_path)
+        train(tmp_path / "out", "causal", growth, trainer, max_grad_norm=0.0, optim="sgd", learning_rate=0.1)
+        ends.append(weights(growth.tolaria))
+    assert growth.tolaria.loop.scaler is not None
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
