@@ -49,19 +49,23 @@ class Counts:
         self.calls = self.seeded = self.first = self.gradients = self.updates = 0
 
 
-def flow_readings(calls: Tensor, root_elements: Tensor, unscale: float | Tensor) -> Tensor:
+def flow_readings(calls: Tensor, root_elements: Tensor, unscale: float | Tensor, parts: int = 1) -> Tensor:
     """The readings FLOW of each forward pass, (calls, len(FLOW)).
 
     Args:
         calls: (calls, 6): ‖h‖, mean and variance of s, ‖g‖, ⟨g, s⟩ and Σ ‖g_i‖·‖h_i‖.
         root_elements: (calls,): square root of the number of elements of s; 0 where there is no seed.
-        unscale: what gradients are multiplied by to undo the loss scale.
+        unscale: what gradients are multiplied by to undo the loss scale and the division by `parts`.
+        parts: passes that make one batch; the squares of their gradients' norms add up to that of the batch's.
     """
     h_norm, mean, variance, g_norm, met, need = calls.unbind(1)
     s_norm = (variance + mean.square()).sqrt() * root_elements
     proxy = met * unscale
     delta = s_norm / h_norm.clamp_min(1e-30)
-    return torch.stack([g_norm * unscale, need * unscale, delta, mean, variance.sqrt(), proxy, proxy.square()], dim=1)
+    return torch.stack(
+        [g_norm * (unscale / math.sqrt(parts)), need * unscale, delta, mean, variance.sqrt(), proxy, proxy.square()],
+        dim=1,
+    )
 
 
 def of_all_ranks(calls: Tensor, root_elements: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:

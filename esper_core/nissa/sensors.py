@@ -213,7 +213,7 @@ class SensorArray:
             roots = self._roots([n for _, n, _ in self._calls])
             if self.plane.ranks.size > 1:
                 felt, roots = of_all_ranks(felt, roots, self.plane.ranks)
-            flow = flow_readings(felt, roots, self.parts / loss_scale)
+            flow = flow_readings(felt, roots, self.parts / loss_scale, self.parts)
             if not isinstance(loss_scale, float) or loss_scale != 1.0:
                 flow = torch.nan_to_num(flow, 0.0, 0.0, 0.0)  # float16 gradients that overflowed tell nothing
             self._sums[:, : len(FLOW)].index_add_(0, self._index(paths), flow)

@@ -203,6 +203,38 @@ def test_accumulated_gradients_divide_no_loss(tmp_path, k) -> None:
     assert needs[1] == pytest.approx(needs[0], rel=0.3) and needs[0] > 0
 
 
+def test_one_step_of_several_passes_reads_as_one_pass() -> None:
+    """In one's own loop: loss, need and gradients under k = 1, 2, 4, 8; an untold k is said aloud."""
+    batches, ends = list(DataLoader(data(256, 0), batch_size=32)), []
+    for k in (1, 2, 4, 8):
+        seen = []
+        model, optimizer, tolaria = own_loop(emit=seen.append, accumulate=k)
+        optimizer.param_groups[0]["lr"] = 1e-9
+        tolaria.plane.germinate("1", "conv")
+        for inputs, targets in batches[:8]:
+            losses = []
+            for part, labels in zip(inputs.chunk(k), targets.chunk(k), strict=True):
+                losses.append(nn.functional.cross_entropy(model(part), labels))
+                (losses[-1] / k).backward()
+            optimizer.step()
+            tolaria.step(torch.stack(losses).mean(), len(targets))
+            optimizer.zero_grad()
+        tolaria.decide([to_batch(batches[0])], 0.0)
+        loss = next(event.train_loss for event in seen if event.kind == "decided")
+        ends.append((loss, next(e.readings for e in seen if e.kind == "slot_read" and e.slot == "1")))
+    for loss, readings in ends[1:]:
+        assert loss == pytest.approx(ends[0][0], rel=1e-5)
+        for name in ("need", "gradient_norm"):
+            assert readings[name] == pytest.approx(ends[0][1][name], rel=1e-4), name
+        assert readings["host_gradient_norm"] == pytest.approx(ends[0][1]["host_gradient_norm"], rel=0.05)
+    model, optimizer, tolaria = own_loop()
+    for _ in range(4):
+        (nn.functional.cross_entropy(model(batches[0][0]), batches[0][1]) / 4).backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"ran 4 times before its first step, and accumulate=1.*give accumulate=4"):
+        tolaria.step(None, 32)
+
+
 def test_growth_goes_on_where_the_output_has_no_loss_and_says_so(tmp_path) -> None:
     growth = callback("tokens", tmp_path)
     with pytest.warns(UserWarning, match=r"growth\.watch\(trainer\)"):

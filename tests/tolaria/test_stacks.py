@@ -26,11 +26,12 @@ from tests.tolaria.test_inside_models import let_in
 BATCHES = list(DataLoader(data(256, 0), batch_size=32))
 
 
-def along(model: nn.Module, optimizer, sample=None, points=("1", "3"), blueprint: str = "conv", steps: int = 32):
+def along(model: nn.Module, optimizer, sample=None, points=("1", "3"), blueprint: str = "conv", steps: int = 32,
+          **more):  # fmt: skip
     return accompany(
         model, optimizer, BATCHES[0] if sample is None else sample, steps=steps, decisions=4, points=list(points),
         blueprints=[blueprint], controller="wait", budget_params="",
-        settings={"optimizer.seed_warmup": 1},
+        settings={"optimizer.seed_warmup": 1}, **more,
     )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_an_accelerate_loop_grows_accumulates_and_resumes(tmp_path) -> None:
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = net()
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-        tolaria = along(model, optimizer)
+        tolaria = along(model, optimizer, accumulate=2)
         accelerator.register_for_checkpointing(Progress(tolaria))
         return accelerator, model, optimizer, tolaria
 
