@@ -129,6 +129,12 @@ class ModuleHost:
             for handle in self._hooks.pop(name)[1]:
                 handle.remove()
 
+    def lost_slots(self) -> list[str]:
+        """Paths of modules behind which a slot was attached, and which are no part of the model any more."""
+        found = dict(self.module.named_modules(remove_duplicate=False))
+        return [self._paths[name] for name, (hook, _) in self._hooks.items()
+                if hook not in getattr(found.get(self._paths[name]), "_forward_hooks", {}).values()]  # fmt: skip
+
     def forward_with_slots(self, inputs: Inputs) -> Tensor:
         """Outputs of a batch; a mapping of inputs gives keyword arguments, a tuple positional ones."""
         inputs = self._prepare(inputs) if self._prepare else inputs

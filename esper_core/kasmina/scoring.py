@@ -152,7 +152,8 @@ def _of_each(function: Function, outputs: Tensor, targets: Any) -> Tensor:
         ignored = getattr(function, "ignore_index", None)
         if ignored is None or targets.dim() < 2:
             return values.mean(1).float()
-        return (values.sum(1) / (targets != ignored).flatten(1).sum(1).clamp(min=1)).float()
+        counted: Tensor = (targets != ignored).flatten(1).sum(1).clamp(min=1)
+        return (values.sum(1) / counted).float()
     value = function(outputs, targets)
     if isinstance(value, Tensor) and value.dim():
         return value.float() if value.dim() == 1 else value.flatten(1).mean(1).float()

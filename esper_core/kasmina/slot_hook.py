@@ -19,6 +19,7 @@ from esper_core.kasmina.feature_view import FeatureView
 from esper_core.kasmina.sight import find_around
 from esper_core.kasmina.slot import SlotStack
 from esper_core.kasmina.stray_copy import StrayCopy
+from esper_core.leyline.errors import EsperError
 
 if TYPE_CHECKING:
     from esper_core.leyline.host import SlotModule
@@ -93,13 +94,36 @@ class SlotHook:
                 slot.train(model.training)  # seeds are no children of the model, and follow its mode
             if self.original is not None and self.original.look(model or module, slot):
                 self.original = None
-        if self.wants_call:
-            grown = slot(seen, Call(args, kwargs, self.names, self.around, self.number, self.count, module))
-        else:
-            grown = slot(seen)
+        try:
+            if self.wants_call:
+                grown = slot(seen, Call(args, kwargs, self.names, self.around, self.number, self.count, module))
+            else:
+                grown = slot(seen)
+        except RuntimeError as error:
+            self._explain(slot, error)
+            raise
         if grown is seen:
             return None
         return replace_feature(output, grown if self.plain else self.view.restore(grown, feature))
+
+    def _explain(self, slot: Any, error: RuntimeError) -> None:
+        """Say so where a seed cannot run because its model was moved without it: seeds are no children of the model.
+
+        Raises:
+            EsperError: it was.
+        """
+        model = self.model() if self.model is not None else None
+        if model is None or not isinstance(slot, nn.Module):
+            return
+        theirs, mine = ({(p.device, p.dtype) for p in m.parameters() if p.is_floating_point()} for m in (model, slot))
+        if theirs and mine and not theirs & mine:
+            places = (min(found, key=str) for found in (theirs, mine))
+            now, then = (f"{place} {str(dtype).removeprefix('torch.')}" for place, dtype in places)
+            raise EsperError(
+                f"the model was moved to {now} after its seeds were born on {then}",
+                "one place for model and seeds",
+                "model.to(...) before anything grows",
+            ) from error
 
 
 class CallKeeper:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import attrs
 import torch
 from torch import nn
 
 from esper_core.kasmina.paths import base_of
+from esper_core.leyline.errors import BadOption
 from esper_core.leyline.host import HostProtocol
 
 #: What a seed takes from a group besides the rate, and the option that says otherwise.
@@ -20,6 +22,42 @@ ADOPTED: Final = {
     "nesterov": "optimizer.momentum",
     "betas": "optimizer.beta2",
 }
+
+
+@attrs.frozen
+class GroupRef:
+    """A param group of an optimizer, whatever `load_state_dict` puts in its place."""
+
+    optimizer: torch.optim.Optimizer
+    index: int
+
+    @property
+    def now(self) -> dict[str, Any]:
+        """The group."""
+        group: dict[str, Any] = self.optimizer.param_groups[self.index]
+        return group
+
+
+def refuse_rates(optimizers: Sequence[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+    """Refuse optimizers whose learning rate is none that a seed's own optimizer could follow.
+
+    Raises:
+        BadOption: one of line searches (LBFGS), one that finds its rate itself (Prodigy, D-Adaptation), unless
+            `options` has `seed_learning_rate_factor`; or a group without a rate.
+    """
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        for group in optimizer.param_groups:
+            if group.get("lr") is None:
+                raise BadOption(f"{name} has no learning rate for seeds to follow", "a number as lr",
+                                f"{name}(..., lr=1e-3)")  # fmt: skip
+            own = isinstance(optimizer, torch.optim.LBFGS) or "d" in group or "d0" in group
+            if own and "seed_learning_rate_factor" not in options:
+                raise BadOption(
+                    f"the lr={float(group['lr']):g} of {name} is no rate of AdamW, by which seeds would be trained",
+                    "an optimizer with one, or the share of it that seeds take",
+                    "seed_learning_rate_factor=1e-3",
+                )
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -52,7 +90,7 @@ def adopted(options: Mapping[str, Any]) -> list[str]:
 
 def source_of(
     host: HostProtocol, path: str, optimizers: Sequence[torch.optim.Optimizer], family: str
-) -> dict[str, Any] | None:
+) -> GroupRef | None:
     """The param group that holds most of the block before the slot at `path`; None if there are no groups.
 
     Groups of optimizers of the seed's own kind come first: the rate of Muon would be far too high for AdamW. A block
@@ -60,10 +98,10 @@ def source_of(
     """
     same = [optimizer for optimizer in optimizers if family_of(optimizer) == family]
     for some in (same, optimizers):
-        groups = [group for optimizer in some for group in optimizer.param_groups]
+        groups = [GroupRef(one, index) for one in some for index in range(len(one.param_groups))]
         if not groups:
             continue
-        owner = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+        owner = {id(p): number for number, group in enumerate(groups) for p in group.now["params"]}
         place: nn.Module | None = _place_of(host, path)
         while place is not None:
             sizes = [0] * len(groups)

@@ -1,17 +1,21 @@
-"""What the caller's loop does to losses and gradients: it may scale them (float16), and accumulate them."""
+"""What the caller's loop does: it may scale losses (float16), accumulate gradients, move or change the model."""
 
 from __future__ import annotations
 
 import gc
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
+
+_IDLE: Final = 3
+"""Steps of growth without one of the caller's optimizer before that is told."""
 
 
 class CallersLoop:
@@ -25,24 +29,38 @@ class CallersLoop:
         model: the host's module. optimizers: the caller's.
         scaler: None: gradients are not scaled; a scaler that steps one of the optimizers is then refused.
         accumulate: passes that were announced for each step; a first step of more causes a warning.
+        steps: of the whole loop, as it was announced.
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: Any = None, accumulate: int = 1
-    ) -> None:
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: Any = None, accumulate: int = 1,
+        steps: int = 0,
+    ) -> None:  # fmt: skip
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._accumulate, self._passes, self._seen = accumulate, 0, None
+        self._accumulate, self._passes, self._steps, self._idle = accumulate, 0, steps, 0
+        self._seen: float | None = None
+        self._model, self._place = model, _place_of(model)
+        self._known = set[int]()
         self._counter: Any = model.register_forward_hook(self._count)
         hooked = [one for one in optimizers if hasattr(one, "_optimizer_step_pre_hooks")]
         self._hooks = [one.register_step_pre_hook(self._before_step) for one in hooked]
 
-    def unscale(self, plane: Plane) -> float | None:
-        """Divide the seeds' gradients by the scale of this step; those that are not finite become 0.
+    def begin_step(self, plane: Plane, number: int) -> float | None:
+        """Before the seeds' step: divide their gradients by the scale; those that are not finite become 0.
+
+        Args:
+            number: steps so far.
 
         Returns:
             The scale; None if the scaler left the step out, and the seeds' gradients are gone.
+
+        Raises:
+            EsperError: the model moved to another device or dtype, or several ranks train.
         """
         self._check_passes()
+        self._check_model()
+        if number == self._steps:
+            _warn(f"the loop goes on after the {number} steps that accompany was told of: nothing is decided any more")
         if self.scaler is None:
             return 1.0
         scale, self._seen = self._seen, None
@@ -54,17 +72,30 @@ class CallersLoop:
                     torch.nan_to_num_(parameter.grad.div_(scale), 0.0, 0.0, 0.0)
         return scale
 
+    def check_points(self, plane: Plane) -> None:
+        """At a decision: every slot is still part of the model.
+
+        Raises:
+            EsperError: a module behind which a slot stands was replaced.
+        """
+        for path in plane.host.lost_slots() if isinstance(plane.host, ModuleHost) else ():
+            raise EsperError(
+                f"the module {path} was replaced, and what grows behind it is no part of the model any more",
+                "the modules that accompany saw", "change the model before accompany",
+            )  # fmt: skip
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._idle = -1
         if self.scaler is None:
             self._refuse_unknown(optimizer)
         elif not bool(getattr(optimizer, "found_inf", False)):  # fused optimizers leave the step out by themselves
             self._seen = self.scaler.get_scale()
 
     def _refuse_unknown(self, optimizer: torch.optim.Optimizer) -> None:
-        """At the first step, before anything moved."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """At an optimizer's first step, before anything moved."""
+        if id(optimizer) in self._known:
+            return
+        self._known.add(id(optimizer))
         for thing in gc.get_objects():
             if type(thing).__name__.endswith("GradScaler") and id(optimizer) in getattr(
                 thing, "_per_optimizer_states", ()
@@ -79,13 +110,52 @@ class CallersLoop:
             self._passes += 1
 
     def _check_passes(self) -> None:
+        self._idle += 1
+        if self._idle == _IDLE and self.scaler is None and self._hooks and self._trains():
+            _warn(f"the optimizer given to accompany took no step in {_IDLE} steps of growth, and seeds follow its "
+                  "rate: give accompany the one that the loop steps")  # fmt: skip
         if self._counter is None:
             return
         self._counter.remove()
         self._counter = None
         if self._passes > max(1, self._accumulate):
-            warnings.warn(
-                f"the model ran {self._passes} times before its first step, and accumulate={self._accumulate}: where "
-                f"each loss is divided by {self._passes}, give accumulate={self._passes} and the mean undivided loss",
-                stacklevel=4,
-            )
+            _warn(f"the model ran {self._passes} times before its first step, and accumulate={self._accumulate}: where "
+                  f"each loss is divided by {self._passes}, give accumulate={self._passes} and the mean undivided loss"
+                  )  # fmt: skip
+
+    def _trains(self) -> bool:
+        return any(p.requires_grad for p in self._model.parameters())
+
+    def _check_model(self) -> None:
+        place, distributed = _place_of(self._model), torch.distributed
+        if place != self._place:
+            raise EsperError(f"the model moved from {' '.join(self._place)} to {' '.join(place)} since accompany",
+                             "one place for model and seeds", "model.to(...) before accompany")  # fmt: skip
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise EsperError("several ranks train together, and each would grow a different model", "one process",
+                             "esper run --devices N")  # fmt: skip
+
+
+def mean_loss(loss: Tensor | float | None) -> Tensor | None:
+    """The loss as a tensor, 0-dim.
+
+    Raises:
+        EsperError: it is several values.
+    """
+    if loss is None:
+        return None
+    tensor = torch.as_tensor(loss)
+    if tensor.numel() != 1:
+        raise EsperError(f"the loss given to step has the shape {tuple(tensor.shape)}", "one number: the batch's mean",
+                         "tolaria.step(loss.mean(), examples)")  # fmt: skip
+    return tensor.reshape(())
+
+
+def _place_of(model: nn.Module) -> tuple[str, str]:
+    """Device and dtype of the first floating parameter."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return ("", "") if first is None else (str(first.device), str(first.dtype).removeprefix("torch."))
+
+
+def _warn(what: str) -> None:
+    warnings.warn(what, stacklevel=5)

@@ -21,7 +21,7 @@ from esper_core.nissa.hub import Hub
 from esper_core.nissa.report import write_report
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
-from esper_core.tolaria.caller_groups import adopted, kind_for, unwrapped
+from esper_core.tolaria.caller_groups import adopted, kind_for, refuse_rates, unwrapped
 from esper_core.tolaria.callers_loop import CallersLoop
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
@@ -156,6 +156,9 @@ def grow(
     config = RunConfig.from_mapping(
         {"device": _device_of(model), **options, "host": OWN_MODEL, "blueprints": blueprints}
     )
+    if hasattr(model, "_orig_mod"):
+        raise BadOption("the model is compiled, and grow would train it uncompiled", "a plain model",
+                        'grow(model._orig_mod, ..., compile="blocks")')  # fmt: skip
     registry, record = registry or load_registry(), _Record()
     check_settings(config, registry)
     alone(model)
@@ -327,12 +330,17 @@ def accompany(
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which compiles anew once slots are there
+    for name, value, hint in (("steps", steps, "len(loader) * epochs"), ("decisions", decisions, "24")):
+        if not isinstance(value, int) or value < 1:
+            raise BadOption(f"{name}={value} of a loop", "a whole number from 1 on", f"{name}={hint}")
     where = _device_of(model)
     if not _same_device(str(options.get("device", where)), where):
         raise BadOption(f"device={options['device']} beside a model on {where}", "the model's device",
                         f"model.to({options['device']!r}) before accompany")  # fmt: skip
     given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     others = [unwrapped(one) for one in given]
+    refuse_rates(others, options)
     config = RunConfig.from_mapping(
         {"optimizer": kind_for(others), **options, "device": where, "host": OWN_MODEL,
          "blueprints": blueprints}
@@ -349,7 +357,7 @@ def accompany(
     own_options = assembly.part_config(config, "optimizer", OptimizerConfig)
     seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
     tolaria = setup.build_tolaria(emit, optimizer=seeds)
-    tolaria.convert, tolaria.loop = convert, CallersLoop(model, others, scaler, config.accumulate)
+    tolaria.convert, tolaria.loop = convert, CallersLoop(model, others, scaler, config.accumulate, steps)
     return tolaria
 
 

@@ -13,7 +13,7 @@ from esper_core.kasmina.growth import StageChange
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import UntrackedParameter
 from esper_core.leyline.options import option_field
-from esper_core.tolaria.caller_groups import family_of, source_of
+from esper_core.tolaria.caller_groups import GroupRef, family_of, source_of
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.muon import MuonAdamW, hidden_matrices
 from esper_core.tolaria.sharding import copy_all
@@ -40,7 +40,7 @@ class SeedGroup:
     group: dict[str, Any]
     age: int = 0
     deepens: bool = False
-    source: dict[str, Any] | None = None
+    source: GroupRef | None = None
 
 
 class GrowthOptimizer:
@@ -141,7 +141,9 @@ class GrowthOptimizer:
                     raise UntrackedParameter(
                         f"{owner} parameter {name} trains but no optimizer updates it",
                         "every live parameter in one param group",
-                        "GrowthOptimizer.follow(plane) before the plane changes",
+                        "accompany(model, [every optimizer of the loop], ...), or requires_grad_(False)"
+                        if self.others and owner == "host"
+                        else "GrowthOptimizer.follow(plane) before the plane changes",
                     )
 
     @property
@@ -169,7 +171,7 @@ class GrowthOptimizer:
         for seed in self.seeds.values():
             seed.age += 1
             warmth = min(1.0, seed.age / max(1, self.options.seed_warmup))
-            rate = learning_rate if seed.source is None else float(seed.source["lr"])
+            rate = learning_rate if seed.source is None else float(seed.source.now["lr"])
             seed.group["lr"] = rate * self.config.seed_learning_rate_factor * warmth
         if self.config.clip > 0:
             for parameters in self._clipped_together():
@@ -233,7 +235,8 @@ class GrowthOptimizer:
         if self.others and self._plane is not None:
             source = source_of(self._plane.host, path, self.others, family_of(self.torch))
             if source is not None:
-                group.update({key: source[key] for key in self.adopt if key in source and key in group})
+                theirs = source.now
+                group.update({key: theirs[key] for key in self.adopt if key in theirs and key in group})
         return SeedGroup(group, deepens=deepens, source=source)
 
     def _add(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:

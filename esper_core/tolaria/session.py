@@ -37,7 +37,7 @@ from esper_core.leyline.view import Controller, Interval, RunView
 from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.nissa.trees import tree_readings
-from esper_core.tolaria.callers_loop import CallersLoop
+from esper_core.tolaria.callers_loop import CallersLoop, mean_loss
 from esper_core.tolaria.consult import command_of, compare_processes, consult, plain_command, plain_verdict
 from esper_core.tolaria.ending import resolve
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
@@ -155,23 +155,24 @@ class Tolaria:
         if self.sensors is not None:
             self.sensors.after_backward(loss_scale)
 
-    def step(self, loss: Tensor | None, examples: int) -> None:
+    def step(self, loss: Tensor | float | None, examples: int) -> None:
         """All the work of one batch, where the caller's own optimizer updates the host.
 
         Call it between the optimizer's `step()` and `zero_grad()`. Arguments and errors are `after_step`'s.
         """
-        scale = self.loop.unscale(self.plane) if self.loop is not None else 1.0
+        scale = self.loop.begin_step(self.plane, self.clock.step) if self.loop is not None else 1.0
         if scale is None and self.sensors is not None:  # the caller's scaler left this step out
             self.sensors.forget_batch()
         watch = partial(self.after_backward, scale or 1.0)
         precision = Precision(self._losses.device)
         seeds = TrainingStep(self.plane, self.objective, self.optimizer, precision, watch=lambda _: watch())
         seeds.update(self.optimizer.learning_rate)
-        self.after_step(loss, examples)
+        self.after_step(mean_loss(loss), examples)
 
     def due(self, steps: int) -> bool:
-        """Whether it is time for a decision step, in a run of that many optimizer steps."""
-        return self.clock.step >= decision_step(self.clock.decision, steps, self.decisions)
+        """Whether it is time for one of the decision steps of a run of that many optimizer steps."""
+        over = self.loop is not None and self.clock.decision >= self.decisions
+        return not over and self.clock.step >= decision_step(self.clock.decision, steps, self.decisions)
 
     def after_step(self, loss: Tensor | None, examples: int) -> None:
         """Account for one optimizer step. Waits for the device only every `governor.check_every` steps.
@@ -236,6 +237,8 @@ class Tolaria:
         Raises:
             RunFailed: unrecoverable; the model is back in its last good state.
         """
+        if self.loop is not None:
+            self.loop.check_points(self.plane)
         self.batches = batches = list(batches) if iter(batches) is batches else batches  # audits read them again
         alarm = self._drain()
         compare_processes(self)
