@@ -163,8 +163,7 @@ class Tolaria:
         scale = self.loop.begin_step(self.plane, self.clock.step) if self.loop is not None else 1.0
         if scale is None and self.sensors is not None:  # the caller's scaler left this step out
             self.sensors.forget_batch()
-        watch = partial(self.after_backward, scale or 1.0)
-        precision = Precision(self._losses.device)
+        precision, watch = Precision(self._losses.device), partial(self.after_backward, scale or 1.0)
         seeds = TrainingStep(self.plane, self.objective, self.optimizer, precision, watch=lambda _: watch())
         seeds.update(self.optimizer.learning_rate)
         self.after_step(mean_loss(loss), examples)

@@ -152,7 +152,7 @@ def test_a_loop_that_is_longer_than_told_says_so_and_decides_no_more() -> None:
 
 
 def test_what_is_common_in_loops_just_works() -> None:
-    """Two backward passes, clipping of the host, evaluation before the step, gradients zeroed first, and not to None."""
+    """Two backward passes, clipping of the host, evaluation before the step, gradients zeroed first."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model, optimizer, tolaria = begun()
