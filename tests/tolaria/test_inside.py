@@ -104,7 +104,7 @@ class Stop(transformers.TrainerCallback):
         self.step = step
 
     def on_step_end(self, args, state, control, **given):
-        control.should_training_stop = state.global_step >= self.step
+        control.should_training_stop |= state.global_step >= self.step
 
 
 def train(tmp_path, name: str, growth, trainer=transformers.Trainer, resume=None, steps: int = 8, stop=99, **changes):
