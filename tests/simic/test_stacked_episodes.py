@@ -21,6 +21,7 @@ from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
 from esper_core.registry import load_registry
 from esper_core.simic.gym.environment import EpisodeGroup, Ground, Paid
+from esper_core.simic.gym.planted import gym_registry
 from esper_core.simic.gym.stacked_cohort import StackedCohort, unstackable
 from esper_core.tolaria import assembly
 from esper_core.tolaria.config import RunConfig
@@ -177,6 +178,30 @@ def test_a_death_reaches_the_buffer_and_the_environment_returns_on_either_backen
         paid = next(paid[1] for _, paid in track if paid[1].outcome.deaths)
         assert paid.components["governor_death"] == -1.0
         assert track[-1][0][1].rollbacks == 1 and math.isfinite(track[-1][0][1].validation_loss or math.nan)
+
+
+def plant_danger(views: list[RunView], group: EpisodeGroup, offset: int, rng: random.Random) -> None:
+    """Environment 0 waits; environment 1 plants the dangerous one and lets it in; environment 2 looks and culls it."""
+    for k, view in enumerate(views):
+        for slot in view.slots[:1]:
+            loud = slot.readings.get("delta_norm", 0.0) > 10
+            if k and Op.GERMINATE in slot.legal and view.decision < 2:
+                group.act(k, [Command(Op.GERMINATE, slot.path, "planted_dangerous")])
+            elif k == 2 and loud and Op.CULL in slot.legal:
+                group.act(k, [Command(Op.CULL, slot.path)])
+            elif k and Op.ADVANCE in slot.legal:
+                group.act(k, [Command(Op.ADVANCE, slot.path, blend=view.blends[0])])
+
+
+def test_the_dangerous_one_kills_who_lets_it_in_and_not_who_looks_on_either_backend() -> None:
+    config = attrs.evolve(DIGITS, blueprints=("planted_dangerous",), epochs=4)
+    laid = [in_double(DoubleGround(Ground.lay(config, gym_registry()).setup))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.script", plant_danger)
+        for track in (play(laid, 3, "cpu")[0], play(laid, 3, None)[0]):
+            deaths = [sum(paid[k].outcome.deaths for _, paid in track) for k in range(3)]
+            assert deaths[0] == deaths[2] == 0 < deaths[1], deaths
+            assert sum(paid[1].components.get("governor_death", 0.0) for _, paid in track) == -deaths[1]
 
 
 def test_what_cannot_be_stacked_is_refused_and_says_why() -> None:

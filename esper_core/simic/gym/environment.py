@@ -7,6 +7,7 @@ be computed once while they are equal (`simic.gym.cohort`).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
@@ -234,9 +235,12 @@ class EpisodeGroup:
         account.removed |= {c.slot: worth[c.slot] for c in done if c.op is Op.WITHER and c.slot in worth}
         return done
 
-    def _standing(self, member: Member) -> Standing:
+    def _standing(self, member: Member, deaths: int = 0) -> Standing:
         measured, ledger = member.measured, member.plane.ledger
         assert measured is not None
+        if deaths and not member.failed and not math.isfinite(measured.loss):
+            # It is back in its last good state, which nobody measured; the death has a price of its own.
+            return Standing(None, None, ledger.excess_params_ratio, ledger.excess_flops_ratio)
         return Standing(measured.loss, measured.score, ledger.excess_params_ratio, ledger.excess_flops_ratio)
 
     def _pay(self, k: int) -> Paid:
@@ -244,9 +248,10 @@ class EpisodeGroup:
         worth = {path: w.loss.mean for path, w in member.measured.worth.items()} if member.measured else {}
         gone = {p: v for p, v in account.removed.items() if member.plane.slots[p].seed is None}
         account.removed = {p: v for p, v in account.removed.items() if p not in gone}
+        deaths = member.deaths()
         outcome = account.meter.measure(
-            self._standing(member), self._standing(self.twin(k)), slot_gains=slot_credits(account.credited, worth),
-            churn=gone, deaths=member.deaths(), final=self.done,
+            self._standing(member, deaths), self._standing(self.twin(k)), slot_gains=slot_credits(account.credited, worth),
+            churn=gone, deaths=deaths, final=self.done,
         )  # fmt: skip
         account.credited = worth
         terms = {name: term for name, (term, _) in rewards.items()}

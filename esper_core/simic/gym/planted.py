@@ -4,12 +4,13 @@ The descriptor of each is that of an ordinary adapter, so its worth is known onl
 
 - `planted_useless`: returns zeros, whatever its parameters.
 - `planted_essential`: a linear map of the feature and of the mean over all positions, which few offers have.
-- `planted_dangerous`: drowns the feature, at once a little and after some steps for good, so that a rollback follows
-  if it shows then. While it is isolated, only its size (`delta_norm`) tells of it.
+- `planted_dangerous`: drowns the feature and after some steps makes the validation loss infinite, so that a rollback
+  follows if it shows then. While it is isolated, only its size (`delta_norm`) tells of it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -22,8 +23,7 @@ from esper_core.registry import Registry, load_registry
 
 _LOUD: Final = 30.0
 _FUSE: Final = 12
-_BURST: Final = 1e12
-"""The dangerous one's answer over the feature at first and in the end, and the training passes between the two."""
+"""The dangerous one's answer over the feature, and the training passes after which no validation pass survives it."""
 
 
 class Planted(nn.Module):
@@ -59,7 +59,10 @@ class Useless(Planted):
 
 
 class Dangerous(Planted):
-    """A random map of the feature, loud from the first update on, that bursts after `_FUSE` training passes."""
+    """A random map of the feature, loud from the first update on; after `_FUSE` training passes infinite in evaluation.
+
+    What is isolated answers nothing in evaluation, so only who lets it in meets infinity.
+    """
 
     passes: Tensor
 
@@ -69,10 +72,12 @@ class Dangerous(Planted):
 
     def forward(self, h: Tensor) -> Tensor:
         """Feature (N, …) in, delta of its shape out."""
+        loud = _LOUD * torch.tanh(1e4 * self.gate)
         if self.training:
             self.passes.add_(1.0)
+        else:
+            loud = torch.where(self.passes > _FUSE, math.inf, loud)
         x = h.movedim(self.axis, -1)
-        loud = _LOUD * torch.tanh(1e4 * self.gate) + torch.where(self.passes > _FUSE, _BURST, 0.0)
         return (x @ (self.own + self.whole) * loud).movedim(-1, self.axis).to(h.dtype)
 
 
