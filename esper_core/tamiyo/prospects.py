@@ -14,15 +14,16 @@ from typing import Final
 from esper_core.leyline.stages import STAGES
 from esper_core.leyline.view import Interval, RunView, SlotView
 
-_WARM_UP: Final = 2.0
-"""Exponent of the growth of an isolated seed's gain: its output starts at zero under a rising learning rate."""
+_WARM_UP: Final = 3.0
+"""Exponent of the growth of an isolated seed's gain with its age: the size of its output grows with the square of the
+time while its learning rate rises, and what the loss asks for at the slot grows as the host learns."""
 
 
 def isolated_prospect(slot: SlotView, view: RunView) -> float | None:
     """Gain (nats) of an isolated seed by the end of the run if it goes on at its pace.
 
     The seed's own loss while isolated is the first-order change of the host's loss that its output would make. It
-    starts at zero and grows with the square of the time while the seed's learning rate rises.
+    starts at zero and grows fast, so that only seeds that learn nothing at all fall short of their rent by it.
 
     Returns:
         None where the seed is not isolated or its own loss has not been measured.
