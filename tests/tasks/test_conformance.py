@@ -153,3 +153,15 @@ class TestJsonLines(SinkConformance):
 
 class TestTensorBoard(SinkConformance):
     spec = "tensorboard"
+
+
+class TestCsv(SinkConformance):
+    spec = "csv"
+
+
+class TestWandB(SinkConformance):
+    spec = "wandb"
+
+
+class TestMlFlow(SinkConformance):
+    spec = "mlflow"

@@ -1,53 +1,60 @@
-"""TensorBoard: curves of losses, accuracies, rent, readings and counterfactuals, and growth events as text."""
+"""TensorBoard: `loss/train`, `accuracy/val` and the other curves, hyperparameters, and growth as text."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from esper_core.leyline.events import Event
+from esper_plugins.sinks.scalars import Points, Replaying, hyperparameters
 
-_SKIPPED = frozenset({"step", "epoch", "decision", "seed"})
 _TEXTS = frozenset(
     {"stage_changed", "command_refused", "governor_alarm", "rolled_back", "fault", "audited", "run_ended"}
 )
 
 
-class TensorBoard:
+class TensorBoard(Replaying):
     """Writes TensorBoard files to `<folder>/tensorboard`.
 
-    Every number of an event becomes a scalar named `kind/field`, or `kind/slot/field` for events of a slot, at the
-    event's optimizer step; changes of stage, refusals, alarms and faults become text.
+    Tags are those of `scalars`, at the event's optimizer step. The run's configuration is its hyperparameters. Changes
+    of stage, refusals, alarms and faults become text.
 
     Args:
         folder: the run folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
-        self._writer = SummaryWriter(str(self._folder / "tensorboard"))
+        super().__init__(Path(folder))
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def write(self, event: Event) -> None:
-        """Write the numbers of `event`, and its text where it has one."""
-        self._write(event.to_dict(), event.to_json())
+    def log(self, step: int, points: Points) -> None:
+        """Write a scalar for each point."""
+        for tag, value in points:
+            self._writer.add_scalar(tag, value, step)
 
-    def restart(self) -> None:
-        """Write what the run's `events.jsonl` holds in place of what was written: a resumed run repeats the rest."""
+    def note(self, data: Mapping[str, Any]) -> None:
+        """Write hyperparameters at the beginning of a run, and the text of what happened."""
+        kind, slot = data["kind"], data.get("slot")
+        if kind == "run_started":
+            metric = self.scalars.metric
+            shown = dict.fromkeys(("loss/val", f"{metric}/val", "loss/test", f"{metric}/test"), 0.0)
+            for summary in hparams(hyperparameters(self.folder), shown):
+                self._writer._get_file_writer().add_summary(summary)
+        elif kind in _TEXTS:
+            line = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+            self._writer.add_text(f"{kind}/{slot}" if slot else kind, f"`{line}`", data["step"])
+
+    def discard(self) -> None:
+        """Remove the files and begin new ones."""
         self._writer.close()
-        for file in (self._folder / "tensorboard").glob("events.out.tfevents.*"):
+        for file in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
             file.unlink()
-        self._writer = SummaryWriter(str(self._folder / "tensorboard"))
-        log = self._folder / "events.jsonl"
-        if log.is_file():
-            with open(log, encoding="utf-8") as lines:
-                for line in lines:
-                    self._write(json.loads(line), line.rstrip("\n"))
-        self._writer.flush()
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
 
     def flush(self) -> None:
         """Make what was written durable."""
@@ -56,19 +63,3 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and let the files go."""
         self._writer.close()
-
-    def _write(self, data: Mapping[str, Any], line: str) -> None:
-        kind, slot, step = data["kind"], data.get("slot"), data["step"]
-        prefix = f"{kind}/{slot}" if slot else kind
-        for name, number in _numbers(data):
-            self._writer.add_scalar(f"{prefix}/{name}", number, step)
-        if kind in _TEXTS:
-            self._writer.add_text(prefix, f"`{line}`", step)
-
-
-def _numbers(data: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and key not in _SKIPPED:
-            yield f"{prefix}{key}", float(value)
