@@ -100,7 +100,8 @@ class Verbs(click.Group):
             if error.ctx and isinstance(error, click.exceptions.NoArgsIsHelpError):
                 click.echo(error.ctx.get_help())
                 sys.exit(0)
-            fail(_usage(error), 2)
+            given = sys.argv[1:] if args is None else args
+            fail(_usage(error, next((word for word in given if word in VERBS), "")), 2)
         except click.ClickException as error:
             fail(error.format_message(), error.exit_code)
         except Exception as error:  # noqa: BLE001 - unexpected; the traceback is kept
@@ -155,17 +156,19 @@ def _unknown(given: str, name: str, known: Any, hint: str) -> Exception:
     return UnknownName(given, hint=did_you_mean(name, known) or hint)
 
 
-def _usage(error: click.UsageError) -> str:
-    """click's message about wrong usage, with what to type next."""
+def _usage(error: click.UsageError, verb: str) -> str:
+    """click's message about wrong usage, with what to type next; `verb`: what was typed, where click does not say."""
     from esper_core.leyline.errors import BadOption, did_you_mean
 
-    path = error.ctx.command_path if error.ctx else "esper"
+    path = error.ctx.command_path if error.ctx else f"esper {verb}".rstrip()
     if isinstance(error, click.NoSuchOption) and error.ctx:
         known = [name for parameter in error.ctx.command.params for name in parameter.opts] + ["--help"]
         if error.option_name == "--no-plugin":
             hint = "esper --no-plugin NAME, then the command"
-        elif error.option_name in ELSEWHERE and path.startswith("esper run"):
+        elif error.option_name in ELSEWHERE and path == "esper run":
             hint = ELSEWHERE[error.option_name]
+        elif error.option_name in ("--resume", "--continue") and path == "esper resume":
+            hint = "esper resume RUN, which needs no option"
         else:
             hint = did_you_mean(error.option_name, known) or f"{path} --help"
         return str(BadOption(f"{path} takes no option {error.option_name!r}", hint=hint))

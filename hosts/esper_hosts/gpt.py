@@ -147,10 +147,13 @@ def gpt(
     heads = heads or max(1, width // (32 if width <= 160 else 64))
     if width % (2 * heads):
         raise BadOption(f"gpt.width={width} with {heads} heads", f"a multiple of {2 * heads}", "--set gpt.heads=1")
-    if len(shape) != 1 or 0 < context < shape[0]:
+    if len(shape) != 1:
+        raise BadOption(f"gpt cannot take inputs of shape {shape}", "windows of tokens", "--task stdlib, or --host cnn")
+    if 0 < context < shape[0]:
         raise BadOption(
-            f"gpt.context={context} for inputs of shape {shape}", "windows of tokens that fit", "--task stdlib"
-        )
+            f"gpt.context={context} for windows of {shape[0]} tokens", "a context that holds them",
+            f"--set gpt.context={shape[0]}",
+        )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = GPT(outputs or OUTPUTS, layers, width, heads, context or shape[0], expansion, qk_norm)

@@ -155,7 +155,7 @@ def _choose_head(config: Any, head: str, outputs: int | None, input_shape: tuple
         raise BadOption(
             f"transformers has no {config.model_type} for {wanted}",
             f"one for {', '.join(kinds)}",
-            "--task, or another host",
+            "--host timm:resnet18, or --task pydoc" if image else "a host of that kind, or another --task",
         )
     return wanted
 

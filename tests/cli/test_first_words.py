@@ -72,7 +72,11 @@ def test_a_default_budget_without_room_is_told() -> None:
         (["--warmup", "2"], "a number from 0 to 1"),
         (["--host", "cnn", "--task", "stdlib"], "cnn cannot take the examples of task stdlib, which are tokens"),
         (["--host", "cnn", "--task", "stdlib"], "--host gpt"),
+        (["--host", "gpt", "--task", "digits"], "gpt cannot take inputs of shape (1, 8, 8)"),
         (["--host", "gpt", "--task", "digits"], "--task stdlib"),
+        (["--host", "transformers:gpt2", "--task", "digits"], "--host timm:resnet18, or --task pydoc"),
+        (["--host", "cnn", "--task", "digits-segments"], "--set cnn.head=map"),
+        (["--host", "cnn", "--lr"], "option '--lr' requires an argument; try: esper run --help"),
     ],
 )
 def test_a_first_mistake_is_told_the_right_word(arguments: list[str], told: str) -> None:
@@ -111,6 +115,51 @@ def test_a_suggested_command_can_be_pasted(home: Path) -> None:
     assert esper("report", folder, "--out", "new/folder/r.html").output.strip() == "new/folder/r.html"
     (home / "file").write_text("")
     assert "cannot write" in esper("report", folder, "--out", "file/r.html", code=2).stderr
+
+
+@pytest.mark.parametrize("arguments", [("report", "one"), ("runs", "report")])
+def test_a_report_on_a_read_only_disk_costs_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    import errno
+
+    def refuse(target: Path) -> Path:
+        raise OSError(errno.EROFS, "Read-only file system", str(target))
+
+    (home / "runs" / "one").mkdir(parents=True)
+    (home / "runs" / "one" / "events.jsonl").write_text("")
+    monkeypatch.setattr("esper_core.nissa.report.make_temporary", refuse)
+    said = esper(*arguments, "--out", "there.html", code=2).stderr
+    assert said.count("\n") == 1 and "cannot write there.html: Read-only file system" in said and "--out FILE" in said
+
+
+def test_a_folder_of_runs_is_no_run(home: Path) -> None:
+    (home / "my runs" / "one").mkdir(parents=True)
+    (home / "my runs" / "one" / "events.jsonl").write_text("")
+    assert "try: esper runs report 'my runs'" in esper("report", "my runs", code=2).stderr
+    page = esper("runs", "report", "my runs").output.strip()
+    assert page == "my runs/index.html" and Path(page).is_file()
+
+
+def test_the_list_of_runs_fits_a_terminal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datetime
+
+    from tests.recorded import write_run
+
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("a", "a_name_that_is_longer_than_every_column_of_a_terminal_has_room_for")
+    for name, compare in zip(names, (True, False), strict=True):
+        folder = write_run("maps", home / "runs" / name, compare=compare)
+        began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=5)
+        about = {**json.loads((folder / "run.json").read_text()), "started": began.isoformat()}
+        (folder / "run.json").write_text(json.dumps(about))
+        (folder / "timings.jsonl").write_text('{"seconds": 65.0}\n')
+    text = esper("runs", "list").output
+    assert max(map(len, text.splitlines())) <= 80
+    row = next(line for line in text.splitlines() if line.startswith("a "))
+    for word in ("98.00%", "+2.00 pt", "6 of 9", "9.27G", "1:05", "5 h"):
+        assert word in row
+    assert f"esper compare {names[1]} --arms host@FLOPs --seeds 3" in " ".join(text.split()) and "not run" in text
 
 
 def test_the_time_of_a_resumed_run_is_not_that_of_the_whole(home: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,10 @@ def test_run_trains_says_what_it_chose_and_ends_with_a_summary(home: Path, grown
         assert word in text
     assert (home / "grown" / "report.html").stat().st_size > 20_000
     assert events(home / "grown")[-1]["status"] == "finished"
+    about = json.loads((home / "grown" / "run.json").read_text())
+    began, ended = (datetime.fromisoformat(about[key]) for key in ("started", "ended"))
+    assert timedelta() <= ended - began < timedelta(minutes=10) and began.utcoffset() == timedelta()
+    assert "esper compare grown --arms host@FLOPs --seeds 3" in " ".join(text.split())  # no control was run
 
 
 def test_quiet_prints_the_report_alone_and_json_lines_the_events_alone(home: Path, grown: Result) -> None:

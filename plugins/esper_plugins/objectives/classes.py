@@ -95,7 +95,8 @@ class Dense(_Classes):
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """See `leyline.objective.Objective`."""
         if outputs.dim() < 3 or targets.shape != outputs.shape[:1] + outputs.shape[2:]:
-            raise misfit_error("dense", outputs, targets, "outputs (N, classes, H, W) and targets (N, H, W)")
+            hint = "--set cnn.head=map --set cnn.pool=none, or a host with an output for each position"
+            raise misfit_error("dense", outputs, targets, "outputs (N, classes, H, W) and targets (N, H, W)", hint)
         check_classes("dense", outputs, targets, outputs.shape[1])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
