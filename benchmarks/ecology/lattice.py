@@ -51,7 +51,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
         learning_rate=0.005, clip=1.0, device="cpu",
         settings={
             **CONTROLLERS[job["controller"]], **ARMS[job["arm"]], "plane.ramp": 0.05, "plane.max_stack": 2,
-            "sensors.fossils": 8,
+            "sensors.fossils": 64,
         },
     )  # fmt: skip
     books = Books()

@@ -15,6 +15,6 @@ class OrganConfig:
     prior_params: float = option_field(0.05, "parameters (share of the host's) that the common gain counts for", 1e-06)
     total: float = option_field(1.0, "budget of all regions (share of the host) in a run without one", 0.0)
     stake: float = option_field(
-        1.0, "share of the budget that may grow before half of what grew is measured at full strength", 0.0, 1.0
+        1.0, "share of the budget that may grow before half of what grew is at full strength", 0.0, 1.0
     )
     size: int = option_field(0, "points of a region; 0: the host's own regions, or chosen", 0)

@@ -62,7 +62,7 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
 
     The floor is split equally; the rest in proportion to the marginal gain per parameter measured in each region,
     shrunk towards the common one where few parameters were measured. A region that only costs gets its floor. Until
-    half of the parameters that live are measured, only `stake` of the total may be spent.
+    half of what grew is at full strength and some of it is measured, only `stake` of the total may be spent.
     """
     names = regions_of(view, config)
     regions: dict[str, list[SlotView]] = {}
@@ -83,7 +83,8 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
         )
         total = total if investment.total is None else min(total, investment.total)
         merits = {name: max(0.0, investment.shares.get(name, merit)) for name, merit in merits.items()}
-    if mass * view.host_params < 0.5 * max(view.seed_params, 1):
+    strong = sum(slot.params for slot in view.slots if slot.alpha >= 1.0)
+    if not mass or strong < 0.5 * view.seed_params:
         total = config.stake * total
     flops_total = None if view.flops_left is None else view.flops_left + view.seed_flops
     whole = math.fsum(merits.values())

@@ -135,6 +135,10 @@ def _fits(offers: Sequence[Offer], view: RunView) -> bool:
     return params <= _or_all(view.params_left) and flops <= _or_all(view.flops_left)
 
 
+def _region_of(slot: SlotView, view: RunView) -> str:
+    return slot.spec.region if view.regions else ""
+
+
 def _or_all(limit: int | None) -> float:
     return math.inf if limit is None else limit
 
@@ -314,8 +318,7 @@ class HeuristicController:
         open_slots = [slot for slot in view.slots if Op.GERMINATE in slot.legal]
         measured = {slot.path: measured_need(slot) for slot in open_slots}
         typical = median([need for need in measured.values() if need is not None] or [1.0]) or 1.0
-        found = {born: gain for gains in self._gains.values() for born, gain in gains.items()}
-        record = track_record(self._hopes, found)
+        records = self._records(view)
         offers = []
         for slot in open_slots:
             need = measured[slot.path]
@@ -323,10 +326,24 @@ class HeuristicController:
             for blueprint in slot.blueprints:
                 if blueprint.family == FAMILY and view.course is not None:
                     continue  # depth goes by the plan
-                gain = record * self.expected_gain(blueprint, slot, view) * math.pow(relative, self.config.need_power)
+                gain = (
+                    records[_region_of(slot, view)]
+                    * self.expected_gain(blueprint, slot, view)
+                    * math.pow(relative, self.config.need_power)
+                )
                 failures = self._failures.get(f"{slot.path} {blueprint.name}", 0)
                 offers.append(Offer(slot, blueprint, gain * math.pow(self.config.failure_factor, failures)))
         return offers
+
+    def _records(self, view: RunView) -> dict[str, float]:
+        """How far expected gains came true, by region where regions have budgets of their own, and else in the run."""
+        found = {born: gain for gains in self._gains.values() for born, gain in gains.items()}
+        regions = {slot.path: _region_of(slot, view) for slot in view.slots}
+        hopes: dict[str, dict[str, float]] = {region: {} for region in regions.values()}
+        for born, hope in self._hopes.items():
+            if view.regions and (region := regions.get(born.rsplit("@", 1)[0])) is not None:
+                hopes[region][born] = hope
+        return {region: track_record(mine if view.regions else self._hopes, found) for region, mine in hopes.items()}
 
     def expected_gain(self, blueprint: BlueprintView, slot: SlotView, view: RunView) -> float:
         """Expected gain (nats): the family's prior for a seed of that size, and what this blueprint gained so far."""

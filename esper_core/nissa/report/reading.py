@@ -320,7 +320,7 @@ class RunDigest:
         rows = []
         for name in sorted(rooted, key=lambda n: (self.slots[rooted[n]].point["order"], n)):
             if len(trees[rooted[name]]) > 1:
-                _, _, stage, blueprint, params, _ = lives[name]
+                stage, blueprint, params = lives[name][2:5]
                 worth = self.slots[name].counterfactual[-1] if self.slots[name].counterfactual else None
                 mass = sum(lives[member][4] or 0 for member in trees[name])
                 rows.append([
