@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_blueprints import cost
-from esper_blueprints.around import input_of, layer_of, scale_of
+from esper_blueprints.around import carry_over, input_of, layer_of, scale_of
 from esper_core.kasmina.calls import Call
 from esper_core.kasmina.fold import Fold
 from esper_core.leyline.injection import InjectionSpec
@@ -31,6 +31,7 @@ class DoRASeed(nn.Module):
     def __init__(self, point: InjectionSpec, *, rank: int, strength: float, scaling: str) -> None:
         super().__init__()
         self.layer = layer_of(point)
+        self.strength, self.scaling = strength, scaling
         self.scale = scale_of(rank, strength, scaling)
         self.a = nn.Linear(self.layer.inputs, rank, bias=False)
         self.b = nn.Linear(rank, self.layer.outputs, bias=False)
@@ -49,6 +50,14 @@ class DoRASeed(nn.Module):
         factor = (1 + self.length) * shrink
         answer = h if bias is None else h - bias
         return ((factor - 1) * answer + factor * update).to(h.dtype)
+
+    def resize(self, rank: int) -> None:
+        """Have another rank: further ones begin at zero, and the weakest go."""
+        old, scale = (self.a.weight, self.b.weight), scale_of(rank, self.strength, self.scaling)
+        self.a = nn.Linear(self.layer.inputs, rank, bias=False).to(old[0])
+        self.b = nn.Linear(rank, self.layer.outputs, bias=False).to(old[1])
+        carry_over(old, (self.a.weight, self.b.weight), self.scale / scale)
+        self.scale = scale
 
     def _low_rank(self) -> Tensor:
         return self.b.weight @ self.a.weight * self.scale

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_blueprints import cost
-from esper_blueprints.around import layer_of, scale_of
+from esper_blueprints.around import carry_over, layer_of, scale_of
 from esper_blueprints.layout import quiet
 from esper_core.kasmina.calls import Call
 from esper_core.kasmina.fold import Fold
@@ -33,11 +33,12 @@ class LoRASeed(nn.Module):
         super().__init__()
         self.around = point.layer is not None
         layer = layer_of(point)
+        self.strength, self.scaling = strength, scaling
         self.scale = scale_of(rank, strength, scaling)
         self.a: nn.Module = (
             nn.Embedding(layer.inputs, rank) if layer.kind == "embedding" else nn.Linear(layer.inputs, rank, bias=False)
         )
-        self.b = quiet(nn.Linear(rank, layer.outputs, bias=False), init)
+        self.b: nn.Linear = quiet(nn.Linear(rank, layer.outputs, bias=False), init)
 
     def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
         """The layer's output in, or a feature; delta of the same shape and dtype out."""
@@ -50,6 +51,23 @@ class LoRASeed(nn.Module):
         down, up = self.a.weight, self.b.weight * self.scale
         assert isinstance(down, Tensor)
         return down @ up.mT if isinstance(self.a, nn.Embedding) else up @ down
+
+    def resize(self, rank: int) -> None:
+        """Have another rank: further ones begin at zero, and the weakest go."""
+        old, scale = self._matrices(), scale_of(rank, self.strength, self.scaling)
+        if isinstance(self.a, nn.Embedding):
+            self.a = nn.Embedding(self.a.num_embeddings, rank).to(old[0])
+        else:
+            self.a = nn.Linear(old[0].shape[1], rank, bias=False).to(old[0])
+        self.b = nn.Linear(rank, old[1].shape[0], bias=False).to(old[1])
+        carry_over(old, self._matrices(), self.scale / scale)
+        self.scale = scale
+
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """A, (rank, inputs), and B, (outputs, rank)."""
+        down = self.a.weight
+        assert isinstance(down, Tensor)
+        return down.mT if isinstance(self.a, nn.Embedding) else down, self.b.weight
 
     def fold(self, weight: Tensor) -> Fold:
         """What the seed does to its layer's weight."""

@@ -19,14 +19,10 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Tempo
 from esper_core.leyline.errors import BadOption, IllegalCommand
 from esper_core.leyline.injection import InjectionSpec, LayerSpec
+from esper_core.leyline.measures import MEASURES
 
-MEASURES: Final = ("need", "gradient", "activation", "random", "uniform")
-"""How gains are measured.
-
-need: Σ|W⊙∇W|, which ranks weights for pruning (Molchanov et al. 2019, arXiv:1906.10771); gradient: ‖∇W‖; activation:
-variance of the layer's input along each principal component (EVA: Paischer et al. 2024, arXiv:2410.07170); random and
-uniform are controls.
-"""
+Loss = Callable[[], Tensor]
+"""Runs the model on a batch and gives a scalar."""
 
 LARGEST: Final = 64
 """Ranks that one layer may be given."""
@@ -36,7 +32,7 @@ _ROWS: Final = 2048
 
 def measure_gains(
     plane: Plane,
-    loss: Callable[[], Tensor],
+    loss: Loss | Sequence[Loss],
     measure: str = "need",
     *,
     points: Iterable[str] | None = None,
@@ -46,8 +42,9 @@ def measure_gains(
 
     Args:
         plane: over the model, whose weights may be frozen; they are left as they are, without gradients.
-        loss: runs the model on a batch and gives a scalar.
-        measure: one of `MEASURES`. points: of the plane; None for all around linear layers. seed: for `random`.
+        loss: runs the model on a batch and gives a scalar; or several such, whose gradients are added up.
+        measure: one of `leyline.measures.MEASURES`. seed: for `random`.
+        points: of the plane; None for all around linear layers.
 
     Returns:
         Gains by point, the first rank first; the k-th rank of a layer of one figure gains 1/k of it.
@@ -57,41 +54,55 @@ def measure_gains(
     """
     if measure not in MEASURES:
         raise BadOption(f"measure {measure!r}", f"one of {', '.join(MEASURES)}")
-    names = [name for name in (plane.slots if points is None else points) if _linear(plane.slots[name].spec)]
+    names = linear_points(plane, points)
+    losses = [loss] if callable(loss) else list(loss)
     if not names:
         raise BadOption("no point around a linear layer is on the plane", "some", "--slots around:attn,mlp")
     if measure == "activation":
-        return _variances(plane, names, loss)
+        return _variances(plane, names, losses)
     generator = torch.Generator().manual_seed(seed)
     if measure in ("random", "uniform"):
         totals = {n: 1.0 if measure == "uniform" else float(torch.rand((), generator=generator)) for n in names}
     else:
-        totals = _of_gradients(plane, names, loss, measure)
+        totals = _of_gradients(plane, names, losses, measure)
     return {name: [total / (k + 1) for k in range(LARGEST)] for name, total in totals.items()}
 
 
+def linear_points(plane: Plane, points: Iterable[str] | None = None) -> list[str]:
+    """Those of `points`, or of the whole plane, that stand around a linear layer."""
+    return [name for name in (plane.slots if points is None else points) if _linear(plane.slots[name].spec)]
+
+
 def allocate_ranks(
-    specs: Mapping[str, InjectionSpec], gains: Mapping[str, Sequence[float]], budget: int
-) -> dict[str, int]:
+    specs: Mapping[str, InjectionSpec], gains: Mapping[str, Sequence[float]], budget: int,
+    cost: Callable[[str, int], int] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Ranks by point that cost `budget` parameters at most, points without any left out.
 
-    A rank costs inputs + outputs parameters. Raises IllegalCommand where the budget does not pay for one.
+    Args:
+        cost: parameters of a seed of some rank at a point; None: inputs + outputs for each rank.
+
+    Raises:
+        IllegalCommand: the budget does not pay for one rank.
     """
-    costs = {name: _cost(specs[name]) for name in gains}
-    queue = [(-of[0] / costs[name], name) for name, of in gains.items() if of]
+    price = cost or (lambda name, rank: rank * _cost(specs[name]))
+    first = {name: price(name, 1) for name in gains}
+    queue = [(-of[0] / first[name], name) for name, of in gains.items() if of]
     heapq.heapify(queue)
     ranks: dict[str, int] = {}
     left = budget
     while queue:
         _, name = heapq.heappop(queue)
-        if costs[name] > left:
+        rank = ranks.get(name, 0)
+        more = price(name, rank + 1) - (price(name, rank) if rank else 0)
+        if more > left:
             continue
-        left -= costs[name]
-        ranks[name] = rank = ranks.get(name, 0) + 1
+        left -= more
+        ranks[name] = rank = rank + 1
         if rank < min(len(gains[name]), *_sizes(specs[name])):
-            heapq.heappush(queue, (-gains[name][rank] / costs[name], name))
+            heapq.heappush(queue, (-gains[name][rank] / more, name))
     if not ranks:
-        raise IllegalCommand(f"a budget of {budget:,} parameters pays for no rank", f"at least {min(costs.values()):,}")
+        raise IllegalCommand(f"a budget of {budget:,} parameters pays for no rank", f"at least {min(first.values()):,}")
     return {name: ranks[name] for name in gains if name in ranks}
 
 
@@ -122,7 +133,7 @@ def _cost(spec: InjectionSpec) -> int:
     return sum(_sizes(spec))
 
 
-def _of_gradients(plane: Plane, names: list[str], loss: Callable[[], Tensor], measure: str) -> dict[str, float]:
+def _of_gradients(plane: Plane, names: list[str], losses: Sequence[Loss], measure: str) -> dict[str, float]:
     weights: dict[str, nn.Parameter] = {}
     for name in names:
         weight = plane.host.module.get_submodule(path_of(name)).weight
@@ -134,8 +145,11 @@ def _of_gradients(plane: Plane, names: list[str], loss: Callable[[], Tensor], me
         weight.requires_grad_(True)
 
     try:
-        with torch.enable_grad():
-            found = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True, materialize_grads=True)
+        found = [torch.zeros_like(weight) for weight in weights.values()]
+        for loss in losses:
+            with torch.enable_grad():
+                grads = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True, materialize_grads=True)
+            torch._foreach_add_(found, grads)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
@@ -156,24 +170,26 @@ def _part(layer: LayerSpec) -> tuple[slice, ...]:
 
 
 @torch.no_grad()
-def _variances(plane: Plane, names: list[str], loss: Callable[[], Tensor]) -> dict[str, list[float]]:
-    seen: dict[str, Tensor] = {}
+def _variances(plane: Plane, names: list[str], losses: Sequence[Loss]) -> dict[str, list[float]]:
+    seen: dict[str, list[Tensor]] = {}
+    rows = max(1, _ROWS // len(losses))
     handles = []
     for name in names:
         module = plane.host.module.get_submodule(path_of(name))
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            seen[name] = args[0].detach().flatten(0, -2)[:_ROWS].float()
+            seen.setdefault(name, []).append(args[0].detach().flatten(0, -2)[:rows].float())
 
         handles.append(module.register_forward_pre_hook(keep))
     try:
-        loss()
+        for loss in losses:
+            loss()
     finally:
         for handle in handles:
             handle.remove()
     gains = {}
     for name in names:
-        x = seen[name]
+        x = torch.cat(seen[name])
         squares = torch.linalg.svdvals(x - x.mean(0)).square()
         gains[name] = (squares / squares.sum().clamp_min(1e-12))[:LARGEST].tolist()
     return gains

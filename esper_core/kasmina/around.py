@@ -149,7 +149,10 @@ def _answers(layer: LayerSpec) -> tuple[int, ...]:
             layer.padding,
             layer.dilation,
         )
-        return tuple(conv(torch.empty(1, *layer.input_shape)).shape[1:])
+        try:
+            return tuple(conv(torch.empty(1, *layer.input_shape)).shape[1:])
+        except RuntimeError:  # the input is smaller than the window: what the layer pads is its own affair
+            return ()
 
 
 def _pair(sizes: Sequence[int], flat: bool, first: int) -> tuple[int, int]:
@@ -232,7 +235,8 @@ def resolve_points(host: HostProtocol, words: Sequence[str]) -> list[str]:
 
     `around:` begins a choice of points around layers: roles (`attn`, `mlp`, `linear`, `conv`, `embedding`, `head`,
     `q`, `k`, `v`), `all` (the first four of them), paths, or patterns of paths such as `*.query`. Words before it are
-    points behind modules; `auto` is all of these.
+    points behind modules; `auto` is all of these. A path may leave out the modules around a model's body, or name them
+    where the host is the body alone: `h.0` and `transformer.h.0` are one point, whichever of the two the host has.
 
     Raises:
         UnknownName: a word chooses nothing. EsperError: the host cannot offer points around its layers.
@@ -246,8 +250,22 @@ def resolve_points(host: HostProtocol, words: Sequence[str]) -> list[str]:
         elif around:
             chosen += _select(host, word.removeprefix(PREFIX))
         else:
-            chosen.append(word)
+            chosen.append(_same_point(word, host.injection_specs) or word)
     return list(dict.fromkeys(chosen))
+
+
+def _same_point(name: str, points: Iterable[str]) -> str:
+    """The point of that name, or the only one of whose path it is the end, or which is its end; empty if none is."""
+    points = list(points)
+    if name in points:
+        return name
+    bare = name.removeprefix(PREFIX)
+    found = [
+        point for point in points
+        if point.startswith(PREFIX) == name.startswith(PREFIX)
+        and (f".{point.removeprefix(PREFIX)}".endswith(f".{bare}") or bare.endswith(f".{point.removeprefix(PREFIX)}"))
+    ]  # fmt: skip
+    return found[0] if len(found) == 1 else ""
 
 
 def _select(host: HostProtocol, word: str) -> list[str]:
@@ -256,8 +274,11 @@ def _select(host: HostProtocol, word: str) -> list[str]:
             f"a {type(host).__name__} offers no points around its layers", "a host made by host_from_module"
         )
     specs = host.around_specs()
-    whole = PREFIX + word
-    names = [whole] if whole in specs else [name for name, spec in specs.items() if _chosen(spec, word)]
+    names = [PREFIX + word] if PREFIX + word in specs else [n for n, spec in specs.items() if _chosen(spec, word)]
+    if not names:
+        names = [name for name in [_same_point(PREFIX + word, specs)] if name]
+    if not names and any(sign in word for sign in "*?["):
+        names = [n for n, spec in specs.items() if _chosen(spec, f"*.{word}")]
     if not names:
         roles = sorted({spec.role for spec in specs.values()})
         hint = did_you_mean(word, [*roles, "all", *(n.removeprefix(PREFIX) for n in specs)])

@@ -176,7 +176,7 @@ def _trace_fake(model: nn.Module, example: Inputs, to_logits: Any) -> Trace:
     twin = copy.deepcopy(model, memo).eval()
 
     single, double = (map_tensors(mode.from_tensor, repeat_example(example, count)) for count in (1, 2))
-    with mode:
+    with mode, eval_mode(twin):  # a frozen model's, too: what flows where is read off the gradients' graph
         return _trace(twin, single, double, to_logits)
 
 

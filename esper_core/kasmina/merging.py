@@ -49,7 +49,11 @@ def merge(plane: Plane, path: str, *, permanent: bool = True) -> None:
     fold = _at_alpha(_fold(plane, slot), float(slot.alpha))
     parts = _tensors(plane, slot)
     kept = [part.detach().clone() for part in parts if part is not None]
-    before = _answer(plane, slot)
+    try:
+        before = _answer(plane, slot)
+    except Exception as error:  # the layer may be of any class, with other arguments than its kind has
+        told = f"{type(error).__name__}: {str(error)[:80]}"
+        raise IllegalCommand(f"the seed at {path} cannot be merged: its layer cannot be tried alone: {told}") from error
     _write(slot, parts, fold)
     slot.merge(_factor(slot, fold))
     after = _answer(plane, slot)

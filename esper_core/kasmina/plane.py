@@ -294,7 +294,7 @@ class Plane:
             if self.merge_fossils and change.after.spec.permanent and not merging.refusal(self, change.slot):
                 with suppress(IllegalCommand):  # as it would have changed what the model computes
                     self.merge(change.slot)
-            self._tell(change)
+            self.tell(change)
         for part in parts:
             if part.slot in self.growths and (self.growths[part.slot].direct or part.tempo is Tempo.INSTANT):
                 self._advance_automatically(part.slot)
@@ -468,7 +468,8 @@ class Plane:
             self._territory.offer_stack(command.slot, max(self.max_stack, height) if slot.whole else self.max_stack)
         return StageChange(command.slot, before, after, command, blueprint, blend, added, removed, inherits, slot.whole)
 
-    def _tell(self, change: StageChange) -> None:
+    def tell(self, change: StageChange) -> None:
+        """Call the listeners of changes."""
         for listener in self._listeners:
             listener(change)
 
@@ -518,7 +519,7 @@ class Plane:
                 return changes
             command = Command(Op.ADVANCE, path, source="plane", reason=transition.gates[-1].summary)
             changes.append(self._take(transition, command))
-            self._tell(changes[-1])
+            self.tell(changes[-1])
 
     def _follow(self, path: str) -> None:
         """Include the slot at `path` in `step`, as its alpha moves or its stage waits for steps."""
@@ -548,7 +549,7 @@ class Plane:
         own = tuple(_own_parameters(self._slots[command.slot]))
         self._remove_seed(command.slot)
         for change in changes:
-            self._tell(change)
+            self.tell(change)
         return own
 
     def _remove_seed(self, path: str) -> tuple[nn.Parameter, ...]:

@@ -28,6 +28,7 @@ from esper_core.leyline.outcome import RewardTerm
 from esper_core.leyline.specs import HostSpec
 from esper_core.leyline.view import Controller
 from esper_core.registry import Registry, split_reference
+from esper_core.tolaria.allocating import AllocationConfig
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.governor import GovernorConfig
 from esper_core.tolaria.optimizer import OptimizerConfig
@@ -53,7 +54,8 @@ class SensorConfig:
 
 
 PARTS: Final[Mapping[str, type[attrs.AttrsInstance]]] = {
-    "governor": GovernorConfig, "optimizer": OptimizerConfig, "plane": PlaneConfig, "sensors": SensorConfig,
+    "allocation": AllocationConfig, "governor": GovernorConfig, "optimizer": OptimizerConfig, "plane": PlaneConfig,
+    "sensors": SensorConfig,
 }  # fmt: skip
 """The run's own parts whose options `--set part.option=value` reaches, beside those of plugins."""
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.errors import BadOption, did_you_mean
+from esper_core.leyline.measures import MEASURES
 from esper_core.leyline.options import OptionValue, option_field, option_of
 from esper_core.storage.toml_file import flatten, parse_toml, read_text_file
 
@@ -69,6 +70,12 @@ class RunConfig:
     )
     rewards: tuple[str, ...] = _list_field(
         ("accuracy=1", "rent=1"), "terms of the reported reward, `name=weight`", group="growth"
+    )
+    allocate: str = option_field(
+        "",
+        "place low-rank seeds around layers before the first step, by what each layer is measured to need; empty: no",
+        group="growth",
+        choices=("", *MEASURES),
     )
     rent: float = option_field(
         0.05, "rent in nats for seeds with as many parameters as the host", group="growth", minimum=0.0

@@ -21,6 +21,7 @@ from esper_core.nissa.hub import Hub
 from esper_core.nissa.report import write_report
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
+from esper_core.tolaria.allocating import begin
 from esper_core.tolaria.caller_groups import adopted, kind_for, refuse_rates, unwrapped
 from esper_core.tolaria.callers_loop import CallersLoop
 from esper_core.tolaria.config import RunConfig
@@ -358,6 +359,7 @@ def accompany(
     seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
     tolaria = setup.build_tolaria(emit, optimizer=seeds)
     tolaria.convert, tolaria.loop = convert, CallersLoop(model, others, scaler, config.accumulate, steps)
+    begin(tolaria, [own.sample], config, setup.allocation)
     return tolaria
 
 

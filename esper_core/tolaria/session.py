@@ -129,6 +129,7 @@ class Tolaria:
         self.convert: Callable[[Any], Batch] | None = None
         self.loop: CallersLoop | None = None
         self.budget: float | None = None
+        self.reallocate: Callable[[Tolaria], None] | None = None
         self.examine: Callable[[Alarm], Evidence | None] | None = None
         self.books = RewardBooks(rewards, audited=next(auditors(controller), None) is not None)
         self.consulting = False  # the controller is being asked, and what it wants is done on every process
@@ -257,6 +258,8 @@ class Tolaria:
             self.respond(alarm)
         else:
             self.plane.decide()
+            if self.reallocate is not None:
+                self.reallocate(self)
             self.keep()
             self.governor.watch(self.stages().values())
             view = self.view(measured, epoch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -30,6 +31,7 @@ from esper_core.nissa.sensors import SensorArray
 from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.record import Registered
 from esper_core.tolaria import assembly
+from esper_core.tolaria.allocating import AllocationConfig, check_allocation, reallocate
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.flop_budget import (
     budget_of_minutes,
@@ -83,6 +85,11 @@ class Setup:
         """The processes that train together."""
         return self.plane.ranks
 
+    @property
+    def allocation(self) -> AllocationConfig:
+        """How ranks are placed before the first step."""
+        return assembly.part_config(self.config, "allocation", AllocationConfig)
+
     def build_optimizer(self, **changes: Any) -> GrowthOptimizer:
         """An optimizer of the host and, as soon as it follows a plane, of seeds. `changes`: of `OptimizerConfig`."""
         options = attrs.evolve(assembly.part_config(self.config, "optimizer", OptimizerConfig), **changes)
@@ -102,6 +109,9 @@ class Setup:
             rewards=assembly.build_rewards(config, registry), fossils_every=sensing.fossils,
         )  # fmt: skip
         tolaria.budget = timetable.budget
+        moves = self.allocation.moves
+        if config.allocate and moves:
+            tolaria.reallocate = partial(reallocate, moves=moves)
         return tolaria
 
     def build_governor(self) -> Governor:
@@ -201,6 +211,9 @@ def set_up(
     check_settings(config, registry, objective=config.objective or default_objective(task), lenient=lenient, gym=gym)
     timetable = Timetable.of(config, task)
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)
+    if gym and config.allocate:
+        raise BadOption(f"allocate={config.allocate} in a world", "none: controllers place seeds there", "allocate=''")
+    check_allocation(config, plane, assembly.part_config(config, "allocation", AllocationConfig))
     if not lenient and not gym:
         note = refuse_no_room(config, plane)
         if note:
@@ -232,6 +245,9 @@ def refuse_ranks(config: RunConfig, ranks: int) -> None:
     if config.batch_size < ranks:
         given = f"--batch-size {config.batch_size} for {ranks} processes"
         raise BadOption(given, "at least one example for each", f"--batch-size {ranks}")
+    if config.allocate:
+        given = f"--allocate {config.allocate} with {ranks} processes"
+        raise BadOption(given, "one process, which measures what layers need", "--devices 1")
     if config.amp == "fp16":
         raise BadOption(f"--amp fp16 with {ranks} processes", "bf16 or off: loss scales would differ", "--amp bf16")
     if sharded and config.optimizer == "muon":
@@ -319,6 +335,7 @@ def set_up_module(
     objective = choose_objective(config, registry, outputs, sample, own.loss, own.metric, own.higher_is_better)
     timetable = timetable or Timetable.of(config, task)
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)
+    check_allocation(config, plane, assembly.part_config(config, "allocation", AllocationConfig))
     keep_seeds(plane)
     note = refuse_no_room(config, plane)
     if note:

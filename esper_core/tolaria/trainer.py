@@ -23,6 +23,7 @@ from esper_core.leyline.objective import Metric
 from esper_core.nissa.host_sensors import works_on_sequences
 from esper_core.nissa.hub import Hub
 from esper_core.storage.tensor_file import check_savable, expect_well_formed
+from esper_core.tolaria.allocating import begin
 from esper_core.tolaria.evidence import gather_evidence
 from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Evidence, find_guilty, is_finite
 from esper_core.tolaria.finite import model_is_finite
@@ -136,6 +137,7 @@ class Trainer:
     def _run(self) -> RunResult:
         if self.tolaria.clock.step == 0:
             self._announce()
+        begin(self.tolaria, self.setup.training(0), self.config, self.setup.allocation)
         try:
             if self.tolaria.snapshot.step < 0:
                 self.tolaria.keep()

@@ -97,7 +97,8 @@ def transformers(
             torch.default_generator.manual_seed(seed)
             model, notes = _build(kind, config, argument, source, download)
     if kind == "features" and model.base_model_prefix:
-        notes.append(f"without a head; in a run, which adds one, points are called {model.base_model_prefix}.…")
+        prefix = model.base_model_prefix
+        notes.append(f"without a head; a run, which adds one, calls points {prefix}.… and takes these names too")
     prepare = Named(_arguments(model))
     shape = tuple(input_shape or (CONTEXT,))
     return host_from_module(model, example=_example(config, shape), prepare=prepare, outputs=outputs, notes=notes)

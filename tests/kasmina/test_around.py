@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from esper_core.kasmina import feature_trace
 from esper_core.kasmina.around import resolve_points
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
@@ -191,6 +192,32 @@ def test_layers_are_known_by_what_they_do() -> None:
     part = specs["around:transformer.h.0.attn.c_attn@k"]
     assert (part.channels, part.layer.start if part.layer else None, part.role) == (16, 16, "k")
     assert "causal" in part.tags and part.kind == "around"
+
+
+def test_names_of_the_bare_model_and_of_the_model_with_a_head_are_one() -> None:
+    headed = gpt2()
+    body = host_from_module(headed.module.transformer, example=torch.arange(12)[None])
+    assert "around:h.0.attn.c_attn" in body.around_specs()
+    full = "transformer.h.0.attn.c_attn"
+    for name in ("h.0.attn.c_attn", full, "h.0.attn.c_attn@q", f"{full}@q"):
+        (found,) = resolve_points(headed, [f"around:{name}"])
+        assert found == f"around:{full}" + ("@q" if "@" in name else "")
+        assert resolve_points(body, [f"around:{name}"]) == [found.replace("transformer.", "")]
+    assert resolve_points(headed, ["around:h.*.mlp.c_fc"]) == [f"around:transformer.h.{n}.mlp.c_fc" for n in (0, 1)]
+    assert resolve_points(headed, ["h.1", "transformer.h.0"]) == ["transformer.h.1", "transformer.h.0"]
+    with pytest.raises(UnknownName, match="c_attn"):
+        resolve_points(headed, ["around:attn.c_attn"])  # of two blocks
+
+
+def test_a_frozen_model_that_is_traced_without_values_offers_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = gpt2()
+    monkeypatch.setattr(feature_trace, "FAKE_FROM", 1)
+    for frozen in (False, True):
+        host = gpt2()
+        again = host_from_module(host.module.requires_grad_(not frozen), example=torch.arange(12)[None])
+        assert list(again.injection_specs) == list(expected.injection_specs)
+        assert again.around_specs() == expected.around_specs()
+        assert all(p.requires_grad is not frozen for p in host.module.parameters())
 
 
 def test_what_does_not_fit_is_refused() -> None:
