@@ -40,8 +40,8 @@ LIMIT: Final = 1e-5
 
 TEXT: Final = f"""Hosts with random weights: {{counts}}, evenly spread over the names of the sweeps of all hosts, up to
 {LARGEST / 1e6:.0f}M parameters ({{versions}}). Around every linear layer, convolution and embedding that offers a point
-stands a low-rank seed of rank 2 at α = 1. The output is that of the bare host **to the bit** with dormant slots and with
-the seeds at birth. Then seeds get gradients, and random weights of scale 0.02. The plain model (`compose`), the host with
+stands a low-rank seed of rank 2 at α = 1. The output is that of the bare host **to the bit** with dormant slots and at
+the seeds' birth. Then seeds get gradients, and random weights of scale 0.02. The plain model (`compose`), the host with
 the seeds merged, and the host with them taken out again give the logits of host and seeds within {LIMIT:g} of the
 largest logit.
 

@@ -129,7 +129,7 @@ class Tolaria:
         self.convert: Callable[[Any], Batch] | None = None
         self.loop: CallersLoop | None = None
         self.budget: float | None = None
-        self.reallocate: Callable[[Tolaria], None] | None = None
+        self.reallocate: Callable[[Tolaria], None] = lambda tolaria: None
         self.examine: Callable[[Alarm], Evidence | None] | None = None
         self.books = RewardBooks(rewards, audited=next(auditors(controller), None) is not None)
         self.consulting = False  # the controller is being asked, and what it wants is done on every process
@@ -216,9 +216,6 @@ class Tolaria:
     def _not_finite(self) -> list[str]:
         return find_not_finite(self.plane)
 
-    def _is_finite(self) -> bool:
-        return all(path and STAGES[self.plane.growths[path].stage].isolated for path in self._not_finite())
-
     def respond(self, alarm: Alarm) -> None:
         """Remove the seed behind `alarm`, accept a new level of the loss, or roll back; see `inquest.answer`.
 
@@ -258,8 +255,7 @@ class Tolaria:
             self.respond(alarm)
         else:
             self.plane.decide()
-            if self.reallocate is not None:
-                self.reallocate(self)
+            self.reallocate(self)
             self.keep()
             self.governor.watch(self.stages().values())
             view = self.view(measured, epoch)
