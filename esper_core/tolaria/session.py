@@ -41,7 +41,7 @@ from esper_core.tolaria.callers_loop import CallersLoop, mean_loss
 from esper_core.tolaria.consult import command_of, compare_processes, consult, plain_command, plain_verdict
 from esper_core.tolaria.ending import resolve
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
-from esper_core.tolaria.finite import find_not_finite
+from esper_core.tolaria.finite import find_not_finite, model_is_finite
 from esper_core.tolaria.governor import Alarm, Governor
 from esper_core.tolaria.inquest import answer_alarm, auditors, withering
 from esper_core.tolaria.measuring import measure
@@ -362,7 +362,7 @@ class Tolaria:
         """
         if self.governor.settling(self.clock.step) and self.snapshot.step >= 0:
             return
-        if not withering(self) and self.governor.calm() and self._is_finite():
+        if not withering(self) and self.governor.calm() and model_is_finite(self.plane):
             self.snapshot.take(self.plane, self.optimizer, self.clock.step, validated=validated)
 
     def read_host(self, batch: Batch) -> None:
