@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "compare": ("esper_core.cli.compare", "compare", "compare a run with baselines that do not grow"),
     "export": ("esper_core.cli.export", "export", "write a grown model for use without Esper"),
     "report": ("esper_core.cli.report", "report", "write the report of a run as one HTML file"),
-    "runs": ("esper_core.cli.runs", "runs", "list runs, or compare two"),
+    "runs": ("esper_core.cli.runs", "runs", "list runs, compare two, or write one page about all"),
     "hosts": ("esper_core.cli.hosts", "hosts", "show where a host can grow, with sizes and costs"),
     "tamiyo": ("esper_core.cli.tamiyo", "tamiyo", "train, evaluate, show and adapt the learned controller"),
     "plugins": ("esper_core.cli.plugins", "plugins", "list, describe and check plugins"),

@@ -55,6 +55,27 @@ def test_report_holds_the_run(run: Path) -> None:
             assert one[0] < one[1] == two[0]
 
 
+def test_colours_have_the_contrast_that_readers_need() -> None:
+    """WCAG 2.2 AA: 4.5 for text, 3 for lines and borders, on every ground and in both themes."""
+    from importlib import resources
+
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    style = (resources.files("esper_core.nissa.report") / "style.css").read_text()
+    for theme in re.findall(r":root(?:\.dark)? \{(.*?)\}", style, re.S):
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", theme))
+        texts = {"ink", "soft", "accent", "alarm", *(f"c{i}" for i in range(8))}
+        assert texts < set(colours)
+        for ground in ("ground", "panel", "hair"):
+            for name in (*texts, "faint"):
+                one, two = sorted((light(colours[name]), light(colours[ground])))
+                least = 4.5 if name != "faint" else 3.0 if ground != "hair" else 2.5
+                assert (two + 0.05) / (one + 0.05) >= least, (name, ground, theme[:40])
+
+
 def test_the_headline_is_the_final_figure_beside_its_control(run: Path, tmp_path: Path) -> None:
     control = data_of(write_report(run))["control"]
     assert control["arm"] == "host alone" and control["seeds"] == 5  # before the static arms

@@ -6,8 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -30,7 +33,7 @@ class TensorBoard(Replaying):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__(Path(folder))
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self._writer = _new_writer(self.folder)
 
     def log(self, step: int, points: Points) -> None:
         """Write a scalar for each point."""
@@ -54,7 +57,7 @@ class TensorBoard(Replaying):
         self._writer.close()
         for file in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
             file.unlink()
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self._writer = _new_writer(self.folder)
 
     def flush(self) -> None:
         """Make what was written durable."""
@@ -63,3 +66,10 @@ class TensorBoard(Replaying):
     def close(self) -> None:
         """Flush and let the files go."""
         self._writer.close()
+
+
+def _new_writer(folder: Path) -> SummaryWriter:
+    """A writer whose file is not named after this machine, as TensorBoard would name it."""
+    nowhere = SimpleNamespace(gethostname=lambda: "esper")
+    with mock.patch.object(event_file_writer, "socket", nowhere):
+        return SummaryWriter(str(folder / "tensorboard"))
