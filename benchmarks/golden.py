@@ -110,19 +110,16 @@ def _compare(*changes: str) -> Callable[[Path], Record]:
     def case(out: Path) -> Record:
         run = _run((*_CNN, *changes), _TWO_SEEDS[:1], out)
         _esper("compare", str(run), *_ARMS)
-        return {path.stem: _plain(json.loads(path.read_text())) for path in sorted((run / "compare").rglob("*.json"))}
+        files = sorted((run / "compare").glob("*.json"))
+        return {path.stem: _arm(json.loads(path.read_text(encoding="utf-8"))) for path in files}
 
     return case
 
 
-def _plain(found: Any) -> Any:
-    """An arm's record under the names of this version, without times."""
-    if isinstance(found, dict):
-        return {
-            key.replace("accuracy", "score"): _plain(value)
-            for key, value in found.items() if "second" not in key and key not in ("metric", "command", "time")
-        }  # fmt: skip
-    return found
+def _arm(found: Record) -> Record:
+    """What one seed of an arm reached and cost, under the names of this version."""
+    named = {key.replace("accuracy", "score"): value for key, value in found.items()}
+    return {key: named.get(key) for key in ("loss", "score", "validation_score", "params", "flops")}
 
 
 def _grow(steps: tuple[tuple[str, str, int], ...] | None) -> Callable[[Path], Record]:
@@ -225,6 +222,7 @@ CASES: Final[dict[str, Callable[[Path], Record]]] = {
     "cnn-scheduled": _command(_CNN, _TWO_SEEDS),
     "cnn-rewards": _command((*_CNN, "--rewards", "accuracy=1,rent=1"), _TWO_SEEDS),
     "cnn-heuristic": _command((*_CNN, "--controller", "heuristic"), None),
+    "cnn-random": _command((*_CNN, "--controller", "random"), None),
     "cnn-bf16": _command((*_CNN, "--amp", "bf16"), _TWO_SEEDS),
     "timm": _command(_TIMM, None),
     "timm-scheduled": _command(_TIMM, (("layer1.1", "depthwise", 0),)),
