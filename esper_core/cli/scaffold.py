@@ -14,7 +14,7 @@ from typing import Final
 import attrs
 
 from esper_core import __version__
-from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.errors import BadOption, EsperError, os_error_as
 from esper_core.leyline.specs import API_VERSION, SPEC_KINDS
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
@@ -67,16 +67,12 @@ class Scaffold:
         if root.exists() and any(root.iterdir()):
             raise EsperError(f"{root} is not empty", "a new folder", f"esper plugins new {self.part} --into FOLDER")
         written = []
-        try:
+        with os_error_as(EsperError, f"{root} cannot be written", "a folder that may be written to"):
             for path, text in self.files().items():
                 target = root / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text, encoding="utf-8")
                 written.append(target)
-        except OSError as error:
-            raise EsperError(
-                f"{root} cannot be written: {error.strerror}", "a folder that may be written to"
-            ) from error
         return written
 
     def files(self) -> dict[str, str]:

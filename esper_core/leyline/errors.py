@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -83,6 +84,15 @@ class RunFailed(EsperError):
 
     exit_code = 1
     folder: Path | None = None
+
+
+@contextmanager
+def os_error_as(kind: type[EsperError], given: str, expected: str, hint: str = "") -> Iterator[None]:
+    """A context in which an `OSError` becomes an error of that kind, which gives the system's reason after `given`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{given}: {error.strerror or error}", expected, hint) from error
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import IO, Final
 
-from esper_core.leyline.errors import BadFile
+from esper_core.leyline.errors import BadFile, os_error_as
 
 MAX_ENTRIES: Final = 100_000
 """Entries of a run folder that are looked at; more are refused."""
@@ -84,21 +84,19 @@ def refuse_links(folder: str | os.PathLike[str]) -> None:
     """
     waiting, seen = [os.fspath(folder)], 0
     while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    seen += 1
-                    if seen > MAX_ENTRIES:
-                        raise BadFile(f"{folder} holds more than {MAX_ENTRIES} files", "the folder of a run")
-                    if entry.is_symlink():
-                        raise BadFile(
-                            f"{entry.path} is a symbolic link, and a run folder is written to",
-                            "files and folders of its own",
-                            "put the data itself in its place, if the folder can be trusted",
-                        )
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                    elif not entry.is_file(follow_symlinks=False):
-                        raise BadFile(f"{entry.path} is no regular file", "files and folders")
-        except OSError as error:
-            raise BadFile(f"{folder} cannot be read: {error.strerror or error}", "a readable folder") from error
+        denied = os_error_as(BadFile, f"{folder} cannot be read", "a readable folder")
+        with denied, os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > MAX_ENTRIES:
+                    raise BadFile(f"{folder} holds more than {MAX_ENTRIES} files", "the folder of a run")
+                if entry.is_symlink():
+                    raise BadFile(
+                        f"{entry.path} is a symbolic link, and a run folder is written to",
+                        "files and folders of its own",
+                        "put the data itself in its place, if the folder can be trusted",
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise BadFile(f"{entry.path} is no regular file", "files and folders")

@@ -157,7 +157,7 @@ class Checkpoints:
         except FileNotFoundError:
             return []
         except OSError as error:  # it must not look like a run without checkpoints
-            raise BadFile(f"{self.folder} cannot be read: {error.strerror}", "a readable folder") from error
+            raise BadFile(f"{self.folder} cannot be read: {error.strerror or error}", "a readable folder") from error
 
     def forget_after(self, step: int) -> None:
         """Rename checkpoints newer than `step`, which could not be read; they are written again."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.merging import merge_all, merged, unmerge
-from esper_core.leyline.errors import BadOption, EsperError, MissingDependency
+from esper_core.leyline.errors import BadOption, EsperError, MissingDependency, os_error_as
 from esper_core.leyline.host import list_tensors, map_tensors
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria.assembly import build_task
@@ -140,12 +140,8 @@ def _export_peft(plane: Plane, header: Mapping[str, Any], target: Path) -> Expor
     """Write the seeds for peft, and compare the host with what peft makes of them."""
     config = RunConfig.from_mapping(header["config"])
     batch = _examples(header, plane.registry)
-    try:
+    with os_error_as(EsperError, f"cannot write {target}", "a writable place", "--out PATH"):
         write_peft(plane, target, config.host.partition(":")[2])
-    except OSError as error:
-        raise EsperError(
-            f"cannot write {target}: {error.strerror or error}", "a writable place", "--out PATH"
-        ) from error
     difference, examples = compare_with_peft(plane, target, batch)
     if not difference <= TOLERANCE:
         raise EsperError(f"{target} differs from the model by {difference:.2g}", f"at most {TOLERANCE:g}")
@@ -168,13 +164,9 @@ def export_model(model: nn.Module, inputs: Inputs, form: str, target: Path) -> E
     with torch.no_grad():
         expected = positional(*tensors)
     program, fixed = _trace(positional, tuple(t[:_TRACED] for t in tensors))
-    try:
+    with os_error_as(EsperError, f"cannot write {target}", "a writable place", "--out PATH"):
         target.parent.mkdir(parents=True, exist_ok=True)
         compute = _WRITERS[form](program, target, names)
-    except OSError as error:
-        raise EsperError(
-            f"cannot write {target}: {error.strerror or error}", "a writable place", "--out PATH"
-        ) from error
     size = fixed or len(expected)
     with torch.no_grad():
         found = torch.cat(

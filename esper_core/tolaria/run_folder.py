@@ -16,7 +16,7 @@ from typing import IO, Any, Final
 
 import torch
 
-from esper_core.leyline.errors import BadFile, BadOption
+from esper_core.leyline.errors import BadFile, BadOption, os_error_as
 from esper_core.leyline.files import open_append, refuse_links, typed
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
@@ -81,7 +81,7 @@ class RunFolder:
         """
         path = Path(config.out) if config.out else _free_name(config.host, task)
         folder = cls(path, config.keep_checkpoints)
-        try:
+        with os_error_as(BadOption, f"{_brief(path)} cannot be written to", "a folder with space", "--out DIR"):
             if (path / "run.json").exists():
                 raise BadOption(
                     f"{path} holds a run already", "a new folder", f"esper resume {typed(path)}, or another --out"
@@ -91,10 +91,6 @@ class RunFolder:
             folder.hold()
             about = {"started": _now(), "config": config.to_mapping(), **_versions(registry), "origins": dict(origins)}
             write_json_file(path / "run.json", {"format": FORMAT, **about})
-        except OSError as error:
-            raise BadOption(
-                f"{_brief(path)} cannot be written to: {error.strerror or error}", "a folder with space", "--out DIR"
-            ) from error
         return folder
 
     @classmethod
@@ -127,10 +123,8 @@ class RunFolder:
         Raises:
             BadFile: it cannot be written.
         """
-        try:
+        with os_error_as(BadFile, f"{self.path} cannot be written to", "a writable run folder"):
             write_json_file(self.path / "run.json", {**read_json_file(self.path / "run.json"), **more})
-        except OSError as error:
-            raise BadFile(f"{self.path} cannot be written to: {error.strerror}", "a writable run folder") from error
 
     def result(self) -> dict[str, Any]:
         """The result of the run; empty before its end."""
@@ -151,10 +145,8 @@ class RunFolder:
             BadFile: its earlier result cannot be removed.
         """
         path = self.path / "result.json"
-        try:
+        with os_error_as(BadFile, f"{path} cannot be removed", "a file in a writable run folder"):
             path.unlink(missing_ok=True)
-        except OSError as error:
-            raise BadFile(f"{path} cannot be removed: {error.strerror}", "a file in a writable run folder") from error
 
     def set_aside(self) -> Path | None:
         """Move files of an earlier attempt into `aside-N/`; None if there are none.
@@ -170,12 +162,10 @@ class RunFolder:
         while (self.path / f"aside-{number}").exists():
             number += 1
         aside = self.path / f"aside-{number}"
-        try:
+        with os_error_as(BadFile, f"{self.path} cannot be written to", "a writable run folder"):
             aside.mkdir()
             for path in left:
                 path.replace(aside / path.name)
-        except OSError as error:
-            raise BadFile(f"{self.path} cannot be written to: {error.strerror}", "a writable run folder") from error
         return aside
 
     def hold(self) -> None:
@@ -195,7 +185,9 @@ class RunFolder:
         except BlockingIOError as error:
             raise BadFile(f"{self.path} is in use by another process", "a run that no other process trains") from error
         except OSError as error:
-            raise BadFile(f"{self.path} cannot be written to: {error.strerror}", "a writable run folder") from error
+            raise BadFile(
+                f"{self.path} cannot be written to: {error.strerror or error}", "a writable run folder"
+            ) from error
 
     def release(self) -> None:
         """Let others write here."""

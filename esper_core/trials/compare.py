@@ -21,7 +21,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.kasmina.plane import Plane
-from esper_core.leyline.errors import BadFile, BadOption, did_you_mean
+from esper_core.leyline.errors import BadFile, BadOption, did_you_mean, os_error_as
 from esper_core.leyline.events import renamed
 from esper_core.leyline.files import typed
 from esper_core.leyline.host import TaskProtocol
@@ -130,7 +130,9 @@ def compare_run(
     if result.get("status") != "finished":
         raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {typed(folder.path)}")
     beside = folder.path / "compare"
-    try:
+    with os_error_as(
+        BadFile, f"{beside} cannot be written to", "a run folder that may be written to", "copy it to such a place"
+    ):
         beside.mkdir(exist_ok=True)
         own = beside / f"grown-{run.seed}.json"
         if not own.exists():
@@ -138,12 +140,6 @@ def compare_run(
                 "grown", run.seed, folder.path, renamed(result), training_seconds(folder.path) or 0.0
             )
             write_json_file(own, described)
-    except OSError as error:
-        raise BadFile(
-            f"{beside} cannot be written to: {error.strerror or error}",
-            "a run folder that may be written to",
-            "copy it to such a place",
-        ) from error
     units = _units(beside, run, config)
     todo = [unit for unit in units if not unit.file.is_file()]
     if todo:

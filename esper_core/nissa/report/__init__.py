@@ -68,7 +68,9 @@ def write_page(target: Path, text: str) -> Path:
             with suppress(OSError):  # the error that is told is the first
                 partial.unlink(missing_ok=True)
         shown = str(target) if len(str(target)) < 200 else f"{str(target)[:60]}… ({len(str(target))} characters)"
-        raise EsperError(f"cannot write {shown}: {error.strerror}", "a writable place", "--out FILE") from error
+        raise EsperError(
+            f"cannot write {shown}: {error.strerror or error}", "a writable place", "--out FILE"
+        ) from error
     return target
 
 

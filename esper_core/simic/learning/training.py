@@ -25,7 +25,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from esper_core.leyline.errors import BadFile, BadOption, RunFailed, did_you_mean
+from esper_core.leyline.errors import BadFile, BadOption, RunFailed, did_you_mean, os_error_as
 from esper_core.simic.gym.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
 from esper_core.simic.learning.curriculum import Curriculum, curriculum_text, parse_curriculum
 from esper_core.simic.learning.imitation import imitate
@@ -124,15 +124,12 @@ class Training:
             raise BadOption(f"{path} holds a training already", "a new folder", f"esper tamiyo resume {path}")
         parse_curriculum(manifest.text, manifest.curriculum).chosen(held_out=False, domain=manifest.domain)
         core = TamiyoCore.load(base) if base is not None else None
-        try:
+        with os_error_as(BadOption, f"{path} cannot be written to", "a folder with space", "--out DIR"):
             path.mkdir(parents=True, exist_ok=True)
             if core is not None:
                 core.save(path / "base.safetensors")
                 manifest = attrs.evolve(manifest, base=core.fingerprint)
             write_json_file(path / "training.json", {"format": FORMAT, **attrs.asdict(manifest)})
-        except OSError as error:
-            raise BadOption(f"{path} cannot be written to: {error.strerror or error}", "a folder with space",
-                            "--out DIR") from error  # fmt: skip
         return cls(path, manifest)
 
     @classmethod
