@@ -4,7 +4,7 @@ A network is worth its FLOPs if it sees enough targets (tokens of a text, exampl
 spent: see `leyline.scaling`. So the last doubling is the last one after which about as many can still be seen.
 
 Along the compute frontier the best size grows about as the square root of the FLOPs, so a doubling belongs to four
-times the FLOPs: the last one when a fifth of the budget is spent, the one before at a quarter of that, and so on. A
+times the FLOPs: the last one when a quarter of the budget is spent, the one before at a quarter of that, and so on. A
 target that the small network sees costs half as much or less, which is what growing gains.
 
 Source: growing at the peak of a constant rate: Du et al. 2024, arXiv:2405.15319. The constants are measured

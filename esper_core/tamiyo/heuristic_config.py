@@ -14,7 +14,7 @@ class HeuristicConfig:
     start: float = option_field(0.3, "share of the run before the first germination", 0.0, 1.0)
     last: float = option_field(0.7, "share of the run after which nothing new germinates", 0.0, 1.0)
     deepen_last: float = option_field(
-        0.2, "share of a budget of FLOPs that is spent when depth doubles for the last time", 0.0, 1.0
+        0.25, "share of a budget of FLOPs that is spent when depth doubles for the last time", 0.0, 1.0
     )
     deepen_order: str = option_field(
         "stack", "order of copies: stack (ABCABC), better with adamw, or interleave (AABBCC), better with muon",

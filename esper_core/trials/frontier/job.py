@@ -17,7 +17,6 @@ import attrs
 from esper_core.leyline.scaling import NEED, POWER
 from esper_core.storage.tensor_file import parse_json
 from esper_core.tamiyo.depth_plan import RATIO, SLACK
-from esper_core.tamiyo.heuristic_config import HeuristicConfig
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import eval_run, start_run
 
@@ -72,7 +71,7 @@ class Job:
         """What identifies the run: everything that changes its result, but not its name or purpose."""
         told = {k: v for k, v in self.to_mapping().items() if k not in ("arm", "stage")}
         if self.heuristic:
-            told["law"] = [NEED, POWER, SLACK, RATIO, HeuristicConfig().deepen_last]  # its decisions depend on these
+            told["law"] = [NEED, POWER, SLACK, RATIO]  # its decisions depend on these
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
