@@ -1,6 +1,6 @@
 """Does the right answer differ between worlds? Contests of fixed schedules and the heuristic, paired with waiting.
 
-Run: python -m benchmarks.world_answers [--seeds N] [--only PART] [--json FILE]
+Run: python -m benchmarks.world_answers [--seeds N] [--only PART] [--json FILE] [--again CONTENDER]
 Each schedule grows one blueprint in every slot at one share of the run. The return is the gain in validation loss over
 waiting less the rent (nats), on the same host, batches and order. It goes on where it was stopped: FILE keeps what was
 played.
@@ -57,8 +57,8 @@ def worlds() -> dict[str, tuple[dict[str, Any], Sequence[str], Sequence[float]]]
     return found
 
 
-def play(name: str, seed: int, folder: Path) -> dict[str, float]:
-    """One contest: the return of each contender; empty where the host fails by itself."""
+def play(name: str, seed: int, folder: Path, only: Sequence[str] = ()) -> dict[str, float]:
+    """One contest: the return of each contender, or of `only` those; empty where the host fails by itself."""
     fields, blueprints, times = worlds()[name]
     run = RunConfig.from_mapping({**_SHARED, **fields, "blueprints": tuple(blueprints), "seed": seed})
     contenders = {"wait": "wait", "heuristic": "heuristic"}
@@ -68,6 +68,7 @@ def play(name: str, seed: int, folder: Path) -> dict[str, float]:
             path.write_text(f'[[steps]]\nshare={share}\nop="germinate"\nslot="*"\nblueprint="{blueprint}"\n'
                             'tempo="fast"\n', encoding="utf-8")  # fmt: skip
             contenders[f"{blueprint} at {share:.0%}"] = f"schedule:{path}"
+    contenders = {label: contenders[label] for label in only} if only else contenders
     played = contest({}, World(name=name), run, list(contenders.values()), {})
     return {label: played[reference].total for label, reference in contenders.items()} if played else {}
 
@@ -78,6 +79,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--again", default="", help="play this contender anew where FILE has it already")
     told = parser.parse_args()
     kept: dict[str, dict[str, dict[str, float]]] = {}
     if told.json and told.json.exists():
@@ -89,8 +91,10 @@ def main() -> int:
                 continue
             by_seed = kept.setdefault(name, {})
             for seed in range(told.seeds):
-                if str(seed) not in by_seed:
-                    by_seed[str(seed)] = play(name, seed, Path(folder))
+                known = by_seed.get(str(seed), {})
+                if str(seed) not in by_seed or told.again in known:
+                    only = ("wait", told.again) if told.again in known else ()
+                    by_seed[str(seed)] = {**known, **play(name, seed, Path(folder), only)}
                     if told.json:
                         told.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             rows = [row for row in by_seed.values() if row]

@@ -250,8 +250,8 @@ class EpisodeGroup:
         account.removed = {p: v for p, v in account.removed.items() if p not in gone}
         deaths = member.deaths()
         outcome = account.meter.measure(
-            self._standing(member, deaths), self._standing(self.twin(k)), slot_gains=slot_credits(account.credited, worth),
-            churn=gone, deaths=deaths, final=self.done,
+            self._standing(member, deaths), self._standing(self.twin(k)),
+            slot_gains=slot_credits(account.credited, worth), churn=gone, deaths=deaths, final=self.done,
         )  # fmt: skip
         account.credited = worth
         terms = {name: term for name, (term, _) in rewards.items()}

@@ -33,9 +33,9 @@ def vmapped(stack: Stack) -> Callable[..., Any]:
         def one(params: dict[str, Tensor], buffers: dict[str, Tensor], *mine: Any) -> Any:
             return functional_call(stack.template, (params, buffers), args if shared else mine)
 
-        # vmap falls back to a loop over lanes for fused attention on the CPU
-        fused = contextlib.nullcontext() if stack.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
-        with fused, StackedLayers():  # for hosts and seeds each: torch calls what leaves vmap without its modes
+        # Fused attention: vmap falls back to a loop over lanes on the CPU, and on CUDA its backward refuses the strides
+        # of some lanes ("LSE is not correctly aligned") and does not give the same bits twice.
+        with sdpa_kernel(SDPBackend.MATH), StackedLayers():  # for hosts and seeds each: torch calls what leaves vmap without its modes
             return torch.vmap(one, randomness="different")(stack.params, stack.buffers, *(() if shared else args))
 
     return call
