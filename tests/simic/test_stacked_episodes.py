@@ -38,6 +38,11 @@ TEXT = attrs.evolve(
     settings={"transformers.width": 8, "transformers.layers": 2, "transformers.heads": 2, "transformers.context": 12,
               "transformers.dropout": 0.0, "pydoc.length": 12, "governor.check_every": 3, "plane.ramp": 0.2},
 )  # fmt: skip
+ONE_HEAD = attrs.evolve(
+    TEXT, host="gpt", task="synthetic:copy",
+    settings={"gpt.width": 16, "gpt.layers": 1, "gpt.heads": 1, "governor.check_every": 3, "plane.ramp": 0.2},
+)  # fmt: skip
+"""Fused attention refuses its lanes on a GPU."""
 BAR = 2e-6
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -132,7 +137,7 @@ def apart(ours: list[Track], theirs: list[Track]) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("config", "size"), [(DIGITS, 3), (TEXT, 2)])
+@pytest.mark.parametrize(("config", "size"), [(DIGITS, 3), (TEXT, 2), (ONE_HEAD, 2)])
 def test_an_episode_on_the_engine_is_the_episode_of_the_cpu_way(config: RunConfig, size: int, device: str) -> None:
     """Two groups with hosts and batches of their own, as one stack and as two cohorts."""
     laid = grounds(config, 0, 1)

@@ -5,7 +5,6 @@ Shapes: N environments, C lanes of a bucket, L lanes of all stacks, B examples o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +34,10 @@ def vmapped(stack: Stack) -> Callable[..., Any]:
 
         # Fused attention: vmap falls back to a loop over lanes on the CPU, and on CUDA its backward refuses the strides
         # of some lanes ("LSE is not correctly aligned") and does not give the same bits twice.
-        with sdpa_kernel(SDPBackend.MATH), StackedLayers():  # for hosts and seeds each: torch calls what leaves vmap without its modes
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            StackedLayers(),
+        ):  # for hosts and seeds each: torch calls what leaves vmap without its modes
             return torch.vmap(one, randomness="different")(stack.params, stack.buffers, *(() if shared else args))
 
     return call
