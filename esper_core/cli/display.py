@@ -8,11 +8,11 @@ from types import TracebackType
 
 from rich.text import Text
 
-from esper_core.cli.live import LiveView
-from esper_core.cli.live_state import LiveState
 from esper_core.cli.output import make_console, say
 from esper_core.cli.plain import JsonLinesView, PlainLines
 from esper_core.leyline.events import Sink
+from esper_core.nissa.live import LiveView
+from esper_core.nissa.live_state import LiveState
 
 MODES = ("auto", "quiet", "json-lines")
 

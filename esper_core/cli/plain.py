@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from esper_core.cli.live import clock
-from esper_core.cli.live_state import LiveState
 from esper_core.leyline.events import Event
+from esper_core.nissa.live import clock
+from esper_core.nissa.live_state import LiveState
 from esper_core.nissa.report.wording import describe_event
 
 

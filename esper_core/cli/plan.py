@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from esper_core.cli.context import current_registry
-from esper_core.cli.live import clock
 from esper_core.cli.output import make_console, make_table, print_json, say
+from esper_core.nissa.live import clock
 from esper_core.nissa.report.wording import quantity
 from esper_core.tolaria.config import RunConfig
 

@@ -156,7 +156,7 @@ def _spent(summary: Mapping[str, Any]) -> str:
 
 
 def _clock(seconds: float | None) -> str:
-    from esper_core.cli.live import clock
+    from esper_core.nissa.live import clock
 
     return "–" if seconds is None else clock(seconds)
 

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from esper_core.cli.context import current_registry
-from esper_core.cli.live import clock
 from esper_core.cli.output import say
 from esper_core.cli.processes import STOPPED
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.files import typed
 from esper_core.leyline.stages import stages_where
+from esper_core.nissa.live import clock
 from esper_core.nissa.report.control import ask_for_control
 from esper_core.nissa.report.overview import summarise_run
 from esper_core.nissa.report.reading import dropped_sinks, read_events

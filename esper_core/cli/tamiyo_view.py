@@ -13,8 +13,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from esper_core.cli.live import bar, clock, sparkline
 from esper_core.cli.output import make_console, make_table, say
+from esper_core.nissa.live import bar, clock, sparkline
 from esper_core.nissa.report.wording import printable, quantity
 
 if TYPE_CHECKING:

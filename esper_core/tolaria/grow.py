@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -23,14 +22,16 @@ from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.allocating import begin
 from esper_core.tolaria.caller_groups import adopted, kind_for, refuse_rates, unwrapped
+from esper_core.tolaria.caller_options import Sinks, check_batch_size, read_options, split_sinks
 from esper_core.tolaria.callers_loop import CallersLoop
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
-from esper_core.tolaria.grown import Grown, Lines
+from esper_core.tolaria.grown import Grown
 from esper_core.tolaria.labels import ToBatch, settle, to_batch
 from esper_core.tolaria.model_file import describe_origin
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.own_objective import Judge, Loss
+from esper_core.tolaria.progress import Progress, check_progress, watchers
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.setup import OwnModel, check_settings, set_up_module
@@ -126,8 +127,8 @@ def grow(
     points: Sequence[str] | None = None,
     test_loader: Iterable[Any] | None = None,
     convert: ToBatch = to_batch,
-    sinks: Mapping[str, Sink] | None = None,
-    progress: bool | None = None,
+    sinks: Sinks = None,
+    progress: Progress = None,
     registry: Registry | None = None,
     **options: Any,
 ) -> Grown:
@@ -144,36 +145,42 @@ def grow(
         blueprints: what may grow, such as `"conv"` or `["conv", "depthwise"]`; empty for every blueprint that fits.
         points: paths of the submodules behind which to grow; None to find them.
         convert: turns what the loaders yield into a `Batch`.
-        sinks: further places for events, by name.
-        progress: print a line for each epoch and each change of a seed; None: where stderr is a terminal.
+        sinks: further places for events: names of installed ones, such as `"csv"` or `["csv", "tensorboard"]`, which
+            write into the run's folder; or sinks of the caller's own by name.
+        progress: show the run: live where stderr is a terminal, as HTML in a notebook. None: nothing elsewhere; True:
+            a line for each epoch and each change of a seed elsewhere; `"lines"`: lines everywhere; False: nothing.
         options: fields of `RunConfig`, such as `epochs=10`, `lr=1e-3`, `controller="random"`. With `out="runs/NAME"`
-            the run has a folder: its events, checkpoints, report and weights. The same call resumes a run that was
-            interrupted there.
+            the run has a folder: its events, checkpoints, report and weights. Calling again with the same arguments
+            resumes a run that was interrupted there. An option without effect on a model of one's own is refused.
 
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
         RunFailed: the run is unrecoverable; the model is back in its last good state.
     """
-    config = RunConfig.from_mapping(
-        {"device": _device_of(model), **options, "host": OWN_MODEL, "blueprints": blueprints}
-    )
     if hasattr(model, "_orig_mod"):
         raise BadOption("the model is compiled, and grow would train it uncompiled", "a plain model",
                         'grow(model._orig_mod, ..., compile="blocks")')  # fmt: skip
+    mine, names = split_sinks(sinks, any(options.get(key) for key in ("out", "output", "output_dir")))
+    check_batch_size(options, train_loader)
+    options = {"device": _device_of(model), **options, **({"sinks": names} if names else {})}
+    config = read_options(options, {"host": OWN_MODEL, "blueprints": blueprints})
     registry, record = registry or load_registry(), _Record()
     check_settings(config, registry)
+    for name in config.sinks:
+        registry.load(registry.find("sink", name))
+    check_progress(progress)
     alone(model)
     with as_it_was():
         return _grow(
             model, train_loader, val_loader, test_loader, config, registry, record, convert, points,
-            (loss, metric, higher_is_better), _sinks(sinks or {}, progress),
+            (loss, metric, higher_is_better), mine, progress,
         )  # fmt: skip
 
 
 def _grow(
     model: nn.Module, train_loader: Iterable[Any], val_loader: Iterable[Any], test_loader: Iterable[Any] | None,
     config: RunConfig, registry: Registry, record: _Record, convert: ToBatch, points: Sequence[str] | None,
-    judged: Judged, sinks: Mapping[str, Sink],
+    judged: Judged, sinks: Mapping[str, Sink], progress: Progress,
 ) -> Grown:  # fmt: skip
     assembly.make_deterministic(config.seed)
     model.to(assembly.choose_device(config.device)).train()
@@ -199,7 +206,9 @@ def _grow(
     tolaria = setup.build_tolaria(lambda event: hub.emit(event))
     folder, found = _folder(config, registry)
     try:
-        hub = Hub({"record": record, **sinks, **_kept(config, registry, folder)}, registry)
+        log = folder.path / "events.jsonl" if folder is not None and found is not None else None
+        kept, shown = _kept(config, registry, folder), watchers(progress, config.epochs, type(model).__name__, log)
+        hub = Hub({"record": record, **shown, **sinks, **kept}, registry)
         about = describe_origin(config, task) if folder is not None else {}
         trainer = Trainer(setup, tolaria, hub, folder, about=about, test=test_loader is not None)
         try:
@@ -214,11 +223,6 @@ def _grow(
     if folder is not None:
         write_report(folder.path)
     return Grown(setup.plane, result, tuple(record.events), setup.objective, _composed(setup.plane))
-
-
-def _sinks(sinks: Mapping[str, Sink], progress: bool | None) -> Mapping[str, Sink]:
-    """The caller's sinks, and one that prints lines if these are wanted."""
-    return {"lines": Lines(), **sinks} if progress or (progress is None and sys.stderr.isatty()) else sinks
 
 
 def _folder(config: RunConfig, registry: Registry) -> tuple[RunFolder | None, Any]:
@@ -342,10 +346,8 @@ def accompany(
     given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     others = [unwrapped(one) for one in given]
     refuse_rates(others, options)
-    config = RunConfig.from_mapping(
-        {"optimizer": kind_for(others), **options, "device": where, "host": OWN_MODEL,
-         "blueprints": blueprints}
-    )  # fmt: skip
+    fixed = {"device": where, "host": OWN_MODEL, "blueprints": blueprints}
+    config = read_options({"optimizer": kind_for(others), **options}, fixed, loop=True)
     alone(model)
     convert = settle(convert, model, sample)
     registry, split = registry or load_registry(), LoaderSplit((sample,), convert)

@@ -1,12 +1,10 @@
-"""What `grow` returns, and the lines that it prints while it trains."""
+"""What `grow` returns."""
 
 from __future__ import annotations
 
-import html
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import attrs
 from torch import nn
@@ -15,36 +13,16 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event
 from esper_core.leyline.objective import Objective
+from esper_core.nissa.plot import Plot, plot_events
 from esper_core.nissa.report import write_report
-from esper_core.nissa.report.wording import describe_event, nats, quantity, show_score
+from esper_core.nissa.report.wording import nats, quantity, show_score
+from esper_core.tolaria.progress import rows_as_table
 from esper_core.tolaria.trainer import RunResult
-
-_TOLD = frozenset({"run_started", "epoch_ended", "stage_changed", "rolled_back"})
-
-
-class Lines:
-    """A sink that prints a line for each epoch and for each change of a seed's stage."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream, self.metric = stream or sys.stderr, None
-
-    def write(self, event: Event) -> None:
-        """Print `event`, if it deserves a line."""
-        record = event.to_dict()
-        self.metric = record.get("metric") if event.kind == "run_started" else self.metric
-        if event.kind in _TOLD:
-            print(f"{event.step:>7}  {describe_event(record, self.metric)}", file=self.stream, flush=True)
-
-    def flush(self) -> None:
-        """Lines are flushed as they are written."""
-
-    def close(self) -> None:
-        """The stream belongs to the caller."""
 
 
 @attrs.frozen
 class Grown:
-    """The result of `grow`. A notebook shows it as a table.
+    """The result of `grow`. A notebook shows it as a table with its curves.
 
     Attributes:
         plane: with the host and its seeds. result: how the run ended. events: everything that happened.
@@ -129,10 +107,9 @@ class Grown:
         return self.summary()
 
     def _repr_html_(self) -> str:
-        """The summary as a table."""
-        cells = (
-            f'<tr><th style="text-align:left">{html.escape(name)}</th><td style="text-align:left">{html.escape(text)}'
-            "</td></tr>"
-            for name, text in self.rows().items()
-        )
-        return f"<table>{''.join(cells)}</table>"
+        """The summary as a table, and the curves below it."""
+        return f"{rows_as_table(self.rows())}{self.plot().svg}"
+
+    def plot(self) -> Plot:
+        """The curves of validation score and loss, with the births and ends of seeds; `save(path)` writes an SVG."""
+        return plot_events(event.to_dict() for event in self.events)

@@ -31,7 +31,7 @@ sys.modules[spec.name] = stages
 spec.loader.exec_module(stages)
 
 from esper_core.nissa.report.overview import summarise_run
-from esper_core.cli.live_state import LiveState
+from esper_core.nissa.live_state import LiveState
 from esper_core.kasmina.slot import Mode, mode_of
 from esper_core.leyline.stages import Stage
 from esper_core.nissa.report import write_report

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from esper_core.cli.live import render
-from esper_core.cli.live_state import LiveState
 from esper_core.cli.main import cli
+from esper_core.nissa.live import render
+from esper_core.nissa.live_state import LiveState
 from esper_core.registry import load_registry
 from esper_core.storage.tensor_file import read_json_file
 from esper_core.tolaria.assembly import build_task

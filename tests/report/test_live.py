@@ -9,10 +9,10 @@ import time
 import pytest
 from rich.console import Console
 
-from esper_core.cli.live import LiveView, bar, clock, render, sparkline
-from esper_core.cli.live_state import LiveState
 from esper_core.cli.plain import JsonLinesView, PlainLines
 from esper_core.leyline.events import RunEnded
+from esper_core.nissa.live import LiveView, bar, clock, render, sparkline
+from esper_core.nissa.live_state import LiveState
 from tests.recorded import RUNS, recorded_events
 
 EPOCHS = {"maps": 16, "text": 12}

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.events import Event
 from esper_core.tolaria.grow import grow
-from esper_core.tolaria.grown import Grown, Lines
+from esper_core.tolaria.grown import Grown
 from esper_core.tolaria.model_file import load_model
+from esper_core.tolaria.progress import Lines
 
 
 def grown(**options: Any) -> Grown:

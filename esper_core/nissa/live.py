@@ -14,9 +14,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from esper_core.cli.live_state import LiveState, SlotLine
 from esper_core.leyline.events import Event
 from esper_core.leyline.stages import STAGES, Stage, stages_where
+from esper_core.nissa.live_state import LiveState, SlotLine
 from esper_core.nissa.report.wording import nats, percent, show_score
 
 FASTEST: Final = 1 / 8
@@ -152,7 +152,9 @@ def clock(seconds: float | None) -> str:
 
 
 def _title(watch: LiveState, width: int) -> Text:
-    left = Text.assemble((watch.host or "starting", "bold"), (f" on {watch.task}" if watch.task else " …", ""))
+    left = Text.assemble(
+        (watch.host or "starting", "bold"), (f" on {watch.task}" if watch.task else "" if watch.host else " …", "")
+    )
     governor = "" if watch.governor == "calm" else f"governor {watch.governor}, "
     rolled = f"{watch.rollbacks} rollback{'s' * (watch.rollbacks != 1)}, " if watch.rollbacks else ""
     right = Text(f"{governor}{rolled}{watch.controller}, seed {watch.seed}" if watch.controller else "")

@@ -54,10 +54,11 @@ class LiveState:
     Args:
         epochs: how many the run has.
         log: the event log of a resumed run; its earlier events are read at the first new one.
+        name: of the model, in place of the host and task that the run names.
     """
 
-    def __init__(self, epochs: int, log: Path | None = None) -> None:
-        self.epochs, self.total_steps, self._log = epochs, 0, log
+    def __init__(self, epochs: int, log: Path | None = None, name: str = "") -> None:
+        self.epochs, self.total_steps, self._log, self._name = epochs, 0, log, name
         self.host = self.task = self.controller = ""
         self.seed = self.step = self.first_step = self.epoch = self.rollbacks = self.host_params = 0
         self.slots: dict[str, SlotLine] = {}
@@ -121,6 +122,8 @@ class LiveState:
 
     def _on_run_started(self, event: Any) -> None:
         self.host, self.task, self.controller, self.seed = event.host, event.task, event.controller, event.seed
+        if self._name:
+            self.host, self.task = self._name, ""
         self.told = getattr(event, "metric", None)
         self.metric = metric_of({"metric": self.told})
         self.host_params, self.total_steps = event.host_params, int(getattr(event, "steps", 0) or 0)

@@ -1,0 +1,124 @@
+"""A run's curves as a picture: validation loss and score by epoch, and when seeds were born, fossilised or culled."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from esper_core.leyline.stages import STAGES, Stage, stages_where
+from esper_core.nissa.report.wording import metric_of, nats, number, show_score
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 200, 64, 12, 26, 34
+_INK: Final = "#3f6fd1"
+"""Of the curves: at least 3 to 1 on white and on the dark backgrounds of notebooks."""
+
+_RECORDED: Final = stages_where(recorded=True)
+
+
+@attrs.frozen
+class Plot:
+    """A picture that a notebook shows; `svg` is its text."""
+
+    svg: str
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def _repr_html_(self) -> str:
+        return self.svg
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture as an SVG file, and return its path.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = Path(path)
+        path.write_text(self.svg, encoding="utf-8")
+        return path
+
+
+def plot_events(events: Iterable[Mapping[str, Any]]) -> Plot:
+    """The curves of a run by its events, in order; without an epoch, a picture that says so."""
+    metric = metric_of({})
+    steps: list[float] = []
+    scores: list[float | None] = []
+    losses: list[float | None] = []
+    marks: list[tuple[float, Stage, str]] = []
+    for event in events:
+        kind = event.get("kind")
+        if kind == "run_started":
+            metric = metric_of({"metric": event.get("metric")})
+        elif kind == "epoch_ended":
+            steps.append(float(event["step"]))
+            losses.append(number(event.get("validation_loss")))
+            scores.append(number(event.get("validation_score")))
+        elif kind == "stage_changed":
+            after = Stage(str(event.get("after")))
+            if after in _RECORDED:
+                told = f"{event.get('blueprint')} at {event.get('slot')}: {after.value}"
+                marks.append((float(event["step"]), after, told))
+    if not steps:
+        return Plot(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} 30" role="img">'
+                    '<text x="4" y="20" fill="currentColor">no epoch ended</text></svg>')  # fmt: skip
+    panels: list[tuple[str, list[float | None], Callable[[float], str]]] = [
+        (f"validation {metric.name}", scores, lambda value: show_score(value, metric)),
+        ("validation loss", losses, nats),
+    ]  # fmt: skip
+    drawn = "".join(
+        _panel(index * _HEIGHT, title, steps, values, marks, show) for index, (title, values, show) in enumerate(panels)
+    )
+    label = f"validation {metric.name} and loss over {steps[-1]:.0f} steps, with the births and ends of seeds"
+    return Plot(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {2 * _HEIGHT}" width="{_WIDTH}" '
+        f'style="max-width:100%;height:auto;font:12px sans-serif" role="img" aria-label="{html.escape(label)}">'
+        f"{drawn}</svg>"
+    )
+
+
+def _panel(
+    top: float, title: str, steps: Sequence[float], values: Sequence[float | None],
+    marks: Sequence[tuple[float, Stage, str]], show: Callable[[float], str],
+) -> str:  # fmt: skip
+    """One curve over the steps, with a line for each mark."""
+    known = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None and math.isfinite(y)]
+    low, high = min((y for _, y in known), default=0.0), max((y for _, y in known), default=1.0)
+    span = high - low or abs(high) or 1.0
+    low, high = low - 0.06 * span, high + 0.06 * span
+    end = max([steps[-1], *(step for step, _, _ in marks)]) or 1.0
+
+    def across(x: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / end
+
+    def down(y: float) -> float:
+        return top + _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - y) / (high - low)
+
+    floor = top + _HEIGHT - _BOTTOM
+    parts = [f'<text x="{_LEFT}" y="{top + 16}" fill="currentColor" font-weight="bold">{html.escape(title)}</text>']
+    for share in (0.0, 0.5, 1.0):
+        value = low + (high - low) * (0.06 + 0.88 * share)
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(value):.1f}" y2="{down(value):.1f}" '
+            'stroke="currentColor" stroke-opacity="0.15"/>'
+            f'<text x="{_LEFT - 6}" y="{down(value) + 4:.1f}" text-anchor="end" fill="currentColor">'
+            f"{html.escape(show(value))}</text>"
+        )
+    for step, stage, told in marks:
+        parts.append(
+            f'<line x1="{across(step):.1f}" x2="{across(step):.1f}" y1="{top + _TOP}" y2="{floor}" '
+            f'stroke="{STAGES[stage].colour}" stroke-width="1.5" stroke-dasharray="3 2">'
+            f"<title>{html.escape(told)}, step {step:.0f}</title></line>"
+        )
+    points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in known)
+    parts.append(f'<polyline points="{points}" fill="none" stroke="{_INK}" stroke-width="2"/>')
+    parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.5" fill="{_INK}"><title>'
+              f"step {x:.0f}: {html.escape(show(y))}</title></circle>" for x, y in known]  # fmt: skip
+    parts.append(f'<text x="{_LEFT}" y="{floor + 18}" fill="currentColor">0</text>'
+                 f'<text x="{_WIDTH - _RIGHT}" y="{floor + 18}" text-anchor="end" fill="currentColor">'
+                 f"step {end:.0f}</text>")  # fmt: skip
+    return "".join(parts)
