@@ -39,7 +39,8 @@ _OWN_DATA: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 
 _OWN_LOOP: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
-        "epochs": ("steps=", ""), "steps_per_epoch": ("steps=", ""), "batch_size": ("the loader's own", ""), "schedule": ("the optimizer's own schedule", ""),
+        "epochs": ("steps=", ""), "steps_per_epoch": ("steps=", ""), "batch_size": ("the loader's own", ""),
+        "schedule": ("the optimizer's own schedule", ""),
         "out": ("emit=, which takes the events, and save_progress", ""), "sinks": ("emit=, which takes the events", ""),
         "checkpoint_every": ("save_progress in the loop", ""), "keep_checkpoints": ("save_progress in the loop", ""),
     }
