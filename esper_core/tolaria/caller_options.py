@@ -31,6 +31,7 @@ _OWN_DATA: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "task": ("data as loaders", "esper run --task"),
         "download": ("data as loaders", "esper run --download"),
         "strategy": ("one process", "esper run --devices 2 --strategy"),
+        "compile": ("a model that is not compiled", "esper run --compile blocks"),
         "minutes": ("epochs=", "esper run --minutes"),
         "budget_total": ("epochs=", "esper run --budget-total"),
     }

@@ -159,7 +159,7 @@ def grow(
     """
     if hasattr(model, "_orig_mod"):
         raise BadOption("the model is compiled, and grow would train it uncompiled", "a plain model",
-                        'grow(model._orig_mod, ..., compile="blocks")')  # fmt: skip
+                        'grow(model._orig_mod, ...)')  # fmt: skip
     mine, names = split_sinks(sinks, any(options.get(key) for key in ("out", "output", "output_dir")))
     check_batch_size(options, train_loader)
     options = {"device": _device_of(model), **options, **({"sinks": names} if names else {})}
