@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from esper_core.cli.context import current_registry
 from esper_core.leyline.errors import BadOption, EsperError, UnknownName, did_you_mean
-from esper_core.leyline.files import refuse_links, typed
+from esper_core.leyline.files import brief, refuse_links, typed
 from esper_core.registry import split_reference
 from esper_core.tolaria.config import SYNONYMS, RunConfig
 from esper_core.tolaria.run_names import ROOT as RUNS
@@ -153,9 +153,7 @@ def find_run(name: str) -> Path:
             refuse_links(folder)
             return folder
     hint = did_you_mean(Path(name).name, known) or "esper runs list"
-    if list_runs(Path(name)):
-        hint = f"esper runs report {typed(name)}, or one of them"
-    raise UnknownName(f"there is no run {name!r}", f"the folder of a run, or its name in {RUNS}/", hint)
+from esper_core.leyline.files import brief, refuse_links, typed
 
 
 def _complete_run(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -10,7 +10,7 @@ import attrs
 
 from esper_core.emrakul.audit_config import AuditConfig
 from esper_core.kasmina.paths import base_of
-from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.actions import Command, Tempo, read_commands
 from esper_core.leyline.stages import Op, legal_ops
 from esper_core.leyline.verdict import Verdict
 from esper_core.leyline.view import Controller, Interval, RunView, SlotView
@@ -85,7 +85,7 @@ class Auditor:
         audits = self._begin(view)
         held = set(self._open) | {command.slot for command in verdicts}
         self._essential &= {path for path, slot in slots.items() if slot.blueprint}
-        grown = self.inner.decide(view) if self.inner else ()
+        grown = read_commands(self.inner.decide(view)) if self.inner else ()
         return [c for c in grown if c.slot not in held] + verdicts + audits
 
     def collapsed(self, path: str, decision: int, rent: float, rise: float) -> None:

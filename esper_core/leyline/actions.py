@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -86,3 +87,22 @@ _LOGGED: Final = ("op", "slot", "blueprint", "blend", "tempo", "source", "reason
 
 WAIT = Command(Op.WAIT)
 """The command that changes nothing."""
+
+
+MOST_COMMANDS: Final = 100_000
+"""Commands of one decision; a controller that gives more has gone wrong, and may never end."""
+
+
+def read_commands(found: Iterable[Command]) -> list[Command]:
+    """What a controller answered, read at once.
+
+    Raises:
+        TypeError: no iterable of commands, or one of more than `MOST_COMMANDS`.
+    """
+    commands = list(islice(found, MOST_COMMANDS + 1))
+    if len(commands) > MOST_COMMANDS:
+        raise TypeError(f"it returned more than {MOST_COMMANDS:,} commands")
+    odd = next((command for command in commands if not isinstance(command, Command)), None)
+    if odd is not None:
+        raise TypeError(f"it returned a {type(odd).__name__}, and a Command was expected")
+    return commands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -9,11 +10,14 @@ from typing import Any, Final
 import attrs
 
 from esper_core.leyline.errors import BadOption, did_you_mean
+from esper_core.leyline.files import brief
 from esper_core.leyline.leniency import Tolerant
 
 OptionValue = str | int | float | bool | None
 _TRUE: Final = ("true", "yes", "on", "1")
 _FALSE: Final = ("false", "no", "off", "0")
+_LARGEST_INT: Final = 2**53 - 1
+"""Whole numbers up to it are exact as floats, in JSON and elsewhere."""
 KINDS: Final = MappingProxyType({"str": str, "int": int, "float": float, "bool": bool})
 
 
@@ -23,7 +27,7 @@ class Option(metaclass=Tolerant):
 
     Attributes:
         name: as typed. kind: `str`, `int`, `float` or `bool`. default: the value when not set (None: chosen at use).
-        help: one line. choices: the allowed values, if few. minimum, maximum: inclusive bounds of a number.
+        help: one line. choices: the allowed values, if few. minimum, maximum: inclusive bounds; numbers are finite.
     """
 
     name: str = attrs.field()
@@ -61,15 +65,19 @@ class Option(metaclass=Tolerant):
         except (TypeError, ValueError, OverflowError):
             article = "an" if self.kind == "int" else "a"
             raise BadOption(
-                f"{where}={value!r} cannot be read", f"{article} {self.kind}", f"{where}={self.default}"
+                f"{where}={_shown(value)} cannot be read", f"{article} {self.kind}", f"{where}={self.default}"
             ) from None
         if self.choices and parsed not in self.choices:
             raise BadOption(f"{where}={value!r} is not a choice", f"one of {', '.join(map(str, self.choices))}")
         if isinstance(parsed, int | float) and not isinstance(parsed, bool):
-            low = self.minimum if self.minimum is not None else float("-inf")
-            high = self.maximum if self.maximum is not None else float("inf")
-            if not low <= parsed <= high:  # NaN fails here too
-                raise BadOption(f"{where}={value} is out of bounds", _bounds(self.kind, self.minimum, self.maximum))
+            limit = _LARGEST_INT if self.kind == "int" else sys.float_info.max
+            low = self.minimum if self.minimum is not None else -limit
+            high = self.maximum if self.maximum is not None else limit
+            if not low <= parsed <= high:  # neither is NaN, nor are infinities
+                raise BadOption(
+                    f"{where}={brief(value)} is out of bounds",
+                    _bounds(self.kind, self.minimum, high if parsed > limit else self.maximum),
+                )
         return parsed
 
     def _convert(self, value: Any) -> OptionValue:
@@ -85,11 +93,15 @@ class Option(metaclass=Tolerant):
         return KINDS[self.kind](value)  # type: ignore[no-any-return]
 
 
+def _shown(value: object) -> str:
+    return brief(repr(value))
+
+
 def _bounds(kind: str, low: float | None, high: float | None) -> str:
     """Which numbers are allowed, in words."""
     what = "a whole number" if kind == "int" else "a number"
     if high is None:
-        return f"{what} of at least {low:g}" if low is not None else f"{what}"
+        return f"{what} of at least {low:g}" if low is not None else what
     return f"{what} from {low:g} to {high:g}" if low is not None else f"{what} of at most {high:g}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from esper_core.leyline.actions import Command
+from esper_core.leyline.actions import Command, read_commands
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.investment import Investor
 from esper_core.leyline.stages import Op
@@ -170,7 +170,7 @@ class OrganManager:
             flops_left=_smaller(view.flops_left, math.fsum(flops for _, flops in left.values())),
         )  # fmt: skip
         commands = []
-        for command in self.inner.decide(narrowed):
+        for command in read_commands(self.inner.decide(narrowed)):
             if command.op is Op.GERMINATE and command.slot in slots:
                 slot = slots[command.slot]
                 costs = [(b.params, b.flops) for b in slot.blueprints if b.name == command.blueprint]

@@ -24,6 +24,8 @@ from esper_core.leyline.specs import HostSpec
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.step import Precision, forward
 
+_LARGEST: Final = 1e30
+"""FLOPs of a budget; more is a slip of the hand."""
 DECISIONS: Final = 50
 """Decision steps of a run with a budget, unless it says otherwise."""
 
@@ -44,9 +46,11 @@ def budget_of(config: RunConfig) -> float | None:
         budget = float(config.budget_total.replace("_", ""))
     except ValueError:
         budget = math.nan
-    if not (math.isfinite(budget) and budget > 0):
+    if not 0 < budget <= _LARGEST:
         raise BadOption(
-            f"budget_total={config.budget_total!r} cannot be read", "FLOPs of the whole run", "--budget-total 1e13"
+            f"budget_total={config.budget_total!r} cannot be used",
+            f"FLOPs of the whole run, above 0 and up to {_LARGEST:g}",
+            "--budget-total 1e13",
         )
     return budget
 

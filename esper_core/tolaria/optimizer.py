@@ -23,8 +23,8 @@ from esper_core.tolaria.sharding import copy_all
 class OptimizerConfig:
     """Options `optimizer.NAME` of a run."""
 
-    momentum: float = option_field(0.9, "momentum of sgd; beta1 of adamw", 0.0, 1.0)
-    beta2: float = option_field(0.999, "beta2 of adamw", 0.0, 1.0)
+    momentum: float = option_field(0.9, "momentum of sgd; beta1 of adamw", 0.0, 0.999999)
+    beta2: float = option_field(0.999, "beta2 of adamw", 0.0, 0.999999)
     seed_warmup: int = option_field(10, "optimizer steps over which a new seed's learning rate rises", 0)
     fused: bool = option_field(True, "one kernel for a group, where the device has it")
 

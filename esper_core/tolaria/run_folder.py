@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 import torch
 
 from esper_core.leyline.errors import BadFile, BadOption, os_error_as
-from esper_core.leyline.files import open_append, refuse_links, typed
+from esper_core.leyline.files import brief, open_append, refuse_links, typed
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tolaria.checkpoint import Checkpoints
@@ -81,7 +81,7 @@ class RunFolder:
         """
         path = Path(config.out) if config.out else _free_name(config.host, task)
         folder = cls(path, config.keep_checkpoints)
-        with os_error_as(BadOption, f"{_brief(path)} cannot be written to", "a folder with space", "--out DIR"):
+        with os_error_as(BadOption, f"{brief(path)} cannot be written to", "a folder with space", "--out DIR"):
             if (path / "run.json").exists():
                 raise BadOption(
                     f"{path} holds a run already", "a new folder", f"esper resume {typed(path)}, or another --out"
@@ -108,7 +108,7 @@ class RunFolder:
         except OSError:  # a name that is too long
             found = False
         if not found:
-            raise BadFile(f"there is no run at {_brief(path)}", "a folder with a run.json", "esper runs list")
+            raise BadFile(f"there is no run at {brief(path)}", "a folder with a run.json", "esper runs list")
         refuse_links(path)
         about = read_json_file(path / "run.json")
         if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("config"), dict):
@@ -216,11 +216,6 @@ def _is(path: Path, held: os.stat_result) -> bool:
     except OSError:
         return False
     return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
-
-
-def _brief(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 100 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def _free_name(host: str, task: str) -> Path:

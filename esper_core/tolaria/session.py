@@ -16,7 +16,7 @@ from esper_core.kasmina.churn import measure_churn
 from esper_core.kasmina.counterfactual import Measurement
 from esper_core.kasmina.growth import StageChange
 from esper_core.kasmina.plane import Plane
-from esper_core.leyline.actions import Command
+from esper_core.leyline.actions import Command, read_commands
 from esper_core.leyline.errors import EsperError, RunFailed
 from esper_core.leyline.events import (
     CommandRefused,
@@ -281,11 +281,7 @@ class Tolaria:
     def _ask_here(self, view: RunView) -> list[Command]:
         """The commands of the controller; none if it raises or returns something else, which removes no seed."""
         try:
-            said = list(self.controller.decide(view))
-            odd = next((command for command in said if not isinstance(command, Command)), None)
-            if odd is not None:
-                raise TypeError(f"it returned a {type(odd).__name__}; a Command was expected")
-            return said
+            return read_commands(self.controller.decide(view))
         except RunFailed:
             raise
         except PART_FAULTS as error:

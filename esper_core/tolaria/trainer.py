@@ -452,15 +452,21 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and the first Ctrl-C end the run after the current step; the second Ctrl-C ends it at once."""
+        """Let SIGTERM, SIGHUP and the first Ctrl-C end the run after the current step; the second Ctrl-C at once.
+
+        Where SIGHUP is ignored, as under nohup, it stays so.
+        """
 
         def ask(number: int, frame: object) -> None:
             if self._signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._signal = signal.Signals(number).name
 
+        asking = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            asking.append(signal.SIGHUP)  # a terminal that is closed
         try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, ask) for number in asking}
         except ValueError:  # only the main thread may
             before = {}
         try:

@@ -50,6 +50,25 @@ def test_bounds_hold_and_nan_is_never_within(low: float, high: float, value: flo
             option.parse(value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("float", math.inf),
+        ("float", "1e999"),
+        ("float", -math.inf),
+        ("float", 10**400),
+        ("int", 10**400),
+        ("int", 2**53),
+        ("int", -(2**70)),
+    ],
+)
+def test_numbers_are_finite_and_whole_ones_exact_without_bounds_of_their_own(kind: str, value: object) -> None:
+    for low in (None, 0 if str(value)[0] != "-" else None):
+        with pytest.raises(BadOption) as caught:
+            Option("size", kind, None, "h", minimum=low).parse(value)
+        assert len(str(caught.value)) < 250
+
+
 @given(value=st.floats().filter(lambda x: not (math.isfinite(x) and x.is_integer())))
 def test_no_fraction_is_silently_made_an_integer(value: float) -> None:
     with pytest.raises(BadOption):

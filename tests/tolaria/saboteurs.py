@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -80,6 +81,8 @@ def strike(part: str, when: str, value: Any = None) -> Any:
         return value
     if what == "type":
         return "a text"
+    if what == "endless":
+        return itertools.repeat(Command(Op.WAIT, ""))
     return _spoiled(value, what)
 
 

@@ -65,9 +65,22 @@ def test_two_runs_are_equal(configured):
     assert ground.fingerprint(folder / "again") == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("after", [2, 15, 25, 33])
-def test_signals_save_first(configured, number, after):
+@pytest.fixture
+def terminal():
+    """Signals as a program in a terminal has them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [
+        *((number, after) for number in (signal.SIGTERM, signal.SIGINT) for after in (2, 15, 25, 33)),
+        (signal.SIGHUP, 15),
+    ],
+)
+def test_signals_save_first(terminal, configured, number, after):
     make, expected, folder = configured
     name = f"signal-{number}-{after}"
     first = start_run(
