@@ -70,6 +70,8 @@ class Checkpoints:
         if step == self._current:
             return
         self.folder.mkdir(parents=not callable(self._folder), exist_ok=True)
+        if self.folder.is_symlink():  # put there since the run began
+            raise OSError(f"{self.folder} is a link to elsewhere")
         target = self._tensors(step)
         self._manifest(step).unlink(missing_ok=True)  # of a run that was resumed from before it
         try:

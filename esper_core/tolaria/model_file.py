@@ -71,6 +71,8 @@ def save_model(plane: Plane, path: Path | None, about: Mapping[str, Any]) -> Non
     tensors = {name: plane.ranks.whole(tensor) for name, tensor in model_tensors(plane).items()}
     if path is not None:
         path.parent.mkdir(exist_ok=True)
+        if path.parent.is_symlink():  # put there since the run began
+            raise OSError(f"{path.parent} is a link to elsewhere")
         write_tensor_file(path, tensors, header)
 
 

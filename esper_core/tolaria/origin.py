@@ -32,6 +32,9 @@ SPLITS: Final = ("train", "validation", "test")
 COMPARED: Final = ("host", "task", "objective", "blueprint", "blend", "controller", "reward")
 """Kinds of parts that make a run what it is. A sink only records it."""
 
+_MAY_MOVE: Final = ("out", "host", "download", "device")
+"""Keys of a configuration that may differ when a run goes on: where it lies, where its code is, what may be fetched."""
+
 JUDGING: Final = ("host", "task", "objective", "blueprint", "blend")
 """Kinds of parts on which the figures of a trained model depend."""
 
@@ -151,6 +154,27 @@ def check_origin(
     if not accept_changes:
         raise BadFile(told, "the same data and plugins", "restore them, or add --accept-changes")
     notify(told)
+
+
+def refuse_edited(recorded: object, config: RunConfig, where: object) -> None:
+    """Refuse a configuration that is not the one with which a checkpoint was written.
+
+    Args:
+        recorded: what the checkpoint holds of it; earlier versions recorded nothing. where: the run's folder.
+
+    Raises:
+        BadFile: `run.json` was edited.
+    """
+    if not isinstance(recorded, Mapping):
+        return
+    now = config.to_mapping()
+    changed = [f"{key} (was {recorded[key]!r}, is {now[key]!r})" for key in now
+               if key not in _MAY_MOVE and key in recorded and recorded[key] != now[key]]  # fmt: skip
+    if changed:
+        raise BadFile(
+            f"{where}/run.json is not what the checkpoint was written with: {'; '.join(changed)}"[:1000],
+            "the same configuration", "restore it, or add --accept-changes",
+        )  # fmt: skip
 
 
 def _take(digest: Any, value: object) -> None:

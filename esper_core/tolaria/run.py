@@ -28,7 +28,15 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.flop_budget import measure_speed
 from esper_core.tolaria.model_file import bind, describe_origin, load_plane
 from esper_core.tolaria.offline import offline, with_fetching, without_fetching
-from esper_core.tolaria.origin import JUDGING, check_origin, compare_data, data_of, origins_of, split_fingerprint
+from esper_core.tolaria.origin import (
+    JUDGING,
+    check_origin,
+    compare_data,
+    data_of,
+    origins_of,
+    refuse_edited,
+    split_fingerprint,
+)
 from esper_core.tolaria.own_code import take_named
 from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.process_group import ProcessGroup
@@ -198,6 +206,8 @@ def _take_up(
         notify(f"{'starting' if from_scratch else 'no checkpoint yet: starting'} from the beginning{told}")
     with ranks.together(forward=False):
         trainer = build_trainer(setup, sinks, lambda: folder, keeps=True)
+    if found is not None and not accept_changes:
+        refuse_edited(found[1].get("config"), trainer.config, folder.path)
     if found is None:
         # `set_up` has seeded the random state; parts that drew as they were built moved it on, as in `start_run`
         trainer.hub.rewind(trainer.hub.positions())  # nothing yet: their files were put aside
@@ -233,7 +243,7 @@ def _run(trainer: Trainer) -> RunResult:
     try:
         return trainer.run()
     except RunFailed as error:
-        error.folder = folder.path if folder is not None else None
+        error.folder = folder.last_path if folder is not None else None
         raise
     finally:
         trainer.hub.close()

@@ -53,13 +53,18 @@ class RunFolder:
             OSError: it was moved while it was held, and cannot be found.
         """
         if self._folder < 0:
-            return self._shown if Path(os.path.abspath(self._shown)) == self._path else self._path
+            return self.last_path
         held = os.fstat(self._folder)
         if not _is(self._path, held):
             moved = Path(os.path.realpath(f"/proc/self/fd/{self._folder}"))
             if not _is(moved, held):
                 raise OSError(f"{self._path} was moved or deleted while it was in use")
             self._path = moved
+        return self.last_path
+
+    @property
+    def last_path(self) -> Path:
+        """Where the folder was when it was last found, for messages."""
         return self._shown if Path(os.path.abspath(self._shown)) == self._path else self._path
 
     @property

@@ -149,7 +149,9 @@ class Trainer:
             return self._finish()
         except RunFailed as error:
             raise self._fail(error) from error
-        except PART_FAULTS as error:  # blueprints, tasks and sinks are plugins: stop cleanly
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # blueprints, tasks and sinks are plugins, and may raise anything: stop cleanly
             told = f"{type(error).__name__}: {error}"
             raise self._fail(RunFailed(f"the run stopped: {told}", "", "fix the cause, then esper resume")) from error
 
@@ -437,7 +439,7 @@ class Trainer:
         try:
             self._end("failed", str(error), None)
         except OSError as full:
-            hint = f"esper resume {typed(self.folder.path)}, once there is room" if self.folder else ""
+            hint = f"esper resume {typed(self.folder.last_path)}, once there is room" if self.folder else ""
             return RunFailed(f"{error}; and that could not be recorded: {full}", "", hint)
         if self.ranks.sharded:
             return error
@@ -532,6 +534,7 @@ class Trainer:
             "tolaria": self.tolaria.state_dict(),
             "position": attrs.asdict(self.position),
             "scaler": self.training_step.scaler.state_dict() if self.training_step.scaler is not None else {},
+            "config": self.config.to_mapping(),
         }
 
     def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:

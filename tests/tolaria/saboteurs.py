@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from esper_core.leyline.actions import Command, Tempo
+from esper_core.leyline.actions import Command, Tempo, read_commands
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.host import Batch
 from esper_core.leyline.injection import InjectionSpec
@@ -198,7 +198,7 @@ class FragileOverseer(FragileController):
         self.inner = inner
 
     def decide(self, view: Any) -> Sequence[Command]:
-        return strike("overseer", "decision", list(self.inner.decide(view)))
+        return strike("overseer", "decision", read_commands(self.inner.decide(view)))
 
     def state_dict(self) -> dict[str, object]:
         return strike("overseer", "save", {"asked": 0, "inner": self.inner.state_dict()})

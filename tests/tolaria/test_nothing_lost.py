@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from esper_core.leyline.errors import BadFile
+from esper_core.leyline.errors import BadFile, RunFailed
 from esper_core.leyline.events import HostRead, RewardMeasured
 from esper_core.leyline.stages import Stage
 from esper_core.storage import tensor_file
@@ -180,3 +180,96 @@ def test_a_folder_that_moves_in_mid_run_is_followed(stopped, tmp_path, monkeypat
     assert ground.fingerprint(folder) == stopped[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"other", folder.name})
     assert not list((tmp_path / "other").iterdir())
+
+
+class Meddler(Interrupter):
+    """Does something in the middle of a run."""
+
+    def __init__(self, deed) -> None:
+        super().__init__(0, 4)
+        self.deed = deed
+
+    def write(self, event):
+        self.left -= 1
+        if self.left == 0:
+            self.deed()
+
+
+def meddle(folder, deed):
+    return start_run(ground.config(folder, epochs=1), {"meddler": Meddler(deed)}, registry=ground.registry())
+
+
+def test_a_log_that_is_deleted_in_mid_run_is_told(tmp_path):
+    folder = tmp_path / "run"
+    result = meddle(folder, (folder / "events.jsonl").unlink)
+    assert result.status == "finished" and result.dropped_sinks == ("jsonl",)
+    assert json.loads((folder / "result.json").read_text())["dropped_sinks"] == ["jsonl"]
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced by a file"])
+def test_a_folder_that_is_gone_in_mid_run_costs_one_line(tmp_path, how):
+    folder = tmp_path / "run"
+
+    def deed():
+        shutil.rmtree(folder)
+        if how != "deleted":
+            folder.write_text("")
+
+    with pytest.raises(RunFailed, match="moved or deleted while it was in use") as caught:
+        meddle(folder, deed)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model"])
+def test_a_link_that_is_put_into_a_folder_in_mid_run_is_not_followed(tmp_path, name):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+
+    def deed():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).symlink_to(outside)
+
+    if name == "model":
+        with pytest.raises(RunFailed, match="link to elsewhere"):
+            meddle(folder, deed)
+    else:
+        meddle(folder, deed)
+        assert any("link to elsewhere" in e["error"] for e in ground.events(folder, "fault"))
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 7),
+        ("optimizer", "sgd"),
+        ("epochs", 5),
+        ("rent", 0.5),
+        ("settings", {"cnn.widths": "6,8", "cnn.dropout": 0.3}),
+    ],
+)
+def test_a_configuration_that_was_edited_is_noticed(stopped, tmp_path, key, value):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped[0], folder)
+    about = json.loads((folder / "run.json").read_text())
+    about["config"][key] = value
+    (folder / "run.json").write_text(json.dumps(about))
+    before = contents(folder)
+    with pytest.raises(BadFile, match=rf"{key} \(was .*--accept-changes"):
+        resume_run(folder, registry=ground.registry())
+    assert {**contents(folder), ".lock": ""} == {**before, ".lock": ""}
+
+
+@pytest.mark.parametrize("kind", [GeneratorExit, type("Odd", (BaseException,), {})])
+def test_an_error_of_any_kind_ends_a_run_in_one_line(tmp_path, monkeypatch, kind):
+    def fail(self, h):
+        raise kind("of a part")
+
+    monkeypatch.setattr(ground.Plain, "forward", lambda self, h: fail(self, h) if h.requires_grad else self.conv(h))
+    step = {"decision": 0, "op": "germinate", "slot": "block1", "blueprint": "plain", "tempo": "fast"}
+    config = ground.config(tmp_path / "run", controller=ground.schedule(tmp_path / "plan.json", step))
+    with pytest.raises(RunFailed, match=f"{kind.__name__}: of a part"):
+        start_run(config, registry=ground.registry())
+    assert ground.events(tmp_path / "run")[-1]["kind"] == "run_ended"
+    monkeypatch.undo()
+    assert resume_run(tmp_path / "run", registry=ground.registry()).status == "finished"

@@ -49,8 +49,14 @@ class JsonLines:
                 raise self._error
 
     def flush(self) -> None:
-        """Make every line durable, if the disk can take them."""
+        """Make every line durable, if the disk can take them.
+
+        Raises:
+            OSError: the file was deleted while it was written.
+        """
         self._push()
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(f"{self.path.name} was deleted while it was written")
         if self._error is None:
             os.fsync(self._file.fileno())
 
@@ -82,7 +88,9 @@ class JsonLines:
         size = os.fstat(self._file.fileno()).st_size
         if position > size:
             raise BadFile(
-                f"{self.path} has {size} bytes and the checkpoint was taken at {position}", "the run's whole event log"
+                f"{self.path} has {size} bytes and the checkpoint was taken at {position}",
+                "the run's whole event log",
+                "restore it, or esper resume --from-scratch",
             )
         if position:
             with os.fdopen(open_regular(self.path), "rb") as file:
