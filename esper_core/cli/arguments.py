@@ -153,7 +153,9 @@ def find_run(name: str) -> Path:
             refuse_links(folder)
             return folder
     hint = did_you_mean(Path(name).name, known) or "esper runs list"
-from esper_core.leyline.files import brief, refuse_links, typed
+    if list_runs(Path(name)):
+        hint = f"esper runs report {typed(name)}, or one of them"
+    raise UnknownName(f"there is no run {brief(name)!r}", f"the folder of a run, or its name in {RUNS}/", hint)
 
 
 def _complete_run(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
