@@ -18,12 +18,18 @@ def is_run(folder: Path) -> bool:
 
 
 def list_runs(folder: Path) -> list[Path]:
-    """The runs in a folder, the one that trained last first."""
-    found = [child for child in folder.iterdir() if is_run(child)] if folder.is_dir() else []
+    """The runs in a folder, the one that trained last first; none where there is no folder that can be read."""
+    try:
+        found = [child for child in folder.iterdir() if is_run(child)] if folder.is_dir() else []
+    except (OSError, ValueError):
+        found = []
     return sorted(found, key=_last_written, reverse=True)
 
 
 def _last_written(run: Path) -> float:
     """When a run last logged an event; a report that is written again makes no run newer."""
     log = run / "events.jsonl"
-    return (log if log.is_file() else run / "run.json").lstat().st_mtime
+    try:
+        return (log if log.is_file() else run / "run.json").lstat().st_mtime
+    except OSError:  # it was deleted in the meantime
+        return 0.0
