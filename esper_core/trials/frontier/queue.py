@@ -71,7 +71,7 @@ def run_queue(
     with context.Manager() as manager:
         inbox, answers = {kind: manager.Queue() for kind in workers}, manager.Queue()
         pool = [
-            context.Process(target=_work, args=(kind, inbox[kind], answers, dict(base), rows), daemon=True)
+            context.Process(target=_work, args=(kind, inbox[kind], answers, dict(base), rows, os.getpid()), daemon=True)
             for kind, count in workers.items()
             for _ in range(count)
         ]
@@ -135,10 +135,10 @@ def _next_answer(answers: Any, pool: Sequence[Any], deadline: float) -> tuple[st
             return answer
 
 
-def _work(kind: str, inbox: Any, answers: Any, base: dict[str, Any], rows: Path) -> None:
+def _work(kind: str, inbox: Any, answers: Any, base: dict[str, Any], rows: Path, parent: int) -> None:
     import torch
 
-    end_with(os.getppid())
+    end_with(parent)  # which may be gone already: importing takes seconds
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
     base = {**base, "device": kind}
