@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import Op
 from esper_core.registry import load_registry
+from esper_core.tolaria.ema import GrowthEMA
 from esper_core.tolaria.grow import accompany, grow
 from esper_core.tolaria.labels import own_convention, settle, to_batch
 from esper_core.tolaria.model_file import load_growth
@@ -144,10 +146,16 @@ def test_esper_measures_the_loss_that_the_trainer_trains(tmp_path, name) -> None
     seen = []
     _, model = train(tmp_path / "out", name, callback(name, tmp_path, seen))
     assert not [event for event in seen if event.kind == "fault"], "the two losses agree"
-    last = [event.validation_loss for event in seen if event.kind == "decided"][-1]
+    last = [event for event in seen if event.kind == "decided"][-1]
+    one = item(name)
     with torch.no_grad():
-        own = float(model.eval()(**item(name)).loss)
-    assert last == pytest.approx(own, rel=1e-5)
+        answered = model.eval()(**one)
+    assert last.validation_loss == pytest.approx(float(answered.loss), rel=1e-5)
+    found, labels = answered.logits.argmax(-1), one["labels"]
+    if name == "causal":
+        found, labels = found[:, :-1], labels[:, 1:]
+    counted = labels != -100
+    assert last.validation_score == pytest.approx(float((found == labels)[counted].float().mean()), abs=1e-6)
 
 
 class Answers(nn.Module):
@@ -276,6 +284,50 @@ def test_the_trainer_resumes_with_its_seeds(tmp_path) -> None:
         file.unlink()
     with pytest.raises(EsperError, match=r"holds no growth\.safetensors"):
         train(tmp_path / "4", "tokens", callback("tokens", tmp_path), resume=True, steps=12)
+
+
+class Average(transformers.TrainerCallback):
+    """The average of docs/stacks.md."""
+
+    def __init__(self, growth) -> None:
+        self.growth = growth
+
+    def on_train_begin(self, args, state, control, **given):
+        self.ema = GrowthEMA(self.growth.plane, decay=0.9)
+        kept = Path(args.output_dir, f"checkpoint-{state.global_step}", "ema.pt")
+        if kept.exists():
+            self.ema.load_state_dict(torch.load(kept))
+
+    def on_step_end(self, args, state, control, **given):
+        self.ema.update()
+
+    def on_save(self, args, state, control, **given):
+        torch.save(self.ema.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", "ema.pt"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulation_average_and_resume_together_in_the_trainer(tmp_path) -> None:
+    averages = []
+    for stop, again in ((99, None), (4, None), (99, True)):
+        growth = callback("causal", tmp_path)
+        average = Average(growth)
+
+        class Averaged(transformers.Trainer):
+            def __init__(self, callbacks, average=average, **given):
+                super().__init__(callbacks=[callbacks[0], average, *callbacks[1:]], **given)
+
+        train(tmp_path / ("whole" if (stop, again) == (99, None) else "broken"), "causal", growth, Averaged, stop=stop,
+              resume=again, save_strategy="steps", save_steps=4, gradient_accumulation_steps=2,
+              per_device_train_batch_size=8)  # fmt: skip
+        averages.append((growth, average.ema))
+    (whole, ema), _, (resumed, again) = averages
+    assert whole.plane.growths["transformer.h.1"].births == 1 and ema.updates == again.updates == 8
+    for one, two in ((whole.plane, resumed.plane), (ema.plane, again.plane)):
+        for left, right in ((one.host.module, two.host.module), (one.module, two.module)):
+            assert left.state_dict().keys() == right.state_dict().keys()
+            assert all(map(torch.equal, left.state_dict().values(), right.state_dict().values()))
+    seeds = zip(ema.plane.module.parameters(), whole.plane.module.parameters(), strict=True)
+    assert any(not torch.equal(mean, live) for mean, live in seeds)
 
 
 def test_a_callback_grows_one_model_once(tmp_path) -> None:
