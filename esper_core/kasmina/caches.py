@@ -24,6 +24,11 @@ def is_cache(value: object) -> bool:
     return value is not None and hasattr(value, "update") and (hasattr(value, "layers") or hasattr(value, "is_updated"))
 
 
+def decoders_own(cache: Any) -> Any:
+    """Of a decoder that keeps the encoder's positions too, the part of the cache for its own."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
 def number_of(module: nn.Module) -> int | None:
     """The number of a block in a cache; None if it has none, or several."""
     found = {value for part in module.modules() for name, value in vars(part).items() if _is_number(name, value)}
@@ -52,13 +57,18 @@ def own_view(cache: Any, key: str, number: int | None, count: int) -> Any:
     Raises:
         EsperError: a cache in which the copy cannot have an entry of its own.
     """
+    own = decoders_own(cache)
+    if own is not cache:
+        both = copy.copy(cache)
+        both.self_attention_cache = own_view(own, key, number, count)
+        return both
     layers = getattr(cache, "layers", None)
     kind = getattr(cache, "layer_class_to_replicate", None)
     while isinstance(layers, list) and kind is not None and len(layers) < count:
         layers.append(kind())  # the host appends entries while it runs, and the copy's must come after all of them
     if not isinstance(layers, list) or len(layers) < max(1, count):
         raise EsperError(
-            f"a copied block cannot use a {type(cache).__name__}", "a cache with a list of layers", "use_cache=False"
+            f"what grew cannot use a {type(cache).__name__}", "a cache with a list of layers", "use_cache=False"
         )
     owned: dict[str, int] = cache.__dict__.setdefault(_OWNED, {})
     if key not in owned:

@@ -46,8 +46,14 @@ class ComposedModel(nn.Module):
                 part.__dict__.pop("save_pretrained", None)
                 _derive(part, "holding")
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Logits of a batch."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits of a batch: its inputs as one argument, or as the arguments that the model itself takes.
+
+        A mapping, or keyword arguments, give keyword arguments; a tuple, or several arguments, positional ones.
+        """
+        if args and kwargs:
+            return self._to_logits(self.model(*args, **kwargs))
+        inputs: Inputs = kwargs or (args[0] if len(args) == 1 else args)
         return self._to_logits(call(self.model, self._prepare(inputs) if self._prepare else inputs))
 
 

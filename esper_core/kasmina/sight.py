@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from esper_core.kasmina.caches import is_cache, own_view
+from esper_core.kasmina.caches import decoders_own, is_cache, own_view
 from esper_core.kasmina.calls import Call, argument_names
 from esper_core.leyline.errors import EsperError
 
@@ -101,7 +101,7 @@ def sight_of(call: Call | None, h: Tensor) -> Sight | None:
         return None
     if call.around is not None:
         call = call.around
-    cache = next((value for _, value in call.items() if is_cache(value)), None)
+    cache = decoders_own(next((value for _, value in call.items() if is_cache(value)), None))
     if cache is not None and torch.is_grad_enabled() and _length(cache, call.number) <= h.shape[1]:
         cache = None  # training: nothing comes before, and what comes after is refused for want of an entry
     seen = _seen(call, h)

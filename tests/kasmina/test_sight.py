@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from esper_core.kasmina.calls import Call
 from esper_core.kasmina.compose import compose
@@ -60,8 +61,12 @@ def grown(model: nn.Module, blueprint: str, registry: Registry, points: list[str
 
 
 def raise_seed(plane: Plane, path: str, blueprint: str) -> None:
-    noise = torch.Generator().manual_seed(1)
     plane.germinate(path, blueprint, tempo=Tempo.INSTANT)
+    raise_seed_up(plane, path)
+
+
+def raise_seed_up(plane: Plane, path: str) -> None:
+    noise = torch.Generator().manual_seed(1)
     while plane.slots[path].mode.value != "attached":
         plane.advance(path, gated=False)
     for parameter in plane.slots[path].seed.parameters():  # type: ignore[union-attr]
@@ -172,6 +177,36 @@ def test_generation_with_and_without_a_cache_gives_the_same_tokens(
                 assert torch.equal(one, two)
                 changed |= not torch.equal(one, bare)
     assert changed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["seq2seq", "t5"])
+@pytest.mark.parametrize("blueprint", MIXING)
+def test_decoders_of_encoders_answer_the_same_with_and_without_a_cache(blueprint: str, kind: str) -> None:
+    """And they train: a T5 makes a cache in training, too."""
+    from tests.tolaria.test_inside import item, tiny
+
+    model, one, point = tiny(kind), item(kind), {"seq2seq": "model.decoder.layers.0", "t5": "decoder.block.0"}[kind]
+    decoder = model.prepare_decoder_input_ids_from_labels(one["labels"])
+    example = {"input_ids": one["input_ids"], "decoder_input_ids": decoder}
+    bare = model.eval()(**example).logits
+    plane = Plane(host_from_module(model, [point], example=example), load_registry())
+    plane.germinate(point, blueprint, tempo=Tempo.INSTANT)
+    with torch.enable_grad():
+        model.train()(**one).loss.backward()
+    assert any(p.grad is not None for p in plane.module.parameters())
+    raise_seed_up(plane, point)
+    for net in (model.eval(), compose(plane).eval().model):
+        whole = net(**example, use_cache=False).logits
+        assert (whole - bare).abs().max() > 0.01, "the seed speaks"
+        step = net(input_ids=one["input_ids"], decoder_input_ids=decoder[:, :3], use_cache=True)
+        told = [step.logits]
+        encoded = BaseModelOutput(last_hidden_state=step.encoder_last_hidden_state)
+        for place in range(3, decoder.shape[1]):
+            step = net(encoder_outputs=encoded, decoder_input_ids=decoder[:, place : place + 1],
+                       past_key_values=step.past_key_values, use_cache=True)  # fmt: skip
+            told.append(step.logits)
+        torch.testing.assert_close(torch.cat(told, 1), whole, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -232,3 +232,33 @@ def test_another_device_than_the_models_is_not_ignored() -> None:
     with pytest.raises(EsperError, match=r"device=meta beside a model on cpu.*model\.to\('meta'\) before accompany"):
         in_a_loop(model, optimizer, device="meta")
     in_a_loop(model, optimizer, device="cpu")
+
+
+class Two(nn.Module):
+    """Takes two inputs, the second of them by name too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x, mask):
+        return self.head((self.stem(x).relu() * mask).mean((2, 3)))
+
+
+def test_a_composed_model_is_called_as_the_model_is() -> None:
+    inputs = (torch.randn(3, 1, 8, 8), torch.rand(3, 1, 8, 8))
+    model = Two().eval()
+    plane = Plane(host_from_module(model, ["stem"], example=inputs), load_registry(), ramp_steps=1)
+    plane.germinate("stem", "conv")
+    let_in(plane, "stem")
+    composed, expected = compose(plane).eval(), model.eval()(*inputs)
+    given = {"x": inputs[0], "mask": inputs[1]}
+    ways = (
+        composed(*inputs),
+        composed(inputs),
+        composed(**given),
+        composed(given),
+        composed(inputs[0], mask=inputs[1]),
+    )
+    for found in ways:
+        torch.testing.assert_close(found, expected)
