@@ -26,6 +26,7 @@ class Pointwise(nn.Module):
         super().__init__()
         self.pool, self.norm = nn.AvgPool2d(square), nn.GroupNorm(1, width)
         self.up, self.down = nn.Conv2d(width, 4 * width, 1), nn.Conv2d(4 * width, width, 1)
+        nn.init.normal_(self.down.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H / square, W / square)."""
