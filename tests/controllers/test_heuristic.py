@@ -16,6 +16,7 @@ from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView, Interval
 from esper_core.tamiyo.heuristic import HeuristicController, Offer, choose, measured_need
 from esper_core.tamiyo.heuristic_config import HeuristicConfig
+from esper_core.tamiyo.prospects import track_record
 from esper_core.tolaria.consult import command_of, plain_command
 
 NEEDS = {"a": 1.0, "b": 2.0, "c": 0.5}
@@ -59,6 +60,25 @@ def test_a_seed_that_still_learns_is_judged_by_what_it_gains_by_now() -> None:
     lab = Lab(lambda s, b: next(gains), {"a": 1.0}, 60, blueprints=(CONV,)).run(HeuristicController())
     assert Op.WITHER not in lab.ops()
     assert lab.stages() == {"a": Stage.FOSSILIZED}
+
+
+@pytest.mark.parametrize(("first", "slope", "stays"), [(0.002, 0.0, False), (0.012, 0.006, True)])
+def test_a_seed_that_cannot_reach_its_rent_by_the_end_goes_at_once(first: float, slope: float, stays: bool) -> None:
+    """Both begin below the rent of 0.036 in a run of fourteen decisions; one of them is on its way."""
+    gains = (first + slope * i for i in itertools.count())
+    lab = Lab(lambda s, b: next(gains), {"a": 1.0}, 14, noise=0.0005, blueprints=(CONV,), rent=0.6)
+    lab.run(HeuristicController())
+    born, withered = (next((d for d, c in lab.log if c.op is op), None) for op in (Op.GERMINATE, Op.WITHER))
+    assert born is not None
+    assert (withered is None or withered > born + 5) if stays else withered is not None and withered <= born + 4
+
+
+def test_the_fewer_hopes_came_true_the_less_is_expected() -> None:
+    hopes = {"a@1": 0.1, "b@1": 0.2, "c@5": 0.3}
+    assert track_record(hopes, {}) == 1.0
+    assert track_record(hopes, {"a@1": 0.5, "b@1": 0.2}) == 1.0  # more than was hoped for makes up for nothing
+    assert track_record(hopes, {"a@1": -1.0}) == 0.5
+    assert track_record(hopes, {"a@1": 0.0, "b@1": 0.1, "c@5": 0.0}) == pytest.approx(1.5 / 4)
 
 
 def test_seeds_on_trial_do_not_slow_the_next_ones_blend() -> None:
