@@ -144,7 +144,7 @@ def compare_run(
     todo = [unit for unit in units if not unit.file.is_file()]
     if todo:
         arms = ", ".join(dict.fromkeys(unit.arm for unit in todo))
-        notify(f"comparing: {len(todo)} more trainings ({arms}), {config.workers} at a time")
+        notify(f"comparing: {len(todo)} more training{'s' * (len(todo) != 1)} ({arms}), {config.workers} at a time")
     for index, _, left in run_jobs(todo, run_unit, config.workers, ready=_is_ready):
         unit = todo[index]
         outcome = read_json_file(unit.file)
