@@ -171,9 +171,10 @@ def page(results: dict[str, dict[str, Any]], every: list[str]) -> str:
             )
     reasons = Counter[str]()
     for row in good.values():
-        reasons.update(row["unmerged"])
+        for reason, count in row["unmerged"].items():
+            reasons[reason.partition(";")[0].partition(", by ")[0].partition(": ")[0]] += count
     if reasons:
-        told = "; ".join(f"{count} × {reason.partition(';')[0]}" for reason, count in reasons.most_common())
+        told = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
         lines += ["", f"Not merged, and told why: {told}."]
     return "\n".join(lines) + "\n"
 

@@ -137,8 +137,8 @@ def _of_gradients(plane: Plane, names: list[str], losses: Sequence[Loss], measur
     weights: dict[str, nn.Parameter] = {}
     for name in names:
         weight = plane.host.module.get_submodule(path_of(name)).weight
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise BadOption(f"the weight at {name} has no gradient", "measure=activation")
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            raise BadOption(f"the weight at {name} has no gradient", "measure activation", "--allocate activation")
         weights[name] = weight
     frozen = [w for w in weights.values() if not w.requires_grad]
     for weight in frozen:

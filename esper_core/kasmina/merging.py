@@ -144,7 +144,7 @@ def refusal(plane: Plane, path: str, *, permanent: bool = True) -> str:
         return "the model's weights are sharded"
     module = host_layer(plane.host.module, _at(spec, path))
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():  # torchao's are parameters of other classes
         return f"the weight of its {type(module).__name__} is computed or quantised"
     others = [name for name, other in plane.host.module.named_modules() if other is not module
               and any(p is weight for p in other.parameters(recurse=False))]  # fmt: skip

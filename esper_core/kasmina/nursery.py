@@ -11,12 +11,13 @@ import attrs
 import torch
 from torch import nn
 
-from esper_core.kasmina.around import example_call
+from esper_core.kasmina.around import example_call, host_layer
 from esper_core.kasmina.birth_tests import check_causal, check_other_size, draws_in_training
 from esper_core.kasmina.blends import BlendOptions, parse_blend
 from esper_core.kasmina.block_run import quiet_pass
 from esper_core.kasmina.copies import BlockRun
 from esper_core.kasmina.ledger import count_parameters
+from esper_core.kasmina.paths import base_of
 from esper_core.kasmina.placement import device_of, dtype_of, is_channels_last
 from esper_core.kasmina.slot import Interpolation, OfDelta
 from esper_core.kasmina.sources import run_at
@@ -82,7 +83,8 @@ def plant(
         writes = False
         slot.draws = draws_in_training(seed, point)
         if run is None:
-            writes = _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype)
+            layer = None if point.layer is None else host_layer(host, attrs.evolve(point, name=base_of(slot.path)))
+            writes = _check(seed.to(device=device, dtype=dtype), point, command.blueprint, device, dtype, layer)
             if "causal" in point.tags and not known:
                 check_causal(seed, point, f"a seed of {command.blueprint}")
         else:
@@ -143,8 +145,15 @@ def build_combination(
     return OfDelta(combination) if whole else combination
 
 
-def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Check the outputs of a seed for batches of several sizes; returns whether it writes to its input."""
+def _check(
+    seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.device, dtype: torch.dtype,
+    layer: nn.Module | None,
+) -> bool:  # fmt: skip
+    """Check the outputs of a seed for batches of several sizes; returns whether it writes to its input.
+
+    Args:
+        layer: that the point stands around, whose weight a seed may read, which may be quantised.
+    """
     where, writes = f"a seed of {blueprint} at {point.name}", False
     reason = unsavable(dict((*seed.named_parameters(), *seed.named_buffers())))
     if reason:
@@ -158,6 +167,7 @@ def _check(seed: nn.Module, point: InjectionSpec, blueprint: str, device: torch.
                     out = seed.eval()(feature)
                 else:
                     call = example_call(point, feature, size)
+                    call.module = layer
                     out = seed.eval()(feature, call)
                     if call.input._version:
                         raise ValueError("it writes to the layer's input")

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from esper_core.kasmina.allocation import measure_gains
 from esper_core.kasmina.around import path_of, resolve_points
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.ledger import count_parameters
 from esper_core.kasmina.merging import merge_all, merged
+from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Tempo
 from esper_core.leyline.errors import BadFile, BadOption, IllegalCommand
@@ -24,9 +27,9 @@ from esper_core.tolaria.model_file import load_growth, save_growth
 from tests.kasmina.test_around import CASES, HOSTS, planted
 
 
-def settle(plane: Plane) -> None:
-    """Fossilise every seed, with weights as if it had learned."""
-    for path in list(plane.slots):
+def settle(plane: Plane, *paths: str) -> None:
+    """Fossilise seeds, all if none is named, with weights as if they had learned."""
+    for path in paths or list(plane.slots):
         while plane.growths[path].stage is not Stage.FOSSILIZED:
             if not plane.step():
                 plane.advance(path, gated=False)
@@ -91,6 +94,31 @@ def test_what_would_change_the_model_is_refused_and_leaves_it_as_it_was() -> Non
         plane.wither(path, source="emrakul")
     with pytest.raises(BadOption, match="slots around layers"):
         Plane(HOSTS["gpt2"](), installed(), merge=True)
+
+
+def test_seeds_live_beside_quantised_layers_and_what_needs_the_weight_is_refused() -> None:
+    class Packed(nn.Parameter):
+        """A parameter of another class, as the weights of quantised layers are."""
+
+    layers = [nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)]
+    for layer in (layers[0], layers[2]):
+        layer.weight = Packed(layer.weight.detach(), requires_grad=False)
+    host = host_from_module(nn.Sequential(*layers), example=torch.randn(1, 6))
+    plane = Plane(host, installed(), points=resolve_points(host, ["around:linear", "head"]))
+    first, second = plane.slots
+    x = torch.randn(3, 6)
+    bare = host.forward_with_slots(x).detach()
+    plane.germinate(first, "lora", tempo=Tempo.INSTANT)
+    out = host.forward_with_slots(x)
+    assert torch.equal(out.detach(), bare)
+    out.square().sum().backward()
+    assert plane.slots[first].seed.b.weight.grad.any()  # type: ignore[union-attr]
+    settle(plane, first)
+    with pytest.raises(IllegalCommand, match="computed or quantised"):
+        plane.merge(first)
+    with pytest.raises(BadOption, match="--allocate activation"):
+        measure_gains(plane, lambda: host.forward_with_slots(x).mean(), "need")
+    assert measure_gains(plane, lambda: host.forward_with_slots(x).mean(), "activation").keys() == {first, second}
 
 
 def test_a_plane_merges_what_fossilises_and_files_averages_and_copies_know_it(tmp_path: Path) -> None:
