@@ -104,7 +104,7 @@ def _panel(
         value = low + (high - low) * (0.06 + 0.88 * share)
         parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(value):.1f}" y2="{down(value):.1f}" '
-            'stroke="currentColor" stroke-opacity="0.15"/>'
+            'stroke="currentColor" stroke-opacity="0.15"></line>'
             f'<text x="{_LEFT - 6}" y="{down(value) + 4:.1f}" text-anchor="end" fill="currentColor">'
             f"{html.escape(show(value))}</text>"
         )
@@ -115,7 +115,7 @@ def _panel(
             f"<title>{html.escape(told)}, step {step:.0f}</title></line>"
         )
     points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in known)
-    parts.append(f'<polyline points="{points}" fill="none" stroke="{_INK}" stroke-width="2"/>')
+    parts.append(f'<polyline points="{points}" fill="none" stroke="{_INK}" stroke-width="2"></polyline>')
     parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.5" fill="{_INK}"><title>'
               f"step {x:.0f}: {html.escape(show(y))}</title></circle>" for x, y in known]  # fmt: skip
     parts.append(f'<text x="{_LEFT}" y="{floor + 18}" fill="currentColor">0</text>'
