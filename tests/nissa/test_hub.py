@@ -254,7 +254,7 @@ def test_tensorboard_writes_curves_that_can_be_read_back(tmp_path) -> None:
     assert hub.faults == []
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
-    points = read.Scalars("slot_read/layer1.0/readings/proxy_loss")
+    points = read.Scalars("readings/layer1.0/proxy_loss")
     assert [(p.step, p.value) for p in points] == [(0, 0.0), (1, 2.0), (2, 4.0)]
     assert "fault/text_summary" in read.Tags()["tensors"]
 
@@ -289,5 +289,5 @@ def test_a_resumed_run_doubles_no_point_of_tensorboard(tmp_path) -> None:
     assert hub.faults == []
     read = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False)
     read.Reload()
-    points = read.Scalars("decided/train_loss")
+    points = read.Scalars("loss/train_recent")
     assert [(p.step, p.value) for p in points] == [(step, float(step)) for step in range(5)]
