@@ -40,6 +40,7 @@ def find_plugins() -> list[Plugin]:
 def _installed() -> Iterator[tuple[str, str]]:
     """Texts of `entry_points.txt` and of METADATA of every distribution that mentions the group."""
     strange: list[str] = []
+    read = set[str]()
     for folder in dict.fromkeys(sys.path):
         try:
             names = sorted(os.listdir(folder or "."))
@@ -50,6 +51,7 @@ def _installed() -> Iterator[tuple[str, str]]:
         for name in names:
             if name.endswith(_INFO):
                 path = os.path.join(folder, name)
+                read.add(os.path.abspath(path))
                 entry_points = _read(os.path.join(path, "entry_points.txt"))
                 if GROUP in entry_points:
                     head = _read(os.path.join(path, "METADATA"), _HEAD) or _read(os.path.join(path, "PKG-INFO"), _HEAD)
@@ -63,7 +65,12 @@ def _installed() -> Iterator[tuple[str, str]]:
     for finder in finders:
         found += finder.find_distributions(DistributionFinder.Context())
     for distribution in found:
-        entry_points = distribution.read_text("entry_points.txt") or ""
+        if os.path.abspath(str(getattr(distribution, "_path", ""))) in read:
+            continue  # a finder of another library, which walks the same folders
+        try:
+            entry_points = distribution.read_text("entry_points.txt") or ""
+        except (OSError, UnicodeDecodeError):
+            continue
         if GROUP in entry_points:
             yield entry_points, distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
 

@@ -36,7 +36,7 @@ def test_a_loss_says_to_keep_the_host() -> None:
 
 def test_one_seed_bears_no_verdict() -> None:
     verdict = verdict_of(found(0.02, None, None, seeds=1))
-    assert not verdict["pays"] and "no verdict" in verdict["text"]
+    assert not verdict["pays"] and "needs 3 seeds" in verdict["text"]
 
 
 def test_without_the_control_there_is_none() -> None:

@@ -162,6 +162,22 @@ def test_an_earlier_folder_shadows_a_later_one(
     assert load_registry().find("blueprint", "here").version == "2.0"
 
 
+def test_another_librarys_finder_of_the_same_folders_adds_nothing(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backport `importlib_metadata` puts such a finder into `sys.meta_path` when it is imported."""
+
+    class Backport:
+        find_spec = staticmethod(lambda *_: None)
+        find_distributions = staticmethod(importlib.metadata.MetadataPathFinder.find_distributions)
+
+    write_package(site, "bare", offers('blueprint("bare")'), version="3.1")
+    site.joinpath("bare-3.1.dist-info", "METADATA").unlink()
+    write_package(site, "mangled", offers('blueprint("mangled")'))
+    site.joinpath("mangled-1.0.dist-info", "entry_points.txt").write_bytes(b"[esper_core]\n\xff\n")
+    alone = find_plugins()
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Backport])
+    assert find_plugins() == alone
+
+
 def test_metadata_may_be_missing(site: Path) -> None:
     write_package(site, "bare", offers('blueprint("bare")'), version="3.1")
     site.joinpath("bare-3.1.dist-info", "METADATA").unlink()
