@@ -5,13 +5,10 @@ Run: OMP_NUM_THREADS=1 python -m benchmarks.around [--json FILE]
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -19,7 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.timing import interleaved, interval, machine, ratio
+from benchmarks.timing import interleaved, interval, ratio, run_program
 from esper_core.kasmina.around import path_of, resolve_points
 from esper_core.kasmina.module_host import host_from_module
 from esper_core.kasmina.plane import Plane
@@ -103,19 +100,5 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--rounds", type=int, default=25)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [measure(name, args.rounds) for name in SIZES]
-    for row in rows:
-        print(row)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_program(__doc__ or "", measure, SIZES)

@@ -5,18 +5,15 @@ Run: OMP_NUM_THREADS=1 python -m benchmarks.copies [--json FILE]
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.timing import interleaved, interval, machine, ratio
+from benchmarks.timing import interleaved, interval, ratio, run_program
 from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command, Tempo
@@ -89,19 +86,5 @@ def measure(width: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--rounds", type=int, default=25)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [measure(width, args.rounds) for width in (64, 128)]
-    for row in rows:
-        print(row)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_program(__doc__ or "", measure, (64, 128))

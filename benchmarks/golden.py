@@ -47,17 +47,21 @@ _ARMS: Final = ("--seeds", "1", "--candidates", "1", "--workers", "1", "--json")
 # --- In the child process ---
 
 
+def _controller(steps: tuple[tuple[str, str, int], ...] | None, out: Path) -> str:
+    """A schedule of slots, blueprints and decisions, written to `out`; without any, a controller that waits."""
+    if not steps:
+        return "wait"
+    plan = [
+        {"op": "germinate", "slot": slot, "blueprint": name, "decision": at, "tempo": "fast"}
+        for slot, name, at in steps
+    ]
+    (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    return f"schedule:{out / 'plan.json'}"
+
+
 def _run(arguments: tuple[str, ...], steps: tuple[tuple[str, str, int], ...] | None, out: Path) -> Path:
     """A run by the command line; `steps`: slots, blueprints and decisions of a schedule; None to wait."""
-    controller = "wait"
-    if steps:
-        plan = [
-            {"op": "germinate", "slot": slot, "blueprint": name, "decision": at, "tempo": "fast"}
-            for slot, name, at in steps
-        ]
-        (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-        controller = f"schedule:{out / 'plan.json'}"
-    given = () if "--controller" in arguments else ("--controller", controller)
+    given = () if "--controller" in arguments else ("--controller", _controller(steps, out))
     _esper("run", *arguments, *given, "--out", str(out / "run"))
     return out / "run"
 
@@ -142,17 +146,9 @@ def _grow(steps: tuple[tuple[str, str, int], ...] | None) -> Callable[[Path], Re
         )  # fmt: skip
         train = DataLoader(TensorDataset(x[:600], y[:600]), batch_size=50)
         held_out = DataLoader(TensorDataset(x[600:800], y[600:800]), batch_size=100)
-        controller = "wait"
-        if steps:
-            plan = [
-                {"op": "germinate", "slot": slot, "blueprint": name, "decision": at, "tempo": "fast"}
-                for slot, name, at in steps
-            ]
-            (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-            controller = f"schedule:{out / 'plan.json'}"
         grown = grow(
-            model, train, held_out, points=["0", "2"], blueprints=["conv"], controller=controller, epochs=4,
-            decisions_per_epoch=4, seed=3, rewards="rent=1", device="cpu", budget_params="200%",
+            model, train, held_out, points=["0", "2"], blueprints=["conv"], controller=_controller(steps, out),
+            epochs=4, decisions_per_epoch=4, seed=3, rewards="rent=1", device="cpu", budget_params="200%",
         )  # fmt: skip
         events = [{"kind": _kind(event), **_fields(event)} for event in grown.events]
         return {**_trajectory(events), "weights": _digests(grown.model.state_dict())}

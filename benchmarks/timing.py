@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -61,6 +64,27 @@ def interval(seconds: Mapping[str, list[float]], name: str, baseline: str) -> tu
     generator = random.Random(0)
     medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(1000))
     return medians[25], medians[974]
+
+
+def run_program(about: str, measure: Callable[[Any, int], dict[str, Any]], cases: Iterable[Any]) -> None:
+    """What a benchmark of several cases does as a program: measure on one thread, print, write with `--json`.
+
+    Args:
+        about: the program's docstring. measure: takes a case and a number of rounds.
+    """
+    import torch
+
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--rounds", type=int, default=25)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(case, args.rounds) for case in cases]
+    for row in rows:
+        print(row)
+    if args.json:
+        told = {"machine": machine(), "rounds": args.rounds, "rows": rows}
+        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

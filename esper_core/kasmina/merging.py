@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.around import example_call, host_layer
-from esper_core.kasmina.feature_trace import eval_mode
 from esper_core.kasmina.fold import Fold, Foldable
 from esper_core.kasmina.ledger import count_parameters
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.paths import base_of
 from esper_core.leyline.errors import IllegalCommand
 from esper_core.leyline.injection import InjectionSpec
@@ -239,7 +239,7 @@ def _write(slot: SeedSlot, parts: tuple[Tensor, Tensor | None], fold: Fold) -> N
 def _answer(plane: Plane, slot: SeedSlot) -> Tensor:
     """What the layer with all slots at it answers to random inputs."""
     module = host_layer(plane.host.module, _at(slot.spec, slot.path))
-    with eval_mode(plane.module), eval_mode(module):
+    with evaluating(plane.module, module):
         call = example_call(slot.spec, module.weight, 4, torch.Generator().manual_seed(0))
         x = call.input
         layer = slot.spec.layer

@@ -26,10 +26,11 @@ def isolated_prospect(slot: SlotView, view: RunView) -> float | None:
     starts at zero and grows fast, so that only seeds that learn nothing at all fall short of their rent by it.
 
     Returns:
-        None where the seed is not isolated or its own loss has not been measured.
+        None where the seed is not isolated or its own loss has not been measured since its first step: before it, an
+        output that begins at zero has a loss of exactly zero.
     """
     reading = slot.readings.get("proxy_loss")
-    if not STAGES[slot.stage].isolated or reading is None or not math.isfinite(reading) or slot.age < 1:
+    if not STAGES[slot.stage].isolated or reading is None or not math.isfinite(reading) or not reading or slot.age < 1:
         return None
     return -reading * math.pow(_stretch(slot, view), _WARM_UP)
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from esper_core.kasmina.allocation import allocate_ranks, linear_points, measure_gains
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.plane import Plane
 from esper_core.kasmina.reallocation import SOURCE, move_ranks
 from esper_core.leyline.actions import Tempo
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.host import Batch
+from esper_core.leyline.options import option_field
 
 if TYPE_CHECKING:
     from esper_core.leyline.objective import Objective
@@ -31,13 +33,8 @@ _FIRST, _LAST = 0.25, 0.75
 class AllocationConfig:
     """Options `allocation.NAME` of a run with `allocate`."""
 
-    batches: int = attrs.field(
-        default=4, metadata={"help": "training batches on which layers' needs are measured", "minimum": 1}
-    )
-    moves: int = attrs.field(
-        default=0,
-        metadata={"help": "times that ranks move to the seeds that earn most, by counterfactuals", "minimum": 0},
-    )
+    batches: int = option_field(4, "training batches on which layers' needs are measured", 1)
+    moves: int = option_field(0, "times that ranks move to the seeds that earn most, by counterfactuals", 0)
 
 
 def check_allocation(config: RunConfig, plane: Plane, options: AllocationConfig) -> None:
@@ -93,13 +90,8 @@ def allocate(
     def loss(batch: Batch) -> Tensor:
         return objective.loss(host.forward_with_slots(batch.inputs), batch.targets)
 
-    training = host.module.training
-    host.module.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            gains = measure_gains(plane, [partial(loss, batch) for batch in found], config.allocate, seed=config.seed)
-    finally:
-        host.module.train(training)
+    with evaluating(host.module), torch.random.fork_rng(devices=[]):
+        gains = measure_gains(plane, [partial(loss, batch) for batch in found], config.allocate, seed=config.seed)
     specs = {path: plane.slots[path].spec for path in gains}
     name, left = blueprint_of(plane), limit - plane.ledger.seed_params
     ranks = allocate_ranks(specs, gains, left, lambda path, rank: plane.cost(path, name, {"rank": rank})[0])

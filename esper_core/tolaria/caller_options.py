@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
 
-from esper_core.leyline.errors import BadOption
+from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Sink
 from esper_core.tolaria.config import SYNONYMS, RunConfig
 
@@ -47,6 +49,41 @@ _OWN_LOOP: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     }
 )  # fmt: skip
 """Options of `grow` that belong to the caller where the loop is theirs."""
+
+
+_FLAG: Final = re.compile(r"(?<!\S)--([a-z][a-z-]*)[ =]([^\s,;]+)")
+
+
+def in_python(text: str) -> str:
+    """A message in which options of the command line are arguments of `grow` and `accompany`.
+
+    >>> in_python("try --budget-params 30%")
+    "try budget_params='30%'"
+    >>> in_python("esper run --devices 2")
+    'esper run --devices 2'
+    """
+    if "esper " in text:
+        return text
+    fields = {field.name for field in attrs.fields(RunConfig)}
+
+    def argument(flag: re.Match[str]) -> str:
+        name, value = flag[1].replace("-", "_"), flag[2]
+        if name not in fields:
+            return flag[0]
+        return f"{name}={value if re.fullmatch(r'[0-9.e+-]+', value) else repr(value)}"
+
+    return _FLAG.sub(argument, text)
+
+
+@contextmanager
+def hints_in_python() -> Iterator[None]:
+    """A context whose errors say what to write in Python."""
+    try:
+        yield
+    except EsperError as error:
+        told = EsperError(error.given, in_python(error.expected), in_python(error.hint))
+        error.expected, error.hint, error.args = told.expected, told.hint, told.args
+        raise
 
 
 def read_options(options: Mapping[str, Any], fixed: Mapping[str, Any], *, loop: bool = False) -> RunConfig:
@@ -89,11 +126,11 @@ Sinks = Mapping[str, Sink] | str | Sequence[str] | None
 """Names of installed sinks, one or several, separated by commas or as a list; or sinks of the caller's own by name."""
 
 
-def split_sinks(sinks: Sinks, kept: bool) -> tuple[dict[str, Sink], list[str]]:
+def split_sinks(sinks: Sinks, options: Mapping[str, Any]) -> tuple[dict[str, Sink], list[str]]:
     """The caller's own sinks by name, and the names of installed ones.
 
     Args:
-        kept: whether the run has a folder.
+        options: as the caller gave them; `out` says whether the run has a folder.
 
     Raises:
         BadOption: installed sinks write into a folder, and there is none.
@@ -102,6 +139,7 @@ def split_sinks(sinks: Sinks, kept: bool) -> tuple[dict[str, Sink], list[str]]:
         return dict(sinks), []
     listed = sinks.split(",") if isinstance(sinks, str) else list(sinks or ())
     names = [str(name).strip() for name in listed if str(name).strip()]
+    kept = any(value for key, value in options.items() if SYNONYMS.get(key, key) == "out")
     if names and not kept:
         hint = f'grow(…, sinks={sinks!r}, out="runs/NAME")'
         raise BadOption(f"sinks={sinks!r} without a folder to write into", "out=", hint)

@@ -22,7 +22,7 @@ from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.allocating import begin
 from esper_core.tolaria.caller_groups import adopted, kind_for, refuse_rates, unwrapped
-from esper_core.tolaria.caller_options import Sinks, check_batch_size, read_options, split_sinks
+from esper_core.tolaria.caller_options import Sinks, check_batch_size, hints_in_python, read_options, split_sinks
 from esper_core.tolaria.callers_loop import CallersLoop
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
@@ -115,6 +115,7 @@ class _Record:
         """Nothing is held."""
 
 
+@hints_in_python()
 def grow(
     model: nn.Module,
     train_loader: Iterable[Any],
@@ -160,7 +161,7 @@ def grow(
     if hasattr(model, "_orig_mod"):
         raise BadOption("the model is compiled, and grow would train it uncompiled", "a plain model",
                         'grow(model._orig_mod, ...)')  # fmt: skip
-    mine, names = split_sinks(sinks, any(options.get(key) for key in ("out", "output", "output_dir")))
+    mine, names = split_sinks(sinks, options)
     check_batch_size(options, train_loader)
     options = {"device": _device_of(model), **options, **({"sinks": names} if names else {})}
     config = read_options(options, {"host": OWN_MODEL, "blueprints": blueprints})
@@ -272,6 +273,7 @@ def _composed(plane: Plane) -> nn.Module | EsperError:
         return error
 
 
+@hints_in_python()
 def accompany(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from esper_core.kasmina.feature_trace import eval_mode, pick_logits
+from esper_core.kasmina.feature_trace import pick_logits
+from esper_core.kasmina.modes import evaluating
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import IGNORED, Batch, map_tensors
 
@@ -109,7 +110,7 @@ def _few(model: nn.Module, item: Mapping[str, Any]) -> dict[str, Any]:
 def _logits(model: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     """The model's logits in eval mode, each time with the same random numbers; None where it raises."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), eval_mode(model):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model):
             torch.default_generator.manual_seed(0)  # the devices' own generators stay as they are
             return pick_logits(model(**given))
     except Exception:  # noqa: BLE001 - a model that takes no labels says so in any way it likes
@@ -133,7 +134,7 @@ def own_convention(model: nn.Module, item: Any) -> bool | None:
         return None
     few = _few(model, item)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), eval_mode(model):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model):
             output = model(**few)
             logits, loss = pick_logits(output), _loss_of(output)
     except Exception:  # noqa: BLE001 - a model that takes no labels says so in any way it likes

@@ -32,6 +32,7 @@ from esper_core.registry import Registry, load_registry, split_reference
 from esper_core.registry.record import Registered
 from esper_core.tolaria import assembly
 from esper_core.tolaria.allocating import AllocationConfig, check_allocation, reallocate
+from esper_core.tolaria.caller_options import in_python
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.flop_budget import (
     budget_of_minutes,
@@ -339,7 +340,7 @@ def set_up_module(
     keep_seeds(plane)
     note = refuse_no_room(config, plane)
     if note:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(in_python(note), stacklevel=3)
     precision = Precision.of(config.amp, device)
     return Setup(config, registry, device, precision, task, task.name, objective, plane, timetable)
 

@@ -63,8 +63,8 @@ def test_it_ends_and_what_it_found_is_what_is_there() -> None:
 
 
 def test_a_contender_gets_a_longer_decay_while_the_longest_is_best_and_the_host_does_not() -> None:
-    def run_with(most: int, best: float) -> dict[str, set[float]]:
-        frontier = attrs.evolve(FRONTIER, decays=(0.4, 0.2, 0.6), most_decays=most, finalists=1, seeds=1)
+    def run_with(most: int, best: float, host: tuple[int, int] = (1, 64)) -> dict[str, set[float]]:
+        frontier = attrs.evolve(FRONTIER, host=host, decays=(0.4, 0.2, 0.6), most_decays=most, finalists=1, seeds=1)
         rows: list[dict] = []
         while job := next((j for j in frontier.plan(rows) if j.key not in {row["key"] for row in rows}), None):
             loss = outcome(job)["loss"] - 0.02 * (job.decay - 0.2) + 0.02 * abs(job.decay - best)
@@ -77,6 +77,7 @@ def test_a_contender_gets_a_longer_decay_while_the_longest_is_best_and_the_host_
     found = run_with(4, 0.8)
     assert found["static 3x64"] == found["grown"] == {0.2, 0.4, 0.6, 0.8}
     assert found["static 1x64"] == {0.2, 0.4, 0.6} and found["static 4x64"] == {0.4}
+    assert run_with(4, 0.8, (3, 64))["static 3x64"] == {0.2, 0.4, 0.6, 0.8}  # a host that is the best static network
     assert run_with(4, 0.4)["grown"] == run_with(3, 0.8)["grown"] == {0.2, 0.4, 0.6}
 
 

@@ -16,7 +16,7 @@ from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView, Interval
 from esper_core.tamiyo.heuristic import HeuristicController, Offer, choose, measured_need
 from esper_core.tamiyo.heuristic_config import HeuristicConfig
-from esper_core.tamiyo.prospects import track_record
+from esper_core.tamiyo.prospects import isolated_prospect, track_record
 from esper_core.tolaria.consult import command_of, plain_command
 
 NEEDS = {"a": 1.0, "b": 2.0, "c": 0.5}
@@ -223,3 +223,14 @@ def test_a_command_keeps_the_figure_that_it_rests_on_on_its_way_to_every_process
     for gain in (None, Interval(0.2, 0.1, 0.3, 90)):
         command = Command(Op.WITHER, "a", source="heuristic", reason="why", gain=gain)
         assert command_of(json.loads(json.dumps(plain_command(command)))) == command
+
+
+def test_a_seed_whose_loss_was_read_before_its_first_step_is_not_judged_by_it() -> None:
+    """Its output begins at zero, so the reading is exactly zero: in a short run every seed was culled for it."""
+    lab = Lab(lambda s, b: 0.2, {"a": 1.0}, 20)
+    lab.run(HeuristicController())
+    view = lab.view()
+    slot = attrs.evolve(view.slots[0], stage=Stage.TRAINING, age=1)
+    read = lambda loss: isolated_prospect(attrs.evolve(slot, readings={"proxy_loss": loss}), view)  # noqa: E731
+    assert read(0.0) is None and read(-0.0) is None
+    assert read(1e-6) is not None and read(-1e-6) is not None

@@ -97,5 +97,5 @@ def test_progress_is_a_line_an_epoch() -> None:
 def test_a_budget_without_room_is_told_with_one_that_has_room() -> None:
     with pytest.raises(BadOption, match="no room") as caught:
         grown(budget_params="100%")
-    (share,) = re.findall(r"--budget-params (\d+%)", str(caught.value))
+    (share,) = re.findall(r"budget_params='(\d+%)'", str(caught.value))
     assert grown(budget_params=share, epochs=1).result.status == "finished"

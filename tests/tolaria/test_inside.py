@@ -443,7 +443,7 @@ class Stream(IterableDataset):
 
 
 def test_a_stream_without_a_length_needs_the_steps_of_an_epoch() -> None:
-    with pytest.raises(EsperError, match="steps-per-epoch"):
+    with pytest.raises(EsperError, match="steps_per_epoch=1000"):
         quick(net(), DataLoader(Stream(), batch_size=16))
     assert quick(net(), DataLoader(Stream(), batch_size=16), steps_per_epoch=4).result.steps == 4
 

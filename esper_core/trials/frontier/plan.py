@@ -138,12 +138,19 @@ class Frontier:
             return []
         best = min(rated, key=lambda job: found[job.key]["loss"])
         jobs = [best, *(attrs.evolve(best, decay=decay, stage="decay") for decay in self.decays[1:])]
-        while len(jobs) < self.most_decays and not self._is_host(arm) and all(job.key in found for job in jobs):
+        while len(jobs) < self.most_decays and all(job.key in found for job in jobs) and self._extends(arm, found):
             longest = max(jobs, key=lambda job: job.decay)
             if longest.decay > 0.75 or longest != min(jobs, key=lambda job: found[job.key]["loss"]):
                 break
             jobs.append(attrs.evolve(longest, decay=_round(longest.decay + 0.2), stage="decay"))
         return jobs[1:]
+
+    def _extends(self, arm: Job, found: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether the arm is tuned beyond the given decays: not the host, unless it is the best static network."""
+        if not self._is_host(arm):
+            return True
+        sizes = [other for other in self.arms() if other.is_static]
+        return min(sizes, key=lambda other: self._best_loss(other, found)).key == arm.key
 
     def _is_host(self, arm: Job) -> bool:
         return arm.is_static and tuple(arm.size.values()) == tuple(self.host)
