@@ -12,8 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from esper_core.cli.context import current_registry
-from esper_core.leyline.errors import BadOption, EsperError, UnknownName, did_you_mean
-from esper_core.leyline.files import brief, refuse_links, typed
+from esper_core.leyline.errors import BadOption, EsperError, UnknownName, brief, did_you_mean
+from esper_core.leyline.files import refuse_links, typed
 from esper_core.registry import split_reference
 from esper_core.tolaria.config import SYNONYMS, RunConfig
 from esper_core.tolaria.run_names import ROOT as RUNS

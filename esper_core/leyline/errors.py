@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 _LONGEST: Final = 1000
 
 
+def brief(path: object) -> str:
+    """A path or a name in a message of one line: all of it up to 100 characters, else how it begins."""
+    text = str(path)
+    return text if len(text) <= 100 else f"{text[:60]}… ({len(text)} characters)"
+
+
 class EsperError(Exception):
     """An error that the user can correct. The CLI prints it as one line and exits with 2.
 

@@ -20,12 +20,6 @@ _NO_WAIT: Final = getattr(os, "O_NONBLOCK", 0)
 """Opening a pipe without a writer would block for ever."""
 
 
-def brief(path: object) -> str:
-    """A path or a name in a message of one line: all of it up to 100 characters, else how it begins."""
-    text = str(path)
-    return text if len(text) <= 100 else f"{text[:60]}… ({len(text)} characters)"
-
-
 def typed(path: str | os.PathLike[str]) -> str:
     """`path` as one would type it in a shell."""
     return shlex.quote(os.fspath(path))

@@ -9,8 +9,7 @@ from typing import Any, Final
 
 import attrs
 
-from esper_core.leyline.errors import BadOption, did_you_mean
-from esper_core.leyline.files import brief
+from esper_core.leyline.errors import BadOption, brief, did_you_mean
 from esper_core.leyline.leniency import Tolerant
 
 OptionValue = str | int | float | bool | None

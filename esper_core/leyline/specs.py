@@ -239,7 +239,10 @@ class BlueprintSpec(PluginSpec):
     @property
     def example(self) -> str:
         host = "gpt" if "run" in self.wants else "cnn" if "NCHW" in self.layouts else "transformers:gpt2"
-        return f"esper run --host {host} --blueprints {self.name}"
+        if "around" not in self.needs:
+            return f"esper run --host {host} --blueprints {self.name}"
+        host, layers = ("cnn", "conv") if "around-conv" in self.capabilities else ("gpt", "attn,mlp")
+        return f"esper run --host {host} --slots around:{layers} --blueprints {self.name}"
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)
@@ -266,7 +269,10 @@ class BlendSpec(PluginSpec):
 
 
 class RewardSpec(PluginSpec):
-    """A term of the reward. `factory(**options) -> RewardTerm` (see `leyline.outcome`)."""
+    """A term of the reward. `factory(**options) -> RewardTerm` (see `leyline.outcome`).
+
+    One of the capability `removal` pays for what an overseer removes, and is 0 without one.
+    """
 
     __slots__ = ()
     kind: ClassVar[str] = "reward"
@@ -274,7 +280,8 @@ class RewardSpec(PluginSpec):
 
     @property
     def example(self) -> str:
-        return f"esper run --host cnn --rewards {self.name}=1.0"
+        overseers = " --overseers emrakul" if "removal" in self.capabilities else ""
+        return f"esper run --host cnn{overseers} --rewards {self.name}=1.0"
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)

@@ -45,10 +45,13 @@ AROUND_TAGS: Final = MappingProxyType(
 )
 """Tags of points around layers, and of blueprints that can grow there. They are no features of a controller."""
 
+REWARD_TAGS: Final = MappingProxyType({"removal": "a term that is 0 unless an overseer measures removals"})
+"""Tags of rewards. They are no features of a controller."""
+
 LAYOUT_TAGS: Final = MappingProxyType({"NCHW": "spatial", "NHWC": "spatial", "NLD": "sequence"})
 """The tag that a layout implies."""
 
 
 def is_tag(tag: str) -> bool:
     """Whether `tag` is known or a plugin's own (`x-…`)."""
-    return tag in TAGS or tag in TASK_TAGS or tag in AROUND_TAGS or tag.startswith("x-")
+    return tag in TAGS or tag in TASK_TAGS or tag in AROUND_TAGS or tag in REWARD_TAGS or tag.startswith("x-")

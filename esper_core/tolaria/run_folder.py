@@ -16,8 +16,8 @@ from typing import IO, Any, Final
 
 import torch
 
-from esper_core.leyline.errors import BadFile, BadOption, os_error_as
-from esper_core.leyline.files import brief, open_append, refuse_links, typed
+from esper_core.leyline.errors import BadFile, BadOption, brief, os_error_as
+from esper_core.leyline.files import open_append, refuse_links, typed
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tolaria.checkpoint import Checkpoints

@@ -99,7 +99,12 @@ def test_info_of_every_part_can_be_shown() -> None:
 def examples_of(*kinds: str) -> list[str]:
     """Example commands that name no file or data set of the user's."""
     specs = [part.spec for kind in kinds for part in load_registry().specs(kind)]
-    return [s.example for s in specs if not getattr(s, "argument", "").isupper() and s.example.startswith("esper run ")]
+    return [
+        spec.example
+        for spec in specs
+        if not getattr(spec, "argument", "").isupper() and not getattr(spec, "code", False)
+        if spec.example.startswith("esper run ")
+    ]
 
 
 def typed(example: str) -> object:

@@ -51,6 +51,7 @@ def esper_rewards() -> list[RewardSpec]:
             name="churn",
             summary="minus the validation loss that this step's removals cost",
             factory="esper_plugins.rewards.costs:Churn",
+            capabilities={"removal"},
             options=(Option("scale", "float", 1.0, "reward for each nat", minimum=0.0),),
         ),
         RewardSpec(
