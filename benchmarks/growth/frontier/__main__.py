@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 
 from benchmarks.growth.frontier import ablation, anytime
 from benchmarks.growth.frontier.protocols import PROTOCOLS
+from esper_core.trials.frontier.job import Job
+from esper_core.trials.frontier.plan import Frontier
 from esper_core.trials.frontier.queue import read_rows, run_queue
 from esper_core.trials.frontier.table import equal_loss, show_frontier, summarise_frontier
 
@@ -35,6 +37,9 @@ def main() -> None:
     parser.add_argument("--cuda", type=int, default=0, help="processes on the GPU")
     parser.add_argument("--cpu", type=int, default=0, help="processes of one thread each")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no job is begun")
+    parser.add_argument(
+        "--jobs", type=Path, default=None, help="JSON list of jobs to run in place of the protocol's plan, in its order"
+    )
     parser.add_argument("--only", default="", help="budgets by name, with commas, such as p8,p8-1e15")
     parser.add_argument("--show", action="store_true", help="only summarise the rows there are")
     parser.add_argument(
@@ -54,6 +59,12 @@ def main() -> None:
         before = json.loads(rows.with_suffix(".json").read_text(encoding="utf-8"))
         told |= {key: before[key] for key in ("machine", "versions")}
     idle = args.show or args.refresh
+    if args.jobs is not None:
+        jobs = [Job.from_mapping(told) for told in json.loads(args.jobs.read_text(encoding="utf-8"))]
+        base = _base(args.protocol, args.data)
+        done = run_queue(lambda rows: jobs, base, rows, workers=workers, limit=args.limit, notify=_say)
+        print("every job is done" if done else f"not every job is done; the rows so far are in {rows}")
+        return
     if args.protocol in LISTS:
         module = LISTS[args.protocol]
         if not idle:
@@ -63,7 +74,7 @@ def main() -> None:
         print(module.show(summary))
         _end({**told, "whole": _is_whole([module.plan], found), **summary}, rows, args.show)
         return
-    frontiers = PROTOCOLS[args.protocol](**({"data": args.data} if args.data else {}))
+    frontiers = _frontiers(args.protocol, args.data)
     if args.only:
         frontiers = [f for f in frontiers if f.name in args.only.split(",")]
     for frontier in frontiers if not idle else ():
@@ -75,6 +86,15 @@ def main() -> None:
     for summary in summaries:
         print(show_frontier(summary))
     _end({**told, "whole": whole, "summaries": summaries, "equal_loss": equal_loss(summaries)}, rows, args.show)
+
+
+def _frontiers(protocol: str, data: str | None) -> Sequence[Frontier]:
+    return PROTOCOLS[protocol](**({"data": data} if data else {}))
+
+
+def _base(protocol: str, data: str | None) -> Mapping[str, Any]:
+    """Configuration that all runs of a protocol share; jobs hold what differs."""
+    return LISTS[protocol].BASE if protocol in LISTS else _frontiers(protocol, data)[0].base
 
 
 def _is_whole(plans: Iterable[Callable[[Any], Iterable[Any]]], rows: list[dict[str, Any]]) -> bool:

@@ -91,12 +91,12 @@ def p8(data: str = "text/english") -> list[Frontier]:
     shallow = _grown("by hand 3-6x192", 3, 192, (0.2, 2), order="interleave")
     zero = _grown("zero output 3-6-12x128", 3, 128, (0.07, 2), (0.28, 2), birth="zero")
     bar = {"budget": 3e15, "host": (3, 160), "sizes": P8_SIZES, "rates": (0.004, 0.008), "most_rates": 3,
-           "margin": 0.012, "decays": (0.4, 0.6, 0.2), "most_decays": 4, "finalists": 1, "seeds": 3}  # fmt: skip
+           "margin": 0.012, "decays": (0.4, 0.6, 0.2), "most_decays": 4, "finalists": 1, "seeds": 5}  # fmt: skip
     low = {"budget": 1e15, "host": (3, 128), "rates": (0.006, 0.003), "most_rates": 3, "decays": (0.4,), "seeds": 3,
            "sizes": P8_SMALL}  # fmt: skip
-    high = {"budget": 1e16, "host": (4, 192), "sizes": ((12, 192), (10, 256), (16, 192), (8, 320)), "rates": (0.003,),
-            "most_rates": 1, "decays": (0.4,), "finalists": 1, "seeds": 1}  # fmt: skip
-    large = (_grown("heuristic 4x192", 4, 192, heuristic=True),)
+    high = {"budget": 1e16, "host": (3, 256), "sizes": ((8, 256), (10, 256), (6, 256), (6, 320)),
+            "rates": (0.004, 0.0025), "most_rates": 2, "decays": (0.8,), "finalists": 1, "seeds": 3}  # fmt: skip
+    large = (_grown("heuristic 3x256", 3, 256, heuristic=True),)
     return [
         Frontier(name="p8-1e15", base=base, grown=(thin, narrow), controls=(zero,), **low),
         Frontier(name="p8-muon-1e15", **muon, grown=(thin_interleaved, shallow), **low),
