@@ -74,8 +74,8 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The share of runs without bloat in time, exact interval, and accuracy beside the twins, paired."""
-    mine = [row for row in rows if row["job"]["arm"] == "bloat"]
     twins = {row["job"]["seed"]: row for row in rows if row["job"]["arm"] == "twin"}
+    mine = [row for row in rows if row["job"]["arm"] == "bloat" and row["job"]["seed"] in twins]
     failed = [row for row in rows if row["status"] != "finished"]
     at = [{int(epoch): ratio for epoch, ratio in row["mass"].items()} for row in mine]
     peak = [max(mass.values(), default=0.0) for mass in at]

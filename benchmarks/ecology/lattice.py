@@ -22,11 +22,16 @@ from esper_core.tolaria.run import start_run
 SEEDS: Final = 6
 LIVE: Final = 50
 HOSTS: Final = {
-    "resnet": {"host": "lattice-resnet", "blueprints": ("depthwise",), "budget_params": str(52 * 152)},
-    "transformer": {"host": "lattice-transformer", "blueprints": ("token_mixer",), "budget_params": str(52 * 204)},
+    "resnet": {
+        "host": "lattice-resnet", "blueprints": ("depthwise",), "budget_params": str(52 * 152), "learning_rate": 0.002,
+    },
+    "transformer": {
+        "host": "lattice-transformer", "blueprints": ("token_mixer",), "budget_params": str(52 * 204),
+        "learning_rate": 0.005,
+    },
 }  # fmt: skip
 ARMS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "narset": {"narset.size": 8, "narset.floor": 0.25, "narset.stake": 0.62},
+    "narset": {"narset.size": 8, "narset.floor": 0.25},
     "none": {},
 }
 CONTROLLERS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -48,7 +53,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     config = RunConfig(
         **HOSTS[job["host"]], task="digits", controller=job["controller"], seed=job["seed"], epochs=job["epochs"],
         overseers=("narset",) if job["arm"] == "narset" else (), decisions_per_epoch=2, decision_examples=128,
-        learning_rate=0.005, clip=1.0, device="cpu",
+        clip=1.0, device="cpu",
         settings={
             **CONTROLLERS[job["controller"]], **ARMS[job["arm"]], "plane.ramp": 0.05, "plane.max_stack": 2,
             "sensors.fossils": 64,
@@ -91,6 +96,8 @@ def judge(rows: Sequence[Mapping[str, Any]], rent: float = 0.05) -> dict[str, An
             for row in mine:
                 pairs.setdefault(row["job"]["seed"], {})[row["job"]["arm"]] = row
             both = [pair for pair in pairs.values() if len(pair) == 2]
+            if not both:
+                continue
             ended = [pair for pair in both if all(row["status"] == "finished" for row in pair.values())]
             net = {
                 arm: [pair[arm]["validation_loss"] + rent * pair[arm]["mass"] for pair in both]

@@ -42,7 +42,7 @@ def resnet_host(
     shape, width = tuple(input_shape or (1, 8, 8)), 8
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], width, 1))
+        layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], width, 3, padding=1))
         for index in range(32):
             layers[f"block{index}"] = Pointwise(width, {8: 4, 16: 2}.get(index, 1))
             layers[f"behind{index}"] = nn.Identity()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import attrs
 
 from esper_core.trials.intervals import paired_interval
 from esper_core.trials.jobs import run_jobs
@@ -36,33 +38,44 @@ def read_rows(file: Path) -> dict[str, Row]:
     return rows
 
 
-def run_rows(file: Path, jobs: Sequence[Job], work: Callable[[Job], Row], workers: int) -> list[Row]:
-    """Every job's row, in the order of `jobs`; those in `file` already are not run again.
+@attrs.frozen
+class Queued:
+    """One run of a protocol: where its row is written, what is run, and on what. Queues may hold several protocols."""
+
+    file: Path
+    job: Job
+    work: Callable[[Job], Row]
+
+
+def run_rows(queue: Sequence[Queued], workers: int) -> None:
+    """Run what has no row yet, in the order of `queue`; each row is written when its run ends.
 
     Raises:
-        RuntimeError: some runs raised; the others are in `file`.
+        RuntimeError: some runs raised; the rows of the others are written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    done, broken = read_rows(file), []
-    missing = [job for job in jobs if key_of(job) not in done]
-    began = time.monotonic()
-    for number, (_, row, left) in enumerate(run_jobs(missing, partial(_timed, work), workers), 1):
+    done = {file: read_rows(file) for file in {one.file for one in queue}}
+    missing = [one for one in queue if key_of(one.job) not in done[one.file]]
+    broken, began = [], time.monotonic()
+    for number, (index, row, left) in enumerate(run_jobs(missing, _timed, workers), 1):
+        one = missing[index]
         if "error" in row:
             broken.append(row)
             print(row["error"], flush=True)
             continue
-        done[key_of(row["job"])] = row
-        with file.open("a", encoding="utf-8") as lines:
+        one.file.parent.mkdir(parents=True, exist_ok=True)
+        with one.file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         seconds = (time.monotonic() - began) / number * left
-        print(f"{number}/{len(missing)} {dict(row['job'])} {row['wall_s']:.0f} s; {seconds:.0f} s left", flush=True)
+        where = f"{number}/{len(missing)} {one.file.stem} {dict(one.job)}"
+        print(f"{where} {row['wall_s']:.0f} s; {seconds:.0f} s left", flush=True)
     if broken:
-        raise RuntimeError(f"{len(broken)} of {len(jobs)} runs raised; the first: {broken[0]['job']}")
-    return [done[key_of(job)] for job in jobs]
+        raise RuntimeError(f"{len(broken)} of {len(missing)} runs raised; the first: {broken[0]['job']}")
 
 
 def interval(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
-    """Mean of `first` less `second`, paired, with its 95% interval."""
+    """Mean of `first` less `second`, paired, with its 95% interval; NaN of no pairs."""
+    if not first:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "pairs": 0}
     mean, low, high = paired_interval(first, second)
     return {"mean": mean, "low": low, "high": high, "pairs": len(first)}
 
@@ -79,10 +92,10 @@ def stop_after(seconds: float) -> None:
     timer.start()
 
 
-def _timed(work: Callable[[Job], Row], job: Job) -> Row:
+def _timed(one: Queued) -> Row:
     began = time.monotonic()
     try:
-        outcome = work(job)
+        outcome = one.work(one.job)
     except Exception:  # noqa: BLE001 - told with the job that raised it, after the other runs
-        return {"job": dict(job), "error": traceback.format_exc()}
-    return {"job": dict(job), **outcome, "wall_s": round(time.monotonic() - began, 1)}
+        return {"job": dict(one.job), "error": traceback.format_exc()}
+    return {"job": dict(one.job), **outcome, "wall_s": round(time.monotonic() - began, 1)}

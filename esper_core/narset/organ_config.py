@@ -17,4 +17,8 @@ class OrganConfig:
     stake: float = option_field(
         1.0, "share of the budget that may grow before half of what grew is at full strength", 0.0, 1.0
     )
+    reclaim: float = option_field(
+        0.55, "share of the run up to which regions above their budgets give seeds on trial back to better regions",
+        0.0, 1.0,
+    )  # fmt: skip
     size: int = option_field(0, "points of a region; 0: the host's own regions, or chosen", 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import attrs
@@ -11,7 +13,7 @@ import attrs
 from esper_core.leyline.actions import Command, read_commands
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.investment import Investor
-from esper_core.leyline.stages import Op
+from esper_core.leyline.stages import EMPTY, Op
 from esper_core.leyline.view import Controller, RunView, SlotView
 from esper_core.narset.organ_config import OrganConfig
 from esper_core.narset.regions import chart
@@ -65,18 +67,11 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
     half of what grew is at full strength and some of it is measured, only `stake` of the total may be spent.
     """
     names = regions_of(view, config)
-    regions: dict[str, list[SlotView]] = {}
-    for slot in view.slots:
-        regions.setdefault(names[slot.path], []).append(slot)
+    regions = _members(view, names)
     left = view.params_left
     total = config.total * view.host_params if left is None else left + view.seed_params
-    sums = {name: _measured(members, view.host_params) for name, members in regions.items()}
-    mass = sum(weight for _, weight in sums.values())
-    common = sum(gain for gain, _ in sums.values()) / mass if mass else 0.0
-    merits = {
-        name: max(0.0, (gain + common * config.prior_params) / (weight + config.prior_params))
-        for name, (gain, weight) in sums.items()
-    }
+    merits, sums = _merits(view, names, config)
+    mass = math.fsum(weight for _, weight in sums.values())
     if investor is not None:
         investment = investor.invest(
             _charted(view, names), {name: merit if mass else None for name, merit in merits.items()}
@@ -100,6 +95,9 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
             None if flops_total is None else math.floor(share * flops_total),
             len(members), sum(bool(slot.blueprint) for slot in members),
         )  # fmt: skip
+    best = max(organs, key=lambda name: merits[name])
+    lost = math.floor(total + 1e-9) - sum(organ.budget for organ in organs.values())  # by rounding down
+    organs[best] = attrs.evolve(organs[best], budget=organs[best].budget + max(0, lost))
     _pool(organs, regions, merits)
     return organs
 
@@ -135,6 +133,44 @@ def _charted(view: RunView, regions: Mapping[str, str]) -> RunView:
     return attrs.evolve(view, slots=tuple(slots))
 
 
+def _efficiency(slot: SlotView, host_params: int) -> float:
+    """The most that a seed may be earning, in nats for a host of parameters; infinite where it is not measured."""
+    if slot.counterfactual is None or slot.alpha < 1.0 or not slot.tree_params:
+        return math.inf
+    return slot.counterfactual.high * host_params / slot.tree_params
+
+
+def _waiting(view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str]) -> dict[str, float]:
+    """Region to the parameters that its empty slots would take of its budget, at the mean size of a seed."""
+    sizes = [slot.params for slot in view.slots if slot.params]
+    if not sizes:
+        return {}
+    empty = Counter(regions[slot.path] for slot in view.slots if slot.stage is EMPTY and not slot.embargo_left)
+    return {name: min(organs[name].left, count * fmean(sizes)) for name, count in empty.items() if organs[name].left}
+
+
+def _merits(
+    view: RunView, names: Mapping[str, str], config: OrganConfig
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Region to nats gained for a host of parameters, shrunk towards the common figure; and to what was measured."""
+    regions = _members(view, names)
+    sums = {name: _measured(members, view.host_params) for name, members in regions.items()}
+    mass = math.fsum(weight for _, weight in sums.values())
+    common = math.fsum(gain for gain, _ in sums.values()) / mass if mass else 0.0
+    merits = {
+        name: max(0.0, (gain + common * config.prior_params) / (weight + config.prior_params))
+        for name, (gain, weight) in sums.items()
+    }
+    return merits, sums
+
+
+def _members(view: RunView, names: Mapping[str, str]) -> dict[str, list[SlotView]]:
+    regions: dict[str, list[SlotView]] = {}
+    for slot in view.slots:
+        regions.setdefault(names[slot.path], []).append(slot)
+    return regions
+
+
 def _measured(members: Sequence[SlotView], host_params: int) -> tuple[float, float]:
     """Summed gain (nats) and summed mass (in hosts) of the seeds of a region that are measured at full strength."""
     seeds = [slot for slot in members if slot.counterfactual is not None and slot.params > 0 and slot.alpha >= 1.0]
@@ -144,6 +180,10 @@ def _measured(members: Sequence[SlotView], host_params: int) -> tuple[float, flo
 
 class OrganManager:
     """Narset around another controller: its view offers only what its organs can afford.
+
+    A region that holds more than its budget gives seeds back where a better region waits for budget: those on trial
+    that are measured to earn less for their parameters than seeds there do, the worst first. They wither and are
+    culled. A seed that comes back, since a rollback returned it, is left alone. Permanent seeds are Emrakul's.
 
     Raises:
         BadOption: there is no `inner` controller.
@@ -155,6 +195,7 @@ class OrganManager:
         self.inner, self.config = inner, OrganConfig(**options)
         self.announce: Callable[[Mapping[str, OrganBudget]], None] | None = None
         self._investor = _find_investor(inner)
+        self._reclaimed: dict[str, bool] = {}  # slot → whether its seed still withers; False: it came back
 
     def decide(self, view: RunView) -> Sequence[Command]:
         """The inner controller's commands that the organs' budgets allow."""
@@ -169,8 +210,11 @@ class OrganManager:
             params_left=_smaller(view.params_left, math.fsum(params for params, _ in left.values())),
             flops_left=_smaller(view.flops_left, math.fsum(flops for _, flops in left.values())),
         )  # fmt: skip
-        commands = []
+        commands = self._reclaim(view, organs, regions)
+        held = {command.slot for command in commands} | {path for path, leaves in self._reclaimed.items() if leaves}
         for command in read_commands(self.inner.decide(narrowed)):
+            if held.intersection(command.slots):
+                continue
             if command.op is Op.GERMINATE and command.slot in slots:
                 slot = slots[command.slot]
                 costs = [(b.params, b.flops) for b in slot.blueprints if b.name == command.blueprint]
@@ -183,12 +227,59 @@ class OrganManager:
         return commands
 
     def state_dict(self) -> dict[str, object]:
-        """The inner controller's state; budgets follow from the view."""
-        return {"inner": self.inner.state_dict()}
+        """The inner controller's state and the seeds that give their budget back; budgets follow from the view."""
+        return {"inner": self.inner.state_dict(), "reclaimed": dict(self._reclaimed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.inner.load_state_dict(state["inner"])
+        self._reclaimed = dict(state.get("reclaimed", {}))  # runs of before kept none
+
+    def _reclaim(self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str]) -> list[Command]:
+        """Wither what regions hold beyond their budgets and others wait for; cull what has withered."""
+        slots = {slot.path: slot for slot in view.slots}
+        self._reclaimed = {
+            path: leaves and slots[path].stage.spec.leaving
+            for path, leaves in self._reclaimed.items() if path in slots and slots[path].blueprint
+        }  # fmt: skip
+        leaving = [path for path, leaves in self._reclaimed.items() if leaves]
+        commands = [
+            Command(Op.CULL, path, source="narset", reason="its region gave its budget back")
+            for path in leaving if Op.CULL in slots[path].legal
+        ]  # fmt: skip
+        if view.governor == "recovering" or view.decision >= self.config.reclaim * view.decisions:
+            return commands
+        return commands + self._wither(view, organs, regions, sum(slots[path].tree_params for path in leaving))
+
+    def _wither(
+        self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str], coming: int
+    ) -> list[Command]:
+        """Wither seeds of regions that are over their budgets, of which `coming` parameters wither already."""
+        if view.params_left is None:
+            return []  # nothing waits
+        merits, _ = _merits(view, regions, self.config)
+        hosts = max(view.host_params, 1)
+        waiting = _waiting(view, organs, regions)
+        held = {name: organ.used for name, organ in organs.items()}
+        for slot in view.slots:
+            if self._reclaimed.get(slot.path):
+                held[regions[slot.path]] -= slot.tree_params
+        commands, free = [], view.params_left + coming
+        for slot in sorted(view.slots, key=lambda slot: _efficiency(slot, hosts)):
+            name, best = regions[slot.path], _efficiency(slot, hosts)
+            worth = max((merits[other] for other in waiting), default=0.0)
+            wanted = sum(params for other, params in waiting.items() if merits[other] > best)
+            if best >= worth or free >= wanted or math.isinf(best):
+                break  # the others earn more
+            if held[name] - slot.tree_params < organs[name].budget or slot.path in self._reclaimed:
+                continue
+            if Op.WITHER not in slot.legal or not slot.stage.spec.on_trial:
+                continue
+            held[name], free = held[name] - slot.tree_params, free + slot.tree_params
+            self._reclaimed[slot.path] = True
+            reason = f"it earns at most {best:.3g} nats for a host of parameters, and {worth:.3g} are earned elsewhere"
+            commands.append(Command(Op.WITHER, slot.path, source="narset", reason=reason))
+        return commands
 
 
 def _find_investor(controller: Any) -> Investor | None:

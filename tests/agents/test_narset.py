@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "controllers"))
 from lab import CONV, NORM, Lab
 
+from esper_core.leyline.actions import Command
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.investment import Investment
 from esper_core.leyline.stages import Op, Stage
@@ -25,6 +27,7 @@ from esper_core.narset.regions import chart
 from esper_core.tamiyo.heuristic import HeuristicController
 from esper_core.tamiyo.learned import LearnedController
 from esper_core.tamiyo.observation import collate, observe
+from esper_core.tamiyo.wait import WaitController
 
 
 @attrs.define
@@ -200,6 +203,74 @@ def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned()
     assert grown.shares["o0"] == 0.0 and grown.total >= full.seed_params and torch.equal(agent.hidden, before)
     shares = allot(lab.view(), OrganConfig(floor=0.0), investor=agent)
     assert sum(o.budget for o in shares.values()) <= 600
+
+
+class Greedy(WaitController):
+    """Germinates wherever it may, and would keep everything."""
+
+    def decide(self, view: RunView) -> list[Command]:
+        left, commands = view.params_left or 0, []
+        for slot in view.slots:
+            if Op.GERMINATE in slot.legal and slot.blueprints and left >= CONV.params:
+                left -= CONV.params
+                commands.append(Command(Op.GERMINATE, slot.path, CONV.name))
+            elif Op.REVIVE in slot.legal:
+                commands.append(Command(Op.REVIVE, slot.path))
+        return commands
+
+
+def misplaced(budget: int = 5 * CONV.params) -> Lattice:
+    """All of the budget is spent: one seed in a region that earns, four on trial in one that does not."""
+    lab = lattice(2, 4, budget)
+    for slot, gain in zip(lab.slots, (0.3, None, None, None, -0.1, 0.0, 0.001, 0.01), strict=True):
+        if gain is not None:
+            slot.blueprint, slot.measured, slot.alpha = CONV, Interval(gain, gain - 0.001, gain + 0.001, 9), 1.0
+            slot.enter(Stage.PROBATIONARY)
+    return lab
+
+
+def test_a_region_above_its_budget_gives_its_worst_seeds_to_one_that_earns() -> None:
+    lab, manager = misplaced(), OrganManager(inner=Greedy(), floor=0.4)
+    assert allot(lab.view(), manager.config)["o1"].budget == CONV.params
+    withered = OrganManager(inner=Greedy(), floor=0.4).decide(lab.view())
+    assert [(c.op, c.slot, c.source) for c in withered] == [(Op.WITHER, f"o1.{i}", "narset") for i in range(3)]
+    assert "earned elsewhere" in withered[0].reason
+    lab.run(manager, reload=lambda: OrganManager(inner=Greedy(), floor=0.4))
+    assert spent(lab) == {"o0": 4 * CONV.params, "o1": CONV.params}
+    assert {c.source for _, c in lab.log if c.op is Op.CULL} == {"narset"}
+
+
+def test_a_budget_is_reclaimed_only_where_it_is_missed_and_there_is_time() -> None:
+    def withered(lab: Lattice, **options: float) -> int:
+        return len(OrganManager(inner=Greedy(), **{"floor": 0.4, **options}).decide(lab.view()))
+
+    late, recovering, spare, even, full = (misplaced() for _ in range(5))
+    late.decision = 33
+    recovering.governor = "recovering"
+    spare.budget = 8 * CONV.params  # there is enough for every slot
+    for slot in even.slots:
+        slot.measured = Interval(0.1, 0.1, 0.1, 9)
+    for slot in full.slots[1:4]:
+        slot.embargo = 3
+    assert withered(late, reclaim=0.55) == withered(recovering) == withered(even) == withered(full) == 0
+    assert withered(misplaced(), reclaim=0.0) == 0
+    assert all(c.op is Op.GERMINATE for c in OrganManager(inner=Greedy(), floor=0.4).decide(spare.view()))
+
+
+def test_a_seed_that_a_rollback_returns_is_not_withered_again() -> None:
+    lab, manager = misplaced(), OrganManager(inner=Greedy(), floor=0.4)
+    first = manager.decide(lab.view())
+    for command in first:
+        lab.apply(command)
+    lab.tick()
+    for slot in lab.slots:
+        if slot.stage is Stage.WITHERING:
+            slot.alpha = 1.0
+            slot.enter(Stage.PROBATIONARY)
+    assert {c.slot for c in manager.decide(lab.view())} == {"o1.3"}
+    again = OrganManager(inner=Greedy(), floor=0.4)
+    again.load_state_dict(json.loads(json.dumps(manager.state_dict())))
+    assert not {c.slot for c in again.decide(lab.view())} & {c.slot for c in first}
 
 
 def test_until_half_of_what_grew_is_measured_a_part_of_the_budget_is_staked() -> None:
