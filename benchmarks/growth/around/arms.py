@@ -1,7 +1,8 @@
 """The arms of P12: seeds around layers, and the methods of `peft` at the same budget.
 
 An arm turns a frozen host into one that learns: it returns the module that answers, the parameters that were added, and
-what is to be done after each optimizer step. A budget is a number of added parameters; a method of one rank takes the
+what is to be done after each optimizer step. A budget is a number of added parameters: what LoRA on all layers adds at
+the largest rank that a share of the host pays for, so that no rounding favours others. A method of one rank takes the
 largest that the budget pays for. Where rank 1 on all its layers costs more, it takes those of the last blocks. Where
 it does not pay for one block's either, the arm is not in that cell.
 """
@@ -20,9 +21,13 @@ from torch import Tensor, nn
 from benchmarks.growth.around.hosts import Data, Pair, answer, loss_of
 from esper_core.kasmina.allocation import allocate_ranks, measure_gains, plant_ranks
 from esper_core.kasmina.around import path_of, resolve_points
+from esper_core.kasmina.counterfactual import measure_counterfactuals
+from esper_core.kasmina.ledger import Limits
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.reallocation import move_ranks
 from esper_core.leyline.actions import Tempo
+from esper_core.leyline.host import Batch
 from esper_core.leyline.stages import STAGES
 from esper_core.registry import Registry, load_registry
 
@@ -33,7 +38,11 @@ VERA_LARGEST: Final = 256
 MEASURED: Final = 4
 """Training batches on which needs are measured, and EVA's variances."""
 
-Hook = Callable[[int], None]
+MOVES: Final = (0.25, 0.45)
+"""Shares of the steps at which the arm `moves` moves its ranks; `CHANGES` batches show what each seed earns."""
+CHANGES: Final = 12
+
+Hook = Callable[[int, torch.optim.Optimizer], None]
 
 
 class NotInCell(Exception):
@@ -46,7 +55,8 @@ class Adapted:
 
     Attributes:
         model: answers. added: its new parameters. count: how many count against the budget.
-        layers: ranks, or widths, by layer. after: called after each optimizer step with the number of those done.
+        layers: ranks, or widths, by layer. after: called after each optimizer step with the number of those done and
+            the optimizer, whose first group holds `added`.
         extra: a further term of the loss.
     """
 
@@ -54,7 +64,7 @@ class Adapted:
     added: list[nn.Parameter]
     count: int
     layers: dict[str, int]
-    after: Hook = lambda step: None
+    after: Hook = lambda step, optimizer: None
     extra: Callable[[], Tensor] | None = None
 
 
@@ -70,10 +80,10 @@ class Case:
     steps: int
     batch: int
 
-    def batches(self) -> list[Pair]:
-        """Training batches for what is measured before the first step."""
-        generator = torch.Generator().manual_seed(7000 + self.seed)
-        return [self.data.draw(self.batch, generator) for _ in range(MEASURED)]
+    def batches(self, count: int = MEASURED, stream: int = 7000) -> list[Pair]:
+        """Training batches for what is measured."""
+        generator = torch.Generator().manual_seed(stream + self.seed)
+        return [self.data.draw(self.batch, generator) for _ in range(count)]
 
 
 def layers_of(case: Case, roles: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -84,7 +94,7 @@ def layers_of(case: Case, roles: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def _host(case: Case) -> ModuleHost:
-    example = case.data.judged("validation", 2)[0][0]
+    example = case.batches(1)[0][0]
     first = {k: v[:1] for k, v in example.items()} if isinstance(example, dict) else example[:1]
     return host_from_module(case.model, example=first)
 
@@ -114,6 +124,12 @@ def _last_blocks(sizes: dict[str, tuple[int, int]], price: Callable[[int, int], 
 # --- peft ---
 
 
+def lora_budget(case: Case) -> int:
+    """What LoRA on all layers adds within the case's budget."""
+    paths, rank = _rank(case, ("attn", "mlp"), lambda i, o: i + o, lambda i, o: 0)
+    return rank * sum(i + o for i, o in layers_of_sizes(case, paths).values())
+
+
 def lora(case: Case, roles: Sequence[str] = ("attn", "mlp"), *, stable: bool = False, dora: bool = False) -> Adapted:
     """LoRA, rsLoRA or DoRA by peft."""
     from peft import LoraConfig
@@ -132,10 +148,10 @@ def eva(case: Case) -> Adapted:
     config = LoraConfig(r=rank, lora_alpha=STRENGTH * rank, target_modules=paths, init_lora_weights="eva",  # type: ignore
                         eva_config=EvaConfig(rho=2.0))  # fmt: skip
     made = _peft(case, config, dict.fromkeys(paths, rank))
-    inputs = [pair[0] if isinstance(pair[0], dict) else {"input_ids": pair[0]} for pair in case.batches()]
+    inputs = [pair[0] if isinstance(pair[0], dict) else {"inputs": pair[0]} for pair in case.batches()]
 
     def forward(model: nn.Module, found: dict[str, Tensor]) -> Tensor:
-        return answer(model, found if case.host == "minilm" else found["input_ids"])
+        return answer(model, found.get("inputs", found))
 
     made.model.eval()
     initialize_lora_eva_weights(made.model, inputs, forward_fn=forward, show_progress_bar=False)
@@ -159,14 +175,14 @@ def adalora(case: Case) -> Adapted:
     made = _peft(case, config, dict.fromkeys(paths, rank))
     made.count = rank * sum(i + o + 1 for i, o in (layers_of_sizes(case, paths)).values())
     inner: Any = made.model
-    made.after = lambda step: inner.base_model.update_and_allocate(step)
+    made.after = lambda step, optimizer: inner.base_model.update_and_allocate(step)
     pairs = [p for n, p in made.model.named_parameters() if "lora_A" in n or "lora_B" in n]
 
     def orthogonal() -> Tensor:
         norms = []
         for p in pairs:
             gram = p @ p.T if p.shape[0] < p.shape[1] else p.T @ p
-            norms.append((gram - torch.eye(len(gram))).norm())
+            norms.append((gram - torch.eye(len(gram), device=gram.device)).norm())
         return 0.1 * torch.stack(norms).mean()
 
     made.extra = orthogonal
@@ -231,11 +247,15 @@ def registry() -> Registry:
     return _KNOWN[0]
 
 
-def allocated(case: Case, measure: str = "need") -> Adapted:
-    """Low-rank seeds around all linear layers of the blocks, their ranks by a measure, from step 0 on."""
+def allocated(case: Case, measure: str = "need", *, moves: bool = False) -> Adapted:
+    """Low-rank seeds around all linear layers of the blocks, their ranks by a measure, from step 0 on.
+
+    Args:
+        moves: at `MOVES`, ranks go from seeds that are not shown to earn to those that are.
+    """
     host = _host(case)
-    points = resolve_points(host, ("around:attn", "mlp"))
-    plane = Plane(host, registry(), points=points, blueprints=["lora"], seed=case.seed)
+    points, limits = resolve_points(host, ("around:attn", "mlp")), Limits(case.budget, None)
+    plane = Plane(host, registry(), points=points, blueprints=["lora"], seed=case.seed, limits=limits)
     batches = case.batches()
 
     def loss() -> Tensor:
@@ -245,12 +265,41 @@ def allocated(case: Case, measure: str = "need") -> Adapted:
     gains = measure_gains(plane, loss, measure, seed=case.seed)
     ranks = allocate_ranks({p: s.spec for p, s in plane.slots.items()}, gains, case.budget)
     plant_ranks(plane, ranks, strength=STRENGTH)
-    return _seeds(case, plane, {path_of(path): rank for path, rank in ranks.items()})
+    made = _seeds(case, plane, {path_of(path): rank for path, rank in ranks.items()})
+    if moves:
+        made.after = _mover(case, plane, made)
+    return made
+
+
+def _mover(case: Case, plane: Plane, made: Adapted) -> Hook:
+    """Moves ranks when it is time, and hands the optimizer the parameters that there are then."""
+    outputs = 256 if case.host == "gpt" else case.model.get_submodule("head").out_features
+    objective = registry().build("objective", "classification", outputs=outputs)
+    times = {round(share * case.steps): number for number, share in enumerate(MOVES)}
+
+    def after(step: int, optimizer: torch.optim.Optimizer) -> None:
+        if step not in times:
+            return
+        batches = [Batch(*pair) for pair in case.batches(CHANGES, 8000 + 100_000 * times[step])]
+        for path, worth in measure_counterfactuals(plane, batches, objective, count_cost=False).worth.items():
+            plane.record(path, loss=worth.loss)
+        plane.decide()
+        move_ranks(plane)
+        made.added = _parameters(plane)
+        optimizer.param_groups[0]["params"] = made.added
+        made.layers = {path_of(p): int(g.options["rank"]) for p, g in plane.growths.items() if g.blueprint}
+        made.count = sum(p.numel() for p in made.added)
+
+    return after
+
+
+def _parameters(plane: Plane) -> list[nn.Parameter]:
+    return [p for group in plane.seed_groups().values() for p in group if p.requires_grad]
 
 
 def _seeds(case: Case, plane: Plane, layers: dict[str, int]) -> Adapted:
     plane.step()
-    added = [p for group in plane.seed_groups().values() for p in group if p.requires_grad]
+    added = _parameters(plane)
     return Adapted(case.model, added, sum(p.numel() for p in added), layers)
 
 
@@ -294,6 +343,8 @@ PEFT: Final[dict[str, Callable[[Case], Adapted]]] = {
 }
 OURS: Final[dict[str, Callable[[Case], Adapted]]] = {
     "need": allocated,
+    "moves": lambda case: allocated(case, moves=True),
+    "gradient": lambda case: allocated(case, "gradient"),
     "uniform": lambda case: allocated(case, "uniform"),
     "serial": serial,
 }

@@ -2,13 +2,15 @@
 
 Rates are chosen for each arm, host and budget on a seed of its own, among as many for every arm, by validation loss.
 The other seeds then run at the chosen rate and read the test split once, at their end. A job is one file: a queue that
-was stopped goes on, and every job is under eight minutes of one core.
+was stopped goes on.
 """
 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +18,8 @@ import attrs
 import torch
 from torch import nn
 
-from benchmarks.growth.around.arms import ARMS, Case, NotInCell, full
-from benchmarks.growth.around.hosts import Data, judge, load_host, loss_of
+from benchmarks.growth.around.arms import ARMS, Case, NotInCell, full, lora_budget
+from benchmarks.growth.around.hosts import HOSTS, Data, device, judge, load_host, loss_of
 from esper_core.storage.tensor_file import read_json_file, write_json_file
 
 BUDGETS: Final = (0.001, 0.003, 0.01, 0.03)
@@ -25,13 +27,13 @@ BUDGETS: Final = (0.001, 0.003, 0.01, 0.03)
 TUNING: Final = 100
 """The seed on which rates are chosen."""
 SEEDS: Final = 5
-STEPS: Final = {"gpt": 300, "minilm": 200}
-BATCH: Final = 16
-_LOW_RANK: Final = (1e-3, 2.5e-3, 5e-3, 1e-2)
+STEPS: Final = {"minilm": 400, "vit": 400, "gpt": 400}
+BATCH: Final = {"minilm": 32, "vit": 64, "gpt": 32}
+_LOW_RANK: Final = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 RATES: Final[dict[str, tuple[float, ...]]] = {"VeRA": (5e-3, 2e-2, 5e-2, 1e-1), "full": (1e-4, 3e-4, 1e-3, 3e-3)}
 """Peak rates of AdamW by arm, four each; of others `_LOW_RANK`."""
 HEAD_RATE: Final = 1e-3
-"""Of MiniLM's head, in every arm."""
+"""Of the head of MiniLM and of the ViT, in every arm."""
 
 
 @attrs.frozen
@@ -54,9 +56,10 @@ class Job:
 
 def cells() -> list[tuple[str, str, float]]:
     """Host, arm and budget of every cell, in the order in which they are run."""
-    return [(host, arm, budget) for budget in (0.01, 0.003, 0.03, 0.001) for host in STEPS for arm in ARMS] + [
-        (host, "full", 0.0) for host in STEPS
-    ]
+    order = [(host, budget) for budget in (0.01, 0.003, 0.03, 0.001) for host in HOSTS]
+    whole = [(host, "full", 0.0) for host in HOSTS]
+    found = [(host, arm, budget) for host, budget in order for arm in ARMS]
+    return found[: len(HOSTS) * len(ARMS)] + whole + found[len(HOSTS) * len(ARMS) :]
 
 
 def rates_of(arm: str) -> tuple[float, ...]:
@@ -75,10 +78,15 @@ def choose(folder: Path) -> dict[tuple[str, str, float], float]:
     for cell in cells():
         files = [Job(folder, *cell, rate, TUNING).file for rate in rates_of(cell[1])]
         if all(file.is_file() for file in files):
-            rows = [dict(read_json_file(file)) for file in files]
+            rows = [_row(file) for file in files]
             if not any(row.get("absent") for row in rows):
                 chosen[cell] = float(min(rows, key=lambda row: row["validation_loss"])["rate"])
     return chosen
+
+
+@cache
+def _row(file: Path) -> dict[str, Any]:
+    return dict(read_json_file(file))
 
 
 def finals(folder: Path, seeds: int = SEEDS) -> list[Job]:
@@ -88,49 +96,62 @@ def finals(folder: Path, seeds: int = SEEDS) -> list[Job]:
 
 
 def missing(folder: Path, seeds: int = SEEDS) -> list[Job]:
-    """What is left to do now, budget by budget: its tuning, then its seeds. When tuning ends there is more."""
-    order = list(dict.fromkeys(budget for _, _, budget in cells()))
-    left = [job for job in (*tuning(folder), *finals(folder, seeds)) if not job.file.is_file()]
-    return sorted(left, key=lambda job: order.index(job.budget))
+    """What can be done now, cell by cell: its tuning, then its seeds. When tuning ends there is more."""
+    order = {(host, budget): number for number, (host, _, budget) in reversed(list(enumerate(cells())))}
+    left = [
+        job for job in (*tuning(folder), *finals(folder, seeds))
+        if not job.file.is_file() and (folder / f"{job.host}.safetensors").is_file()
+    ]  # fmt: skip
+    return sorted(left, key=lambda job: order[job.host, job.budget])
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Adapt once, and write what came of it."""
+    """Adapt once, and write what came of it; an arm that fails leaves its error and no file."""
     if job.file.is_file():
         return dict(read_json_file(job.file))
-    began = time.process_time()
+    began, busy = time.monotonic(), time.process_time()
     head = {"host": job.host, "arm": job.arm, "budget": job.budget, "rate": job.rate, "seed": job.seed}
     try:
         outcome = {**head, **_train(job)}
     except NotInCell as error:
         outcome = {**head, "absent": str(error)}
-    outcome["cpu_s"] = time.process_time() - began
+    except Exception:  # noqa: BLE001 - whatever a library raises: the other jobs go on
+        return {**head, "error": traceback.format_exc()}
+    outcome |= {"device": device().type, "cpu_s": time.process_time() - busy, "wall_s": time.monotonic() - began}
     job.file.parent.mkdir(exist_ok=True)
     write_json_file(job.file, outcome)
     return outcome
 
 
+@cache
+def _data(host: str, folder: Path) -> Data:
+    return Data(host, folder)
+
+
 def _train(job: Job) -> dict[str, Any]:
-    data, (model, params) = Data(job.host, job.folder), load_host(job.host, job.folder)
+    data, (model, params) = _data(job.host, job.folder), load_host(job.host, job.folder)
     steps = STEPS[job.host]
     heads = [p for p in model.parameters() if p.requires_grad]
-    case = Case(job.host, model, data, round(job.budget * params), job.seed, steps, BATCH)
+    case = Case(job.host, model, data, round(job.budget * params), job.seed, steps, BATCH[job.host])
+    if job.budget:
+        case = attrs.evolve(case, budget=lora_budget(case))
     made = full(case) if job.arm == "full" else ARMS[job.arm](case)
     if job.arm == "full":
         made.added = [p for p in model.parameters() if not any(p is head for head in heads)]
     groups = [{"params": made.added, "peak": job.rate}, {"params": heads, "peak": HEAD_RATE}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=0.0)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=device().type == "cuda")
     generator = torch.Generator().manual_seed(job.seed)
     torch.manual_seed(job.seed)
     made.model.train()
-    for step in range(steps):
+    for step in range(steps):  # the first group is that of `made.added`
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / (0.06 * steps), (steps - step) / (0.7 * steps))
-        loss = loss_of(made.model, data.draw(BATCH, generator))
+        loss = loss_of(made.model, data.draw(case.batch, generator))
         (loss if made.extra is None else loss + made.extra()).backward()
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
-        made.after(step + 1)
+        made.after(step + 1, optimizer)
         optimizer.zero_grad()
     loss_v, share_v = judge(made.model, data.judged("validation"))
     loss_t, share_t = (None, None) if job.seed == TUNING else judge(made.model, data.judged("test"))

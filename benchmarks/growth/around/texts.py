@@ -1,5 +1,7 @@
 """The texts of P12, from the help of LibreOffice: `english` and `german` as bytes, and labelled paragraphs.
 
+The GPT is pre-trained on the English training pages and on English documentation beside them (`ENGLISH`).
+
 The packages `libreoffice-help-en-us` and `libreoffice-help-de` are fetched by `apt-get download` and unpacked without
 being installed. A page is a document. Its split follows from a hash of its name, so the same packages give the same
 bytes. A paragraph's label is the application whose manual it stands in; paragraphs of what all applications share are
@@ -14,13 +16,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.growth.text import fetch, from_html, hash_of, plain
+from benchmarks.growth.text import PACKAGES, clean, fetch, from_html, hash_of, plain
 from esper_core.storage.tensor_file import write_json_file
 
 LANGUAGES: Final = {"english": ("libreoffice-help-en-us", "en-US"), "german": ("libreoffice-help-de", "de")}
 LABELS: Final = ("sbasic", "scalc", "schart", "sdatabase", "sdraw", "simpress", "smath", "swriter")
-SHARES: Final = {"test": 15, "validation": 10, "train": 75}
+SHARES: Final = {"test": 35, "validation": 12, "train": 53}
 """Percent of the pages in each split."""
+ENGLISH: Final = ("dict-gcide", "wordnet-base", "manpages", "manpages-dev", "python3.11-doc", "postgresql-doc-15")
+"""Packages of `benchmarks.growth.text` on which the GPT is pre-trained too."""
+MOST: Final = 24_000_000
+"""Bytes kept of them, whole documents in the order of their hashes."""
 _SHORT, _CUT = 60, 400
 """Characters of a paragraph at least, and what is kept of one."""
 _BLANKS = re.compile(r"[ \t\u00a0]+")
@@ -59,6 +65,8 @@ def make(folder: Path, packages: Path) -> dict[str, Any]:
             parts[split_of(name)].append("\n".join(fresh) + "\n\n")
         for split, texts in parts.items():
             data = "".join(texts).encode()
+            if (language, split) == ("english", "train"):
+                data += documentation(packages)
             (folder / f"{language}.{split}").write_bytes(data)
             about[f"{language}.{split}"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     rows = paragraphs(packages)
@@ -66,6 +74,22 @@ def make(folder: Path, packages: Path) -> dict[str, Any]:
     about["paragraphs"] = {split: len(found) for split, found in rows.items()}
     write_json_file(folder / "about.json", about)
     return about
+
+
+def documentation(packages: Path) -> bytes:
+    """English text of `ENGLISH`, without markup."""
+    seen: set[int] = set()
+    documents: dict[str, str] = {}
+    for package in ENGLISH:
+        for name, text in PACKAGES["english"][package](fetch(package, packages)[0]):
+            if len(tidy := clean(text, seen)) >= 200:
+                documents[f"{package}/{name}"] = tidy
+    kept, size = [], 0
+    for name in sorted(documents, key=hash_of):
+        if size < MOST:
+            kept.append(documents[name] + "\n\n")
+            size += len(kept[-1])
+    return "".join(kept).encode()
 
 
 def paragraphs(packages: Path) -> dict[str, list[list[Any]]]:
