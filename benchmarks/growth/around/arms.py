@@ -153,8 +153,13 @@ def eva(case: Case) -> Adapted:
     def forward(model: nn.Module, found: dict[str, Tensor]) -> Tensor:
         return answer(model, found.get("inputs", found))
 
+    def rows(given: Any, *_: object) -> Tensor:  # of every position; peft's own way leaves out those that are padding
+        found: Tensor = given[0] if isinstance(given, tuple) else given
+        return found.flatten(0, -2)[::4].contiguous()
+
+    own = {} if case.host == "minilm" else {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": rows}
     made.model.eval()
-    initialize_lora_eva_weights(made.model, inputs, forward_fn=forward, show_progress_bar=False)
+    initialize_lora_eva_weights(made.model, inputs, forward_fn=forward, show_progress_bar=False, **own)
     made.added = [p for n, p in made.model.named_parameters() if "lora_" in n]
     for parameter in made.added:
         parameter.requires_grad_(True)

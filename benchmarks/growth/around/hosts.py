@@ -36,6 +36,8 @@ PRETRAINING: Final = {
 }
 LENGTH: Final = {"gpt": 128, "minilm": 32}
 """Tokens of an example."""
+FITTED: Final = 1500
+"""Training examples that a head is fitted to before all arms train it on."""
 WINDOWS: Final = {"validation": 200, "test": 800}
 """Windows of text that are judged, evenly spread."""
 Inputs = Tensor | dict[str, Tensor]
@@ -234,13 +236,13 @@ def prepare_minilm(folder: Path) -> None:
 
 
 def _fit_head(model: nn.Module, data: Data, penalty: float = 1e-3) -> None:
-    """Fit the layer `head`: logistic regression on what the frozen network hands it of the training examples."""
+    """Fit the layer `head`: logistic regression on what the frozen network hands it of `FITTED` training examples."""
     model.to(device()).eval()
     head = model.get_submodule("head")
     assert isinstance(head, nn.Linear)
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    batches = data.judged("train")
+    batches = [data.take("train", part) for part in torch.arange(FITTED).split(100)]
     with torch.no_grad():
         for inputs, _ in batches:
             answer(model, inputs)
