@@ -28,7 +28,9 @@ FIRST: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 """What `esper run` trains when it is told nothing: a GPT that is too small for its budget, and can tell by its loss."""
 
-_WHERE: Final = frozenset({"out", "seed", "device", "amp", "compile", "sinks", "checkpoint_every", "keep_checkpoints"})
+_WHERE: Final = frozenset(
+    {"out", "seed", "device", "amp", "compile", "recompute", "sinks", "checkpoint_every", "keep_checkpoints"}
+)
 """Options that do not say what is trained."""
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from esper_core.kasmina.around import AroundView, Layer, find_layers
 from esper_core.kasmina.block_compile import compile_blocks
+from esper_core.kasmina.block_recompute import recompute_blocks
 from esper_core.kasmina.block_run import BlockInfo, Pass, find_blocks, trace_blocks
 from esper_core.kasmina.causality import find_causal
 from esper_core.kasmina.composed_model import ComposedModel
@@ -150,6 +151,10 @@ class ModuleHost:
     def compile_blocks(self) -> list[str]:
         """Compile the submodules that points follow, for training; returns their paths."""
         return compile_blocks(self.module, self._behind().values())
+
+    def recompute_blocks(self, every: int = 1) -> list[str]:
+        """Have the submodules that points follow recompute in the backward pass, see `block_recompute`."""
+        return recompute_blocks(self.module, self._behind().values(), every=every)
 
     def around_specs(self) -> Mapping[str, InjectionSpec]:
         """Every point around a layer, by name, in the order in which the forward pass reaches them; measured once.

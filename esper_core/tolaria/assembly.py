@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import nn
 
-from esper_core.kasmina.around import resolve_points
+from esper_core.kasmina.around import PREFIX, resolve_points
 from esper_core.kasmina.blends import parts_of_blends
 from esper_core.kasmina.flops import count_flops
 from esper_core.kasmina.ledger import Limits
@@ -299,6 +299,22 @@ def compile_host(host: HostProtocol) -> None:
     if compile_blocks is None:
         raise BadOption(f"{type(host).__name__} cannot be compiled block by block", "a ModuleHost", "--compile off")
     compile_blocks()
+
+
+def recompute_host(host: HostProtocol, config: RunConfig) -> None:
+    """Have the host's blocks, or half of them, compute their activations again in the backward pass.
+
+    Raises:
+        BadOption: the host does not say what its blocks are, or they cannot be computed twice.
+    """
+    given = f"--recompute {config.recompute}"
+    recompute_blocks = getattr(host, "recompute_blocks", None)
+    if recompute_blocks is None:
+        raise BadOption(f"{given} with {type(host).__name__}", "a ModuleHost", "--recompute off")
+    if any(slot.startswith(PREFIX) for slot in config.slots):
+        raise BadOption(f"{given} with slots around layers", "slots behind blocks, where nothing runs twice",
+                        "--recompute off, or --slots auto")  # fmt: skip
+    recompute_blocks(every=2 if config.recompute == "half" else 1)
 
 
 def make_deterministic(seed: int) -> None:

@@ -34,6 +34,7 @@ _OWN_DATA: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "download": ("data as loaders", "esper run --download"),
         "strategy": ("one process", "esper run --devices 2 --strategy"),
         "compile": ("a model that is not compiled", "esper run --compile blocks"),
+        "recompute": ("a model that does it by itself", "esper run --recompute blocks"),
         "minutes": ("epochs=", "esper run --minutes"),
         "budget_total": ("epochs=", "esper run --budget-total"),
     }

@@ -152,6 +152,10 @@ class RunConfig:
         "off", "blocks: train the host's blocks, and their copies, by compiled code", group="machine",
         choices=("off", "blocks"),
     )  # fmt: skip
+    recompute: str = option_field(
+        "off", "activation checkpointing: compute blocks again in the backward pass to save memory; half: every second",
+        group="machine", choices=("off", "half", "blocks"),
+    )  # fmt: skip
     out: str = option_field("", "the run's folder; empty: runs/<host>-<task>-<n>", group="output")
     checkpoint_every: int = option_field(
         0,

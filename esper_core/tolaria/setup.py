@@ -221,6 +221,8 @@ def set_up(
             notify(note)
     if config.compile == "blocks":
         assembly.compile_host(host)
+    if config.recompute != "off":
+        assembly.recompute_host(host, config)
     return Setup(config, registry, device, precision, task, name, objective, plane, timetable)
 
 
