@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from esper_core.emrakul.audit_config import AuditConfig
-from esper_core.kasmina.paths import base_of
+from esper_core.kasmina.paths import ancestors_of, base_of
 from esper_core.leyline.actions import Command, Tempo, read_commands
 from esper_core.leyline.stages import Op, legal_ops
 from esper_core.leyline.verdict import Verdict
@@ -206,9 +206,12 @@ class Auditor:
 
 
 def _kin(one: str, other: str) -> bool:
-    """Whether two slots may replace one another: the same one, of one stack, or one inside the other's seed."""
-    short, long = sorted((one, other), key=len)
-    return base_of(one) == base_of(other) or long.startswith(short + "/")
+    """Whether two slots may replace one another: the same one, or of one stack, or one inside a seed of that stack."""
+
+    def stacks(path: str) -> set[str]:
+        return {base_of(part) for part in (path, *ancestors_of(path))}
+
+    return base_of(one) in stacks(other) or base_of(other) in stacks(one)
 
 
 def _fall(view: RunView) -> float:

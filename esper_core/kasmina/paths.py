@@ -12,3 +12,9 @@ def base_of(path: str) -> str:
 def height_of(path: str) -> int:
     """How many slots stand below that at `path`, at its point."""
     return int(path[len(base_of(path)) + 1 :] or 0)
+
+
+def ancestors_of(path: str) -> list[str]:
+    """Paths of the slots whose seeds a slot is nested in, outermost first: `a` and `a/b` for `a/b/c`."""
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]

@@ -20,13 +20,13 @@ from esper_core.kasmina.candidates import Candidates
 from esper_core.kasmina.growth import Growth, StageChange, gate_value
 from esper_core.kasmina.ledger import UNLIMITED, Ledger, Limits, count_parameters
 from esper_core.kasmina.module_copy import computed_tensors
-from esper_core.kasmina.paths import base_of, height_of
+from esper_core.kasmina.paths import ancestors_of, base_of, height_of
 from esper_core.kasmina.plane_hooks import adopt_hooks
 from esper_core.kasmina.ramps import Ramps
 from esper_core.kasmina.ranks import Ranks
 from esper_core.kasmina.slot import SeedSlot
 from esper_core.kasmina.sources import run_at
-from esper_core.kasmina.territory import Territory, ancestors_of
+from esper_core.kasmina.territory import Territory
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.errors import BadOption, EsperError, IllegalCommand, UnknownName, did_you_mean
 from esper_core.leyline.host import HostProtocol

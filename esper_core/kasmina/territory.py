@@ -122,12 +122,6 @@ def _reorder(table: dict[str, Any], order: list[str]) -> None:
     table.update(entries)
 
 
-def ancestors_of(path: str) -> list[str]:
-    """Paths of the slots whose seeds a slot is nested in, outermost first: `a` and `a/b` for `a/b/c`."""
-    parts = path.split("/")
-    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-
-
 def key_of(path: str) -> str:
     """A module name for `path`: torch reserves the dot."""
     return path.replace(".", ":")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from statistics import fmean
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -57,6 +57,7 @@ def regions_of(view: RunView, config: OrganConfig) -> dict[str, str]:
 
 
 _DEFAULTS = OrganConfig()
+_REMOVING: Final = (Op.WITHER, Op.CULL, Op.REVIVE)
 
 
 def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None) -> dict[str, OrganBudget]:
@@ -210,20 +211,13 @@ class OrganManager:
             params_left=_smaller(view.params_left, math.fsum(params for params, _ in left.values())),
             flops_left=_smaller(view.flops_left, math.fsum(flops for _, flops in left.values())),
         )  # fmt: skip
-        commands = self._reclaim(view, organs, regions)
+        said = list(read_commands(self.inner.decide(narrowed)))
+        removing = {path for command in said if command.op in _REMOVING for path in command.slots}
+        commands = self._reclaim(view, organs, regions, removing)
         held = {command.slot for command in commands} | {path for path, leaves in self._reclaimed.items() if leaves}
-        for command in read_commands(self.inner.decide(narrowed)):
-            if held.intersection(command.slots):
-                continue
-            if command.op is Op.GERMINATE and command.slot in slots:
-                slot = slots[command.slot]
-                costs = [(b.params, b.flops) for b in slot.blueprints if b.name == command.blueprint]
-                params, flops = costs[0] if costs else (0, 0)
-                params_left, flops_left = left[regions[slot.path]]
-                if params > params_left or flops > flops_left:
-                    continue
-                left[regions[slot.path]] = params_left - params, flops_left - flops
-            commands.append(command)
+        for command in said:
+            if held.isdisjoint(command.slots) and _spend(command, slots, regions, left):
+                commands.append(command)
         return commands
 
     def state_dict(self) -> dict[str, object]:
@@ -235,8 +229,14 @@ class OrganManager:
         self.inner.load_state_dict(state["inner"])
         self._reclaimed = dict(state.get("reclaimed", {}))  # runs of before kept none
 
-    def _reclaim(self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str]) -> list[Command]:
-        """Wither what regions hold beyond their budgets and others wait for; cull what has withered."""
+    def _reclaim(
+        self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str], removing: Set[str]
+    ) -> list[Command]:
+        """Wither what regions hold beyond their budgets and others wait for; cull what has withered.
+
+        Args:
+            removing: slots about which the inner controller decides itself.
+        """
         slots = {slot.path: slot for slot in view.slots}
         self._reclaimed = {
             path: leaves and slots[path].stage.spec.leaving
@@ -249,29 +249,30 @@ class OrganManager:
         ]  # fmt: skip
         if view.governor == "recovering" or view.decision >= self.config.reclaim * view.decisions:
             return commands
-        return commands + self._wither(view, organs, regions, sum(slots[path].tree_params for path in leaving))
+        return commands + self._wither(view, organs, regions, removing)
 
     def _wither(
-        self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str], coming: int
+        self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str], removing: Set[str]
     ) -> list[Command]:
-        """Wither seeds of regions that are over their budgets, of which `coming` parameters wither already."""
+        """Wither seeds of regions that are over their budgets."""
         if view.params_left is None:
             return []  # nothing waits
         merits, _ = _merits(view, regions, self.config)
         hosts = max(view.host_params, 1)
         waiting = _waiting(view, organs, regions)
         held = {name: organ.used for name, organ in organs.items()}
+        commands, free = [], view.params_left
         for slot in view.slots:
-            if self._reclaimed.get(slot.path):
+            if self._reclaimed.get(slot.path) or (slot.path in removing and slot.tree_params):
                 held[regions[slot.path]] -= slot.tree_params
-        commands, free = [], view.params_left + coming
+                free += slot.tree_params
         for slot in sorted(view.slots, key=lambda slot: _efficiency(slot, hosts)):
             name, best = regions[slot.path], _efficiency(slot, hosts)
             worth = max((merits[other] for other in waiting), default=0.0)
             wanted = sum(params for other, params in waiting.items() if merits[other] > best)
             if best >= worth or free >= wanted or math.isinf(best):
                 break  # the others earn more
-            if held[name] - slot.tree_params < organs[name].budget or slot.path in self._reclaimed:
+            if held[name] - slot.tree_params < organs[name].budget or slot.path in {*self._reclaimed, *removing}:
                 continue
             if Op.WITHER not in slot.legal or not slot.stage.spec.on_trial:
                 continue
@@ -280,6 +281,24 @@ class OrganManager:
             reason = f"it earns at most {best:.3g} nats for a host of parameters, and {worth:.3g} are earned elsewhere"
             commands.append(Command(Op.WITHER, slot.path, source="narset", reason=reason))
         return commands
+
+
+def _spend(
+    command: Command, slots: Mapping[str, SlotView], regions: Mapping[str, str], left: dict[str, tuple[float, float]]
+) -> bool:
+    """Whether the budgets `left`, from which it is taken, allow the command at every slot that it names."""
+    if command.op is not Op.GERMINATE:
+        return True
+    after = dict(left)
+    for slot in (slots[path] for path in command.slots if path in slots):
+        costs = [(b.params, b.flops) for b in slot.blueprints if b.name == command.blueprint]
+        params, flops = costs[0] if costs else (0, 0)
+        params_left, flops_left = after[regions[slot.path]]
+        if params > params_left or flops > flops_left:
+            return False
+        after[regions[slot.path]] = params_left - params, flops_left - flops
+    left.update(after)
+    return True
 
 
 def _find_investor(controller: Any) -> Investor | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from esper_core.kasmina.paths import ancestors_of
 from esper_core.kasmina.plane import Plane
-from esper_core.kasmina.territory import ancestors_of
 from esper_core.leyline.stages import STAGES
 
 

@@ -127,6 +127,21 @@ def test_nobody_else_moves_a_seed_under_audit() -> None:
     assert len(verdicts) == 3
 
 
+def test_seeds_that_stand_in_for_one_another_are_audited_one_after_the_other() -> None:
+    names = ("a", "a+1", "a/inner", "b")
+    lab = Lab(lambda s, b: 0.0, dict.fromkeys(names, 1.0), 100, blueprints=(USELESS,), budget=None, ramp=3)
+    for slot in lab.slots:
+        slot.blueprint, slot.stage, slot.alpha, slot.measured = USELESS, Stage.FOSSILIZED, 1.0, Interval(0, 0, 0, 9)
+    auditor = Auditor(at_once=4, start=0.0, cooldown=5)
+    lab.run(auditor, reload=lambda: Auditor(at_once=4, start=0.0, cooldown=5))
+    began = {c.slot: d for d, c in lab.log if c.op is Op.WITHER}
+    ended = {c.slot: d for d, c in lab.log if c.op is Op.CULL}
+    assert began.keys() == ended.keys() == set(names) and began["b"] == 0
+    kin = sorted(names[:3], key=lambda name: began[name])
+    for sooner, later in pairwise(kin):  # the pause lets the other be measured without the one that went
+        assert began[later] >= ended[sooner] + 5
+
+
 def test_no_run_ends_with_an_audit_left_open() -> None:
     for decisions in range(4, 40):
         lab, _ = audited(decisions, everyone=True, start=0.0, reserve=0.0)

@@ -273,6 +273,26 @@ def test_a_seed_that_a_rollback_returns_is_not_withered_again() -> None:
     assert not {c.slot for c in again.decide(lab.view())} & {c.slot for c in first}
 
 
+def test_what_the_inner_controller_removes_is_its_own_and_a_family_is_paid_for_in_every_region() -> None:
+    class Auditing(WaitController):
+        def decide(self, view: RunView) -> list[Command]:
+            return [Command(Op.WITHER, "o1.0", source="emrakul")]
+
+    manager, lab = OrganManager(inner=Auditing(), floor=0.4), misplaced()
+    assert [(c.slot, c.source) for c in manager.decide(lab.view())] == [
+        ("o1.1", "narset"), ("o1.2", "narset"), ("o1.0", "emrakul"),
+    ]  # fmt: skip
+    assert manager.state_dict()["reclaimed"] == {"o1.1": True, "o1.2": True}
+
+    class Wide(WaitController):
+        def decide(self, view: RunView) -> list[Command]:
+            return [Command(Op.GERMINATE, "o0.0", CONV.name, others=("o1.0",))]
+
+    for budget, floor, most in ((2 * CONV.params, 1.0, 1), (2 * CONV.params - 2, 1.0, 0), (CONV.params, 0.0, 0)):
+        said = OrganManager(inner=Wide(), floor=floor).decide(lattice(2, 4, budget).view())
+        assert len(said) == most, (budget, floor)
+
+
 def test_until_half_of_what_grew_is_measured_a_part_of_the_budget_is_staked() -> None:
     lab, told = lattice(4, 4, 960), []
     manager = OrganManager(inner=HeuristicController(at_once=16), floor=0.0, stake=0.5)
