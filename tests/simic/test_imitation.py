@@ -15,7 +15,7 @@ from esper_core.simic.learning.imitation import ImitationConfig, Scribe, demonst
 from esper_core.simic.learning.ppo import CorePolicy, Episode
 from esper_core.simic.learning.rollout import demonstrate
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
-from esper_core.tamiyo.observation import OPS, Observation, observe
+from esper_core.tamiyo.observation import OPS, WAIT_INDEX, Observation, observe
 
 from .tiny import TOML
 
@@ -101,3 +101,20 @@ def test_a_demonstration_carries_out_what_it_writes() -> None:
         written = sum(OPS[row[0]] is not Op.WAIT for rows in episode.actions for row in rows)
         assert written == sum(outcome.commands.values()) > 0
         assert outcome.total == pytest.approx(episode.total)
+
+
+def test_variants_may_be_other_teachers() -> None:
+    config = ImitationConfig(variants=({"start": 0.2}, {"teacher": "planter", "at": 0.3}, {"teacher": "wait"}))
+    assert [config.demonstrator(k) for k in (0, 1, 2, 3)] == [
+        ("heuristic", {"start": 0.2}), ("planter", {"at": 0.3}), ("wait", {}), ("heuristic", {"start": 0.2}),
+    ]  # fmt: skip
+    assert config.variants[1]["teacher"] == "planter"
+
+
+def test_who_waits_is_demonstrated_beside_who_plants() -> None:
+    plan = parse_curriculum(TOML, "tiny")
+    imitation = attrs.evolve(plan.imitation, variants=({"teacher": "wait"}, {"teacher": "planter"}))
+    _, run = plan.draw(0, 0, 0)
+    ((episodes_, (waiter, planter)),) = demonstrate({}, imitation, 4, [run], 2, [0])
+    assert waiter.total == 0.0 and not waiter.commands and not np.any(episodes_[0].actions[..., 0] != WAIT_INDEX)
+    assert planter.commands["germinate"] >= 1 and len(planter.grown) == 1

@@ -223,3 +223,31 @@ def test_a_minibatch_scored_together_has_the_gradient_of_its_episodes() -> None:
     episodes[1].log_prob[:] = np.nan  # one environment's NaN stays its own
     rest, _, notes = ppo._together(CorePolicy(core), episodes, merits, merits, config)
     assert notes["dropped"] == 1.0 and all(bool(g.isfinite().all()) for g in rest)
+
+
+def two_worlds(small: float) -> list[Episode]:
+    """Two groups of one decision table: in one the first decision pays 1 nat, in the other the second pays `small`."""
+    half, found = np.full(2, math.log(0.5), np.float32), []
+    for group, pay in ((0, (1.0, 0.0)), (1, (0.0, small))):
+        for k in range(4):
+            actions = np.zeros((2, 1, 5), np.int64)
+            actions[:, 0, 0] = (k % 2, k // 2)
+            rewards = np.array([pay[0] * (k % 2), pay[1] * (k // 2)], np.float32)
+            found.append(Episode([None, None], actions, half, np.zeros(2, np.float32), rewards, group))  # type: ignore[list-item]
+    return found
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(0.0, 0.0, 0.06), (0.001, 0.8, 1.2)])
+def test_a_world_of_small_returns_teaches_as_much_as_one_of_large_ones(scale: float, least: float, most: float) -> None:
+    policy = Lookup(2)
+    config = PPOConfig(group_baseline=True, group_scale=scale, gae_lambda=0.0, gradient_norm=1e9, epochs=1,
+                       entropy_weights=(0.0,) * 5, reward_scale=5.0)  # fmt: skip
+    ppo.update(policy, torch.optim.SGD(policy.parameters(), 0.1), two_worlds(0.05), config, torch.Generator())
+    moved = (policy.logits[:, 1] - policy.logits[:, 0]).tolist()
+    assert moved[0] > 0 and least < moved[1] / moved[0] < most
+
+
+def test_differences_below_the_floor_stay_small() -> None:
+    own = [np.array([0.3, -0.3], np.float32), np.array([0.001, -0.001], np.float32)]
+    large, small = ppo.rescaled(own, [0, 1], 0.02)
+    assert large[0] == pytest.approx(0.3 / 0.32) and small[0] == pytest.approx(0.001 / 0.021)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from esper_core.leyline.errors import BadFile, BadOption, UnknownName
-from esper_core.simic.learning.training import Manifest, Training
+from esper_core.simic.learning.training import Manifest, Training, new_manifest
 from esper_core.tamiyo.adapter import load_adapter
 from esper_core.tamiyo.core import TamiyoCore
 
@@ -122,3 +122,18 @@ def test_what_cannot_be_done_is_said(whole: Training, tmp_path: Path) -> None:
     (broken / "training.json").write_text(json.dumps({**manifest, "surprise": 1}))
     with pytest.raises(BadFile, match="not well-formed"):
         Training.resume(broken)
+
+
+def test_what_cannot_be_stacked_is_a_job_for_each_and_the_longest_come_first(tmp_path: Path) -> None:
+    plan = new_manifest("differing", backend="stacked", worlds_at_once=4)
+    training = Training.start(tmp_path / "t", plan)
+    for iteration in range(9):
+        runs = [training.curriculum.draw(0, iteration, g)[1] for g in range(training.curriculum.groups)]
+        if any("copy" in run.blueprints for run in runs):
+            break
+    parts = training._parts(runs)
+    assert sorted(g for part in parts for g in part) == list(range(len(runs)))
+    alone = [part for part in parts if "copy" in runs[part[0]].blueprints]
+    assert alone and all(len(part) == 1 for part in alone) and parts[: len(alone)] == alone
+    lengths = [runs[part[0]].steps_per_epoch for part in parts[len(alone) :]]
+    assert lengths == sorted(lengths, reverse=True) and {len(p) for p in parts[len(alone) :]} == {4}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -202,11 +203,22 @@ class StackedPopulation:
             torch.cuda.current_stream().wait_stream(self._side)
         else:
             if key not in self._graphs:
-                self._graphs[key] = self._record(batch, sample)
-            graph, static = self._graphs[key]
-            for target, source in zip(static.tensors(), batch.tensors(), strict=True):
-                target.copy_(source, non_blocking=True)
-            graph.replay()
+                try:
+                    self._graphs[key] = self._record(batch, sample)
+                except (
+                    RuntimeError
+                ) as error:  # some host waits for the device in its forward pass; nothing was computed
+                    self.capture = False
+                    warnings.warn(
+                        f"steps are launched one by one, since they cannot be captured: {error}", stacklevel=2
+                    )
+            if key in self._graphs:
+                graph, static = self._graphs[key]
+                for target, source in zip(static.tensors(), batch.tensors(), strict=True):
+                    target.copy_(source, non_blocking=True)
+                graph.replay()
+            else:
+                self._advance(batch.to(self.device, non_blocking=True), sample)
         self.steps += 1
         self._unsynced += 1
 

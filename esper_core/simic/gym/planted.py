@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from esper_core.leyline.hookspecs import hookimpl
 from esper_core.leyline.injection import InjectionSpec
-from esper_core.leyline.specs import BlueprintSpec
+from esper_core.leyline.options import Option
+from esper_core.leyline.specs import BlueprintSpec, ControllerSpec
 from esper_core.registry import Registry, load_registry
 
 _LOUD: Final = 30.0
@@ -101,6 +102,18 @@ class PlantedPlugin:
                 factory=f"{__name__}:{factory}", estimate=f"{__name__}:estimate",
             )
             for name, factory in factories.items()
+        ]  # fmt: skip
+
+    @hookimpl
+    def esper_controllers(self) -> list[ControllerSpec]:
+        """The teacher that plants one blueprint everywhere."""
+        return [
+            ControllerSpec(
+                name="planter", summary="plants one blueprint everywhere and keeps it, for demonstrations",
+                factory="esper_core.simic.gym.planter:PlanterController",
+                options=(Option("salt", "int", 0, "of its draws, beside the seed", minimum=0),
+                         Option("at", "float", 0.0, "share of the run at which it plants", minimum=0.0, maximum=1.0)),
+            )
         ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from esper_core.leyline.host import Batch, HostProtocol
 from esper_core.leyline.specs import BlueprintSpec
 from esper_core.leyline.view import RunView
 from esper_core.nissa.sensors import SensorArray
+from esper_core.registry import Registry, split_reference
 from esper_core.simic.gym.cuda_engine import StackedPopulation, stacked
 from esper_core.simic.gym.member import LentTolaria, Member
 from esper_core.simic.gym.stacked_frames import StackFrame
@@ -181,6 +182,12 @@ def unstackable(ground: Ground) -> str:
         if _is_host(plane, name, spec):
             return f"more grows inside seeds of {name}"
     return ""
+
+
+def grows_own_blocks(config: RunConfig, registry: Registry) -> bool:
+    """Whether that run offers seeds made of the host's own blocks, which are not stacked; nothing is built to tell."""
+    specs = [registry.find("blueprint", split_reference(name)[0]).spec for name in config.blueprints]
+    return any(isinstance(s, BlueprintSpec) and (s.answers == "feature" or "run" in s.wants) for s in specs)
 
 
 def _is_host(plane: Plane, name: str, spec: BlueprintSpec) -> bool:

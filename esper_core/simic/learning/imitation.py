@@ -27,7 +27,8 @@ class ImitationConfig:
 
     Attributes:
         iterations: of demonstrations; 0 for none. teacher: reference of the controller that demonstrates.
-        variants: options of the teacher; environments of a group take them in turn, the plain teacher first.
+        variants: options of the teacher; environments of a group take them in turn, the plain teacher first. One that
+            has a `teacher` of its own is of that controller.
         epochs: passes over one iteration's demonstrations. learning_rate: peak rate of these passes.
         sharpness: how much more the better of a group count: weight exp(sharpness * standardised return).
         value_weight: of the value's squared error. minibatch: episodes in a step.
@@ -46,6 +47,11 @@ class ImitationConfig:
     minibatch: int = 8
     entropy_weights: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
     together: bool = False
+
+    def demonstrator(self, k: int) -> tuple[str, Mapping[str, Any]]:
+        """Reference and options of the controller that demonstrates in the k-th environment of a group."""
+        options = dict(self.variants[k % len(self.variants)])
+        return str(options.pop("teacher", self.teacher)), options
 
 
 class Scribe:

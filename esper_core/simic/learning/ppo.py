@@ -6,6 +6,7 @@ of it, so that rollout and update see the same network. Shapes: T decisions, K c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Protocol
 
@@ -38,6 +39,7 @@ class PPOConfig:
     target_kl: float = 0.03  # stop before a step that starts from a policy further away than this
     reward_scale: float = 1.0
     group_baseline: bool = False  # subtract what the other environments of the group got at the same decision
+    group_scale: float = 0.0  # nats; divide a group's advantages by this plus their own spread; 0: one scale for all
     together: bool = False  # score a minibatch as one and bound its gradient as a whole: what a GPU is fast at
     final_rate: float = 1.0  # learning rate of the last iteration over that of the first; linear between
 
@@ -130,6 +132,22 @@ def relative(estimates: Sequence[NDArray[np.float32]], groups: Sequence[int]) ->
     return out
 
 
+def rescaled(
+    estimates: Sequence[NDArray[np.float32]], groups: Sequence[int], floor: float
+) -> list[NDArray[np.float32]]:
+    """Advantages over their root mean square in their group plus `floor`.
+
+    Groups live in worlds of very different returns. With one scale for all, the one that gains most is most of the
+    gradient, and what a policy loses where nothing should grow is too little to be seen. Differences well below the
+    floor are taken for noise and stay small.
+    """
+    squares: dict[int, list[float]] = {}
+    for estimate, group in zip(estimates, groups, strict=True):
+        squares.setdefault(group, []).extend(np.square(estimate, dtype=np.float64))
+    spread = {group: math.sqrt(sum(values) / max(len(values), 1)) for group, values in squares.items()}
+    return [(e / (spread[g] + floor)).astype(np.float32) for e, g in zip(estimates, groups, strict=True)]
+
+
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The clipped objective to be maximised (equation 7), elementwise."""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -148,7 +166,10 @@ def update(
     """
     estimates = [advantages(e.rewards * config.reward_scale, e.values, config.discount, config.gae_lambda)
                  for e in episodes]  # fmt: skip
-    merits = relative(estimates, [e.group for e in episodes]) if config.group_baseline else estimates
+    groups = [e.group for e in episodes]
+    merits = relative(estimates, groups) if config.group_baseline else estimates
+    if config.group_scale > 0:
+        merits = rescaled(merits, groups, config.group_scale * config.reward_scale)
     flat = np.concatenate(merits)
     shift, scale = float(flat.mean()), float(flat.std()) + 1e-6
     seen: dict[str, list[float]] = {}

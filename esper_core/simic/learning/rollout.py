@@ -78,12 +78,14 @@ class PackedCore:
     Attributes:
         config: the core's shape. features: what it reads. weights: its state as safetensors.
         adapter: kind, domain, options and state of the active adapter; None without one.
+        sample: in contests, draw from the policy instead of taking its likeliest commands.
     """
 
     config: CoreConfig
     features: tuple[str, ...]
     weights: bytes
     adapter: tuple[str, str, Mapping[str, Any], bytes] | None = None
+    sample: bool = False
 
     @classmethod
     def pack(cls, core: TamiyoCore) -> PackedCore:
@@ -317,11 +319,11 @@ def demonstrate(
         each = zip(runs, numbers, strict=True)
         return [demonstrate(state, config, commands, [run], size, [number])[0] for run, number in each]
     registry = _registry(state)
-    name, argument = split_reference(config.teacher)
-    teachers: list[Controller] = [
-        registry.build("controller", name, argument, seed=run.seed, options=config.variants[k % len(config.variants)])
-        for run in runs for k in range(size)
-    ]  # fmt: skip
+    teachers: list[Controller] = []
+    for run in runs:
+        for k in range(size):
+            teacher, options = config.demonstrator(k)
+            teachers.append(registry.build("controller", *split_reference(teacher), seed=run.seed, options=options))
     scribes = [Scribe(commands) for _ in teachers]
 
     def choose(
@@ -340,7 +342,7 @@ def contest(
 
     Args:
         controllers: references such as `heuristic`; `schedule` alone is the world's own fixed schedule.
-        cores: further contenders by name, whose likeliest commands are taken.
+        cores: further contenders by name, whose likeliest commands are taken, or drawn where they say so.
 
     Returns:
         What came of each by name; empty where the host fails without any growth.
@@ -351,7 +353,9 @@ def contest(
     names = [*controllers, *cores]
     group = EpisodeGroup(ground, len(names), assembly.build_rewards(run, ground.registry))
     made: list[Controller] = [_controller(world, run, name, ground.registry) for name in controllers]
-    made += [LearnedController(core=packed.unpack(), registry=ground.registry) for packed in cores.values()]
+    for packed in cores.values():
+        core, draws = packed.unpack(), packed.sample
+        made.append(LearnedController(core=core, seed=run.seed, sample=draws, registry=ground.registry))
     ledgers = [_EpisodeTotals() for _ in names]
     try:
         views, _ = group.advance()

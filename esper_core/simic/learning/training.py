@@ -27,6 +27,8 @@ from torch import Tensor
 
 from esper_core.leyline.errors import BadFile, BadOption, RunFailed, did_you_mean, os_error_as
 from esper_core.simic.gym.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
+from esper_core.simic.gym.planted import gym_registry
+from esper_core.simic.gym.stacked_cohort import grows_own_blocks
 from esper_core.simic.learning.curriculum import Curriculum, curriculum_text, parse_curriculum
 from esper_core.simic.learning.imitation import imitate
 from esper_core.simic.learning.ppo import CorePolicy, Episode, PPOConfig, update, update_normalisers
@@ -50,6 +52,8 @@ BACKENDS: Final = ("processes", "inline", "stacked")
 _ADAPTER_RATE: Final = 10.0
 """Learning rate of an adapter over that of a whole core: the best for LoRA is about ten times the best for all weights
 (Schulman et al., "LoRA Without Regret", 2025)."""
+_ALONE: Final = 8
+"""How much longer a group takes by itself on the CPU than a stack on a device, for the order of jobs alone."""
 Record = dict[str, Any]
 
 
@@ -101,10 +105,14 @@ class Training:
         self.curriculum: Curriculum = parse_curriculum(manifest.text, manifest.curriculum)
         self.folder = RunFolder(path, keep=2)
         self.done, self.records, self.notices = 0, list[Record](), set[str]()
+        self._registry = gym_registry()
         self.core, self.adapter = self._network()
         self.core.to(manifest.device)
         self.policy = CorePolicy(self.core)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), eps=1e-5)
+
+    _work: Task = staticmethod(told)
+    """What a worker is asked for: to play, and to tell what it took."""
 
     # --- Beginning ---
 
@@ -258,15 +266,17 @@ class Training:
         dice = random.Random(f"{manifest.seed}|rollout|{i}")
         seeds = [dice.randrange(1 << 31) for _ in runs]
         stacked = manifest.backend == "stacked"
-        parts = stackable_parts(runs, manifest.worlds_at_once if stacked else 1)
+        parts = self._parts(runs) if stacked else [[g] for g in range(len(runs))]
         packed, jobs = PackedCore.pack(self.core), list[tuple[Task, tuple[Any, ...]]]()
         for part in parts:
             some, device = [runs[g] for g in part], manifest.device if stacked else None
             if teaching:
                 more = (plan.imitation, self.core.config.commands, some, self.group_size, part, device)
-                jobs.append((told, (demonstrate, *more)))
+                jobs.append((self._work, (demonstrate, *more)))
             else:
-                jobs.append((told, (rollout, packed, some, self.group_size, [seeds[g] for g in part], part, device)))
+                jobs.append(
+                    (self._work, (rollout, packed, some, self.group_size, [seeds[g] for g in part], part, device))
+                )
         answers: list[GroupPlayed] = [([], []) for _ in runs]
         spent: dict[str, float] = defaultdict(float)
         for part, (found, seconds, notes) in zip(parts, pool.run(jobs), strict=True):
@@ -276,6 +286,21 @@ class Training:
                 spent[name] += value
             self.notices |= set(notes)
         return answers, spent
+
+    def _parts(self, runs: Sequence[RunConfig]) -> list[list[int]]:
+        """Indices of the runs of each job: what is stacked together, and each of the others by itself.
+
+        Those that take longest come first, so that no worker begins with one when the rest are done.
+        """
+        parts: list[tuple[int, list[int]]] = []
+        for part in stackable_parts(runs, self.manifest.worlds_at_once):
+            alone = any(grows_own_blocks(runs[g], self._registry) for g in part)
+            steps = runs[part[0]].steps_per_epoch * runs[part[0]].epochs
+            if alone:
+                parts += [(steps * _ALONE, [g]) for g in part]
+            else:
+                parts.append((steps, part))
+        return [part for _, part in sorted(parts, key=lambda one: -one[0])]
 
     def _set_rate(self, teaching: bool) -> None:
         plan, taught = self.curriculum, self.demonstrations
