@@ -30,6 +30,10 @@ _PASSING: Final = -1
 """In place of a kind: the process is in the middle of its passes, and has norms to add up."""
 
 
+PORTION: Final = 256 << 20
+"""Bytes of a module that are sent together when it is placed, so that no second copy of all of it is needed."""
+
+
 class RankLost(RunFailed):
     """The connection to another process broke, most likely because that process ended."""
 
@@ -254,12 +258,17 @@ class ProcessGroup(Ranks):
             groups.setdefault(tensor.dtype, []).append(tensor.detach())
         with self.exchange():
             for tensors in groups.values():
-                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-                dist.broadcast(flat, 0)
-                start = 0
-                for tensor in tensors:
-                    tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
-                    start += tensor.numel()
+                for some in _in_portions(tensors):
+                    self._broadcast(some)
+
+    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors of one dtype the values that the first process has."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.broadcast(flat, 0)
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
 
     @torch.no_grad()
     def average_running(self, running: Iterable[tuple[nn.Module, list[Tensor]]]) -> None:
@@ -313,6 +322,20 @@ class ProcessGroup(Ranks):
             return {}
         marks: list[int] = torch.stack([_mark(tensor.detach()) for tensor in mine.values()]).tolist()
         return dict(zip(mine, marks, strict=True))
+
+
+def _in_portions(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of at least `PORTION` bytes but for the last: a copy of a list is small."""
+    portion: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        portion.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+        if size >= PORTION:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def _is_broken(told: str) -> bool:

@@ -142,7 +142,7 @@ class Trainer:
             if self.tolaria.snapshot.step < 0:
                 self.tolaria.keep()
             if self.keeps:
-                check_savable(self._tensors(), self.plain_state(), "a checkpoint of this run")
+                check_savable(self._own_tensors(), self.plain_state(), "a checkpoint of this run")
             while self.position.epoch < self.config.epochs and not self._spent():
                 if not self._epoch():
                     return self._interrupted()
@@ -507,7 +507,8 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._save_cost = self._saved_at - began
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint; of those that are sharded, what this process holds."""
         tolaria, ranks = self.tolaria, self.ranks
         tensors = {
             **training_tensors(tolaria.plane, tolaria.optimizer),
@@ -515,9 +516,11 @@ class Trainer:
             **tolaria.snapshot.state_tensors(),
             "trainer.hits": ranks.add_up(self._hits),
         }
-        if not isinstance(ranks, ProcessGroup):
-            return tensors
-        tensors = ranks.with_every_random(tensors)
+        return ranks.with_every_random(tensors) if isinstance(ranks, ProcessGroup) else tensors
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, whole; where they are sharded, in the first process alone and on the CPU."""
+        tensors, ranks = self._own_tensors(), self.ranks
         if not ranks.sharded:
             return tensors
         found = {}
