@@ -2,7 +2,7 @@
 
 Run: python -m benchmarks.at_scale [--rates FILE.json] [--json FILE]
 Parameters are counted on the meta device; activations by a formula that `tests/distributed/test_at_scale.py` holds
-against what autograd keeps. Rates are those of FILE, which `benchmarks.several_gpus.rates` draws from what was measured;
+against what autograd keeps. Rates are those of FILE, drawn from what was measured by `benchmarks.several_gpus.rates`;
 those of a network that was not at hand are named in `Cluster`. Formulas follow what Esper does today.
 """
 
