@@ -34,7 +34,6 @@ class Piece:
     module: str
     seconds: float
     alone: bool = False
-    command: tuple[str, ...] = ()
 
 
 PIECES: Final = {
@@ -42,6 +41,7 @@ PIECES: Final = {
     "agreement": Piece("agreement", 100, alone=True),
     "scaling": Piece("scaling", 190),
     "billion": Piece("billion", 260),
+    "simic": Piece("simic", 120, alone=True),
 }
 
 

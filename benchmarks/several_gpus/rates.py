@@ -24,8 +24,8 @@ def rates_of(links: Sequence[Mapping[str, Any]], billion: Sequence[Mapping[str, 
     bus, copies = rows["exchanges"]["bus_bytes_a_second"], rows["copies"]["a_second"]
     training = [row for row in billion if row["stage"] == "training"]
     deep = [row for row in training if row["deepened"]]
-    usual = statistics.median(row["decision_seconds"] for row in training if not row["deepened"])
-    each = (deep[0]["decision_seconds"] - usual) / deep[0]["layers"] if deep else None
+    usual = [row["decision_seconds"] for row in training if not row["deepened"]]
+    each = (deep[0]["decision_seconds"] - statistics.median(usual)) / deep[0]["layers"] if deep else None
     return {
         "device": rows["machine"]["device"],
         "rates": {

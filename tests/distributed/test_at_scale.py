@@ -17,9 +17,11 @@ from benchmarks.at_scale import (
     limits,
     memory,
     memory_to_build,
+    report,
     snapshot,
     step,
 )
+from benchmarks.several_gpus.rates import rates_of
 from esper_core.testing.cases import installed
 from esper_core.tolaria import process_group
 from esper_core.tolaria.config import RunConfig
@@ -126,3 +128,23 @@ def test_a_module_is_placed_in_portions(monkeypatch: pytest.MonkeyPatch) -> None
     found = [[len(t) for t in portion] for portion in process_group._in_portions(tensors)]
     assert found == [[5, 30], [1, 1, 24], [3]]
     assert list(process_group._in_portions([])) == []
+
+
+def test_rates_are_drawn_from_what_the_pieces_told() -> None:
+    links: list[dict[str, object]] = [
+        {"stage": "machine", "device": "a GPU"},
+        {"stage": "exchanges", "bus_bytes_a_second": {"all_gather_bfloat16": 3e11, "reduce_scatter_float32": 2e11}},
+        {"stage": "copies", "a_second": {"copy_on_device": 1e12, "copy_to_cpu": 5e9, "sha256": 2e9}},
+        {"stage": "block", "width": 4096.0, "mfu": 0.6, "mfu_recomputed": 0.45},
+        {"stage": "block", "width": 8192.0, "mfu": 0.62, "mfu_recomputed": 0.46},
+    ]
+    told = [(0.5, False), (0.7, False), (3.0, True), (0.6, False)]
+    billion = [
+        {"stage": "training", "decision_seconds": seconds, "deepened": deepened, "layers": 12}
+        for seconds, deepened in told
+    ]
+    found = rates_of(links, [{"stage": "ready"}, *billion])
+    assert found["rates"]["seconds_to_copy_a_block"] == pytest.approx((3.0 - 0.6) / 12)
+    assert found["rates"]["copy_on_device"] == 2e12  # read and written
+    assert [case["model"] for case in report(found)] == ["7B", "70B"]
+    assert rates_of(links, [])["rates"]["seconds_to_copy_a_block"] is None
