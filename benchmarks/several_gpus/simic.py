@@ -72,8 +72,8 @@ def _train(folder: Path, file: Path, count: int, limit: float, quick: bool) -> d
     device = "cuda" if on_gpu() else "cpu"
     workers = 1 if quick else max(1, (os.cpu_count() or 2) // 4)
     command = [
-        sys.executable, "-m", "esper_core", "tamiyo", "train", "--curriculum", str(file), "--out", str(out), "--backend", "stacked",
-        "--device", device, "--workers", str(workers), "--worlds-at-once", "1", "--quiet",
+        sys.executable, "-m", "esper_core", "tamiyo", "train", "--curriculum", str(file), "--out", str(out),
+        "--backend", "stacked", "--device", device, "--workers", str(workers), "--worlds-at-once", "1", "--quiet",
         *(["--devices", str(count)] if count > 1 else []),
     ]  # fmt: skip
     with (folder / f"{count}.log").open("wb") as log:
