@@ -98,14 +98,30 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return torch.transpose(x, -2, -1) if tall else x
 
 
-def hidden_matrices(module: nn.Module) -> frozenset[int]:
+def hidden_matrices(module: nn.Module, run: Callable[[], object] | None = None) -> frozenset[int]:
     """The `id`s of the parameters of `module` that Muon updates: the weights of linear layers inside the network.
 
     Embeddings are left out, and so are the last linear layer, which is the head, and weights that these share.
+
+    Args:
+        run: runs `module` once, which tells the layer that is last; without it, the one that is registered last.
     """
     layers = [m for m in module.modules() if getattr(m, "weight", None) is not None]
     matrices = [m for m in layers if isinstance(m.weight, nn.Parameter) and m.weight.dim() == 2]
     embeddings = {id(m.weight) for m in matrices if isinstance(m, nn.Embedding)}
     linear = [m for m in matrices if not isinstance(m, nn.Embedding)]
-    head = {id(linear[-1].weight)} if linear else set()
+    last = (_in_order(linear, run) if run is not None else []) or linear
+    head = {id(last[-1].weight)} if last else set()
     return frozenset(id(m.weight) for m in linear) - head - embeddings
+
+
+def _in_order(layers: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
+    """The layers that `run` calls, as often as they are called, in the order in which they are done."""
+    order: list[nn.Module] = []
+    handles = [layer.register_forward_hook(lambda layer, args, output: order.append(layer)) for layer in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order

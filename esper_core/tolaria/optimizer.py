@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.kasmina.growth import StageChange
+from esper_core.kasmina.modes import evaluating
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import UntrackedParameter
+from esper_core.leyline.host import HostProtocol, map_tensors
 from esper_core.leyline.options import option_field
 from esper_core.tolaria.caller_groups import GroupRef, family_of, source_of
 from esper_core.tolaria.config import RunConfig
@@ -79,8 +81,10 @@ class GrowthOptimizer:
 
     def follow(self, plane: Plane) -> None:
         """Track the seeds of `plane` from now on."""
-        matrices = {id(p) for p in plane.host.module.parameters() if p.dim() == 2}
-        self._not_hidden = frozenset(matrices - hidden_matrices(plane.host.module))
+        if self.config.optimizer == "muon":
+            module = plane.host.module
+            matrices = {id(p) for p in module.parameters() if p.dim() == 2}
+            self._not_hidden = frozenset(matrices - hidden_matrices(module, example_pass(plane.host)))
         self._plane = plane
         plane.on_change(self.on_stage_change)
         self.sync(plane)
@@ -275,6 +279,20 @@ class GrowthOptimizer:
         assert self.torch is not None
         for parameter in parameters:
             self.torch.state.pop(parameter, None)
+
+
+def example_pass(host: HostProtocol) -> Callable[[], object] | None:
+    """What runs the host once on its example, in eval mode and leaving no trace; None where it has no example."""
+    example = getattr(host, "example", None)
+    if example is None:
+        return None
+    device = next(host.module.parameters()).device
+
+    def run() -> object:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(host.module):
+            return host.forward_with_slots(map_tensors(lambda tensor: tensor.to(device), example))
+
+    return run
 
 
 def state_keys(optimizer: torch.optim.Optimizer) -> frozenset[str]:

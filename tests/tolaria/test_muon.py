@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from esper_core.kasmina.plane import Plane
+from esper_core.registry import load_registry
+from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.muon import MuonAdamW, hidden_matrices, orthogonalize
+from esper_core.tolaria.optimizer import GrowthOptimizer
+from esper_hosts.gpt import gpt
 
 
 def _network() -> nn.Sequential:
@@ -46,6 +51,22 @@ def test_hidden_matrices_leave_out_embeddings_head_and_what_they_share() -> None
     assert hidden_matrices(net) == {id(net[1].weight), id(net[3].weight)}
     net[5].weight = net[0].weight  # tied; a head is not hidden, and neither is an embedding
     assert hidden_matrices(net) == {id(net[1].weight), id(net[3].weight)}
+
+
+def test_the_head_of_a_host_is_the_layer_that_runs_last() -> None:
+    """The host registers its head before its blocks."""
+    plane = Plane(gpt(layers=2, width=32, outputs=32, input_shape=(8,)), load_registry())
+    module = plane.host.module
+    assert [name for name, _ in module.named_children()].index("head") < [*dict(module.named_children())].index(
+        "blocks"
+    )
+    before, mode = torch.random.get_rng_state(), module.training
+    optimizer = GrowthOptimizer(module.parameters(), RunConfig(optimizer="muon"))
+    optimizer.follow(plane)
+    inside = {name for name, p in module.named_parameters() if p.dim() == 2 and name.startswith("blocks.")}
+    assert {name for name, p in module.named_parameters() if optimizer._is_hidden(p)} == inside
+    assert torch.equal(torch.random.get_rng_state(), before) and module.training is mode
+    assert not module.head._forward_hooks
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (3, 4, 16), (1, 16, 4)])
