@@ -179,6 +179,19 @@ weights_option = click.option(
 """The option `--weights` of verbs that load a grown model."""
 
 
+workers_option = click.option(
+    "--workers", type=click.IntRange(1), metavar="N",
+    help="processes  [default: 2; with --ray, as many as fit]",
+)  # fmt: skip
+"""The option `--workers` of verbs that train several runs; None where it was not typed."""
+
+ray_option = click.option(
+    "--ray", is_flag=False, flag_value="auto", default=None, metavar="[ADDRESS]",
+    help="train on the Ray cluster there, or on the one that `ray start --head` began",
+)  # fmt: skip
+"""The option `--ray` of the same verbs."""
+
+
 def run_argument(name: str = "run") -> Callable[[Function], Function]:
     """The argument RUN: a folder, a name in `runs/`, or `latest`."""
     return click.argument(name, metavar=name.upper(), shell_complete=_complete_run)

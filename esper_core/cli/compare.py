@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from esper_core.cli.arguments import find_run, host_option, run_argument
+from esper_core.cli.arguments import find_run, host_option, ray_option, run_argument, workers_option
 from esper_core.cli.context import CliSettings
 from esper_core.cli.output import make_console, say
+from esper_core.leyline.errors import BadOption
 
 if TYPE_CHECKING:
     from esper_core.cli.display import Display
+    from esper_core.trials.compare import CompareConfig
 
 
 @click.command()
@@ -22,16 +24,16 @@ if TYPE_CHECKING:
 @click.option("--arms", default="", metavar="A,B", help="train only these arms  [default: all]")
 @click.option("--candidates", type=click.IntRange(1), default=3, metavar="N", show_default=True,
               help="random architectures that share the budget of the random search")  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), default=2, metavar="N", show_default=True,
-              help="processes, of one thread each")  # fmt: skip
+@workers_option
+@ray_option
 @click.option("--frontier", is_flag=True,
               help="instead: static networks of every size, tuned, at the run's FLOPs")  # fmt: skip
 @host_option
 @click.option("--json", "as_json", is_flag=True, help="print compare.json (frontier.json) instead of a table")
 @click.pass_context
 def compare(
-    context: click.Context, run: str, seeds: int, arms: str, candidates: int, workers: int, frontier: bool,
-    code: str, as_json: bool,
+    context: click.Context, run: str, seeds: int, arms: str, candidates: int, workers: int | None,
+    ray: str | None, frontier: bool, code: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Train baselines that do not grow, on the same data with paired seeds, and print the table.
 
@@ -45,14 +47,20 @@ def compare(
     """
     folder = str(find_run(run))
     from esper_core.tolaria.own_code import code_named
+    from esper_core.trials.compare import ARMS, CompareConfig
 
     with code_named(code):
         if frontier:
-            print_frontier(folder, seeds, workers, as_json=as_json)
+            if ray is not None:
+                raise BadOption("--ray with --frontier", "workers on this machine", "leave --ray out")
+            print_frontier(folder, seeds, workers or 2, as_json=as_json)
             return
         settings = context.find_object(CliSettings) or CliSettings()
-        print_arms(folder, seeds, tuple(a.strip() for a in arms.split(",") if a.strip()), candidates, workers,
-                   settings.disabled, as_json=as_json)  # fmt: skip
+        config = CompareConfig(
+            seeds=seeds, arms=tuple(a.strip() for a in arms.split(",") if a.strip()) or ARMS, candidates=candidates,
+            workers=workers or 0, ray=ray, disabled=settings.disabled,
+        )  # fmt: skip
+        print_arms(folder, config, as_json=as_json)
 
 
 def print_frontier(run: str, seeds: int, workers: int, *, as_json: bool) -> None:
@@ -67,17 +75,12 @@ def print_frontier(run: str, seeds: int, workers: int, *, as_json: bool) -> None
     say(json.dumps(summary, indent=1) if as_json else show_frontier(summary))
 
 
-def print_arms(
-    run: str, seeds: int, arms: tuple[str, ...], candidates: int, workers: int, disabled: tuple[str, ...], *,
-    as_json: bool,
-) -> None:  # fmt: skip
+def print_arms(run: str, config: CompareConfig, *, as_json: bool) -> None:
     """Compare, print the table or the JSON, and bring the run's report up to date."""
-
     from esper_core.cli.arms import show_arms
     from esper_core.nissa.report import write_report
-    from esper_core.trials.compare import ARMS, CompareConfig, compare_run
+    from esper_core.trials.compare import compare_run
 
-    config = CompareConfig(seeds=seeds, arms=arms or ARMS, candidates=candidates, workers=workers, disabled=disabled)
     summary = compare_run(run, config, notify=lambda text: say(text, err=True))
     write_report(run)
     if as_json:

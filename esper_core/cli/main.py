@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "resume": ("esper_core.cli.resume", "resume", "resume a run from its newest checkpoint"),
     "eval": ("esper_core.cli.evaluate", "evaluate", "evaluate a grown model"),
     "compare": ("esper_core.cli.compare", "compare", "compare a run with baselines that do not grow"),
+    "sweep": ("esper_core.cli.sweep", "sweep", "train a grid or a random search of runs, and rank the settings"),
     "export": ("esper_core.cli.export", "export", "write a grown model for use without Esper"),
     "report": ("esper_core.cli.report", "report", "write the report of a run as one HTML file"),
     "runs": ("esper_core.cli.runs", "runs", "list runs, compare two, or write one page about all"),
@@ -32,8 +33,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
 ELSEWHERE: dict[str, str] = {
     "--resume": "esper resume RUN",
     "--continue": "esper resume RUN",
-    "--workers": "esper compare RUN --workers N; a run itself is one process",
-    "--num-workers": "esper compare RUN --workers N; a run itself is one process",
+    "--workers": "esper sweep FILE.toml --workers N, or esper compare RUN --workers N; a run itself is one process",
+    "--num-workers": "esper sweep FILE.toml --workers N, or esper compare RUN --workers N; a run itself is one process",
     "--model": "--host NAME",
     "--data": "--task NAME",
     "--dataset": "--task NAME",

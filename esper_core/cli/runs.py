@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -66,10 +67,17 @@ def list_all(folder: str, as_json: bool) -> None:
 @click.option("--out", metavar="FILE", help="Where to write it.  [default: index.html in FOLDER]")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 def report_all(folder: str, out: str | None, show: bool) -> None:
-    """Write one page about all runs in FOLDER (runs/ by default): sortable, with their curves in one chart."""
-    from esper_core.nissa.report.index import write_index
+    """Write one page about all runs in FOLDER (runs/ by default): sortable, with their curves in one chart.
 
-    path = write_index(list_runs(Path(folder)), folder, out)
+    Of a sweep it is the page that `esper sweep` writes.
+    """
+    from esper_core.nissa.report.index import write_index
+    from esper_core.nissa.report.reading import read_json
+    from esper_core.storage.tensor_file import expect_well_formed
+
+    found = read_json(Path(folder) / "results.json") if (Path(folder) / "sweep.json").is_file() else None
+    with expect_well_formed(Path(folder) / "results.json") if found is not None else nullcontext():
+        path = write_index(list_runs(Path(folder)), folder, out, sweep=found)
     say(path)
     if show:
         click.launch(path.resolve().as_uri())

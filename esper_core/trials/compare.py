@@ -21,7 +21,7 @@ from typing import Any, Final
 import attrs
 
 from esper_core.kasmina.plane import Plane
-from esper_core.leyline.errors import BadFile, BadOption, did_you_mean, os_error_as
+from esper_core.leyline.errors import BadFile, BadOption, RunFailed, did_you_mean, os_error_as
 from esper_core.leyline.events import renamed
 from esper_core.leyline.files import typed
 from esper_core.leyline.host import TaskProtocol
@@ -40,7 +40,7 @@ from esper_core.tolaria.run import resume_run, start_run
 from esper_core.tolaria.run_folder import RunFolder
 from esper_core.tolaria.setup import Setup, host_params, keep_used_settings, set_up
 from esper_core.trials.intervals import paired_interval
-from esper_core.trials.jobs import run_jobs
+from esper_core.trials.jobs import run_each
 from esper_core.trials.static import (
     StaticResult,
     StaticSeed,
@@ -51,6 +51,7 @@ from esper_core.trials.static import (
     train_static,
 )
 from esper_core.trials.verdict import verdict_of
+from esper_core.trials.workers import DEFAULT, open_workers
 
 ARMS: Final = ("grown", "host", "host@FLOPs", "static", "static@FLOPs", "random search", "random controller")
 """Every arm, in the order of tables."""
@@ -69,14 +70,16 @@ class CompareConfig:
         seeds: how many, from the run's own on.
         arms: which of `ARMS`; `grown` is always among them.
         candidates: random architectures of a random search, which share its FLOPs.
-        workers: processes, of one thread each.
+        workers: processes, of one thread each; 0: two, and as many as fit a Ray cluster.
+        ray: the address of a Ray cluster to train on, `auto` to find it; None: here.
         disabled: plugins that workers shall not load.
     """
 
     seeds: int = attrs.field(default=5, validator=attrs.validators.ge(1))
     arms: tuple[str, ...] = attrs.field(default=ARMS)
     candidates: int = attrs.field(default=3, validator=attrs.validators.ge(1))
-    workers: int = attrs.field(default=2, validator=attrs.validators.ge(1))
+    workers: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    ray: str | None = None
     disabled: tuple[str, ...] = ()
 
     @arms.validator
@@ -115,6 +118,8 @@ def compare_run(
 ) -> dict[str, Any]:
     """Train every arm that is not done yet, beside the finished run at `path`, and write `compare.json` into it.
 
+    A training that fails costs the others nothing, but for those that need its outcome.
+
     Args:
         path: a finished run, which is the grown arm of its own seed.
         notify: told of every arm and seed that is done.
@@ -124,6 +129,8 @@ def compare_run(
 
     Raises:
         BadFile: no run there, or one that is not finished.
+        BadOption, MissingDependency: the Ray cluster cannot be used.
+        RunFailed: some trainings failed; the others are in `compare.json`.
     """
     folder, run, _ = RunFolder.open(path)
     result, run = folder.result(), take_named(run, load_registry(config.disabled), folder.path)
@@ -144,15 +151,29 @@ def compare_run(
     todo = [unit for unit in units if not unit.file.is_file()]
     if todo:
         arms = ", ".join(dict.fromkeys(unit.arm for unit in todo))
-        notify(f"comparing: {len(todo)} more training{'s' * (len(todo) != 1)} ({arms}), {config.workers} at a time")
-    for index, _, left in run_jobs(todo, run_unit, config.workers, ready=_is_ready):
-        unit = todo[index]
-        outcome = read_json_file(unit.file)
-        told = f"{outcome['metric']['name']} {outcome['score']:.4f}, loss {outcome['loss']:.4f}"
-        notify(f"{unit.arm}, seed {unit.seed}: {told}; {left} to go")
+        at_once = config.workers or (DEFAULT if config.ray is None else "as many as fit")
+        notify(f"comparing: {len(todo)} more training{'s' * (len(todo) != 1)} ({arms}), {at_once} at a time")
+    failed: list[tuple[Unit, Exception]] = []
+    if todo:
+        workers = open_workers(
+            config.workers, devices={run.device}, marker=folder.path / "run.json", ray=config.ray, notify=notify
+        )
+        for count, attempt in enumerate(run_each(todo, run_unit, workers, ready=_is_ready, retries=1), 1):
+            unit = todo[attempt.job]
+            if attempt.error is not None:
+                failed.append((unit, attempt.error))
+                told = f"failed: {attempt.error}"
+            else:
+                outcome = read_json_file(unit.file)
+                told = f"{outcome['metric']['name']} {outcome['score']:.4f}, loss {outcome['loss']:.4f}"
+            notify(f"{unit.arm}, seed {unit.seed}: {told}; {len(todo) - count} to go")
     with expect_well_formed(beside):
         summary = summarise_arms(beside, run, config)
     write_json_file(folder.path / "compare.json", summary)
+    if failed:
+        unit, error = failed[0]
+        given = f"{len(failed)} of {len(todo)} trainings failed; the first, {unit.arm} with seed {unit.seed}: {error}"
+        raise RunFailed(given, "", f"esper compare {typed(folder.path)}, which keeps the others") from error
     return summary
 
 
@@ -276,6 +297,8 @@ def _grow(unit: Unit, registry: Registry) -> dict[str, Any]:
             result = resume_run(path, registry=registry).to_mapping()
     else:
         result = start_run(config, registry=registry).to_mapping()
+    if result["status"] != "finished":  # a signal stopped it, and it can be resumed
+        raise RunFailed(f"it was stopped: {result['reason']}")
     return _describe_grown(unit.arm, unit.seed, path, result, training_seconds(path) or 0.0)
 
 

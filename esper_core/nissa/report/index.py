@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -18,16 +18,24 @@ from esper_core.nissa.report.reading import RunDigest, thin
 CURVE_POINTS: Final = 160
 """Points of one run's curve on the page."""
 
+_OF_SWEEP: Final = ("varied", "status", "error", "validation_score", "validation_loss")
 _LEFT_OUT: Final = ("folder", "slots", "config", "germinated")
 
 
-def write_index(folders: Sequence[Path], root: str | Path, out: str | Path | None = None) -> Path:
+def write_index(
+    folders: Sequence[Path],
+    root: str | Path,
+    out: str | Path | None = None,
+    *,
+    sweep: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the page about runs, finished or not.
 
     Args:
         folders: of the runs, the newest first.
         root: what the page is called after; it goes there as `index.html` by default.
         out: where to write instead.
+        sweep: the results of the sweep whose runs these are, see `trials.sweep.table.results_of`.
 
     Returns:
         The path of the page. It links to each run's `report.html` that exists, by a path relative to itself.
@@ -38,14 +46,25 @@ def write_index(folders: Sequence[Path], root: str | Path, out: str | Path | Non
     if not folders:
         raise EsperError(f"{root} holds no runs", "a folder of runs", "esper run --host cnn")
     target = page_path(root if out is None else out, "index.html")
-    return write_page(target, render_index(folders, str(root), target.parent))
+    return write_page(target, render_index(folders, str(root), target.parent, sweep))
 
 
-def render_index(folders: Sequence[Path], root: str, beside: Path) -> str:
+def render_index(folders: Sequence[Path], root: str, beside: Path, sweep: Mapping[str, Any] | None = None) -> str:
     """The page as text; links are relative to the folder `beside`."""
     now = time.time()
     rows = [_row(folder, beside, now) for folder in folders]
-    return fill_template("index.html", f"Runs in {root} · Esper", {"root": root, "runs": rows})
+    data: dict[str, Any] = {"root": root, "runs": rows}
+    if sweep is not None:
+        data["sweep"] = {key: sweep[key] for key in ("name", "varied", "count", "settings")}
+        found = {row["name"]: row for row in sweep["runs"]}
+        data["sweep"]["missing"] = [_missing(row) for name, row in found.items() if row["status"] in ("failed", "left")]
+        for row in rows:
+            row |= {key: found[row["name"]][key] for key in _OF_SWEEP} if row["name"] in found else {}
+    return fill_template("index.html", f"{'Sweep' if sweep else 'Runs in'} {root} · Esper", data)
+
+
+def _missing(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("name", "status", "error")}
 
 
 def _row(folder: Path, beside: Path, now: float) -> dict[str, Any]:
