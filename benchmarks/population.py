@@ -93,7 +93,7 @@ def _build(state: dict[str, Any], span: tuple[int, int], share: bool) -> None:
     members = [ground.member() for _ in range(*span)]
     state["cohort"] = cohort = Cohort(ground.member(), members, share=share, twin=False)
     _train(state, 1)
-    cohort.observe(ground.validation(), 0.05)
+    cohort.observe([ground.validation()], 0.05)
     for number, k in enumerate(range(*span)):
         path, blueprint = seed_of(k)
         assert cohort.act(number, [Command(Op.GERMINATE, path, blueprint)])
@@ -101,7 +101,7 @@ def _build(state: dict[str, Any], span: tuple[int, int], share: bool) -> None:
 
 def _train(state: dict[str, Any], steps: int) -> None:
     for _ in range(steps):
-        state["cohort"].step(state["batch"], CONFIG.learning_rate)
+        state["cohort"].step([state["batch"]], CONFIG.learning_rate)
 
 
 def peak_gflops() -> float:

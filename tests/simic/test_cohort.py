@@ -138,11 +138,11 @@ def test_a_host_is_computed_once_while_all_are_isolated(ground: Ground) -> None:
     for member in [group.cohort.trunk, *group.cohort.members]:
         member.plane.host.module.register_forward_hook(count)
     batch, rate, _, _ = next(ground.batches())
-    group.cohort.step(batch, rate)
+    group.cohort.step([batch], rate)
     assert calls == 1
     group.cohort.members[0].tolaria.remove_seed("block1", "for the test")
     group.cohort.members[0].shared = False
-    group.cohort.step(batch, rate)
+    group.cohort.step([batch], rate)
     assert calls == 3
 
 

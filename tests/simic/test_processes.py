@@ -69,11 +69,11 @@ def test_a_trunk_that_nobody_shares_is_not_computed() -> None:
         for share in (False, True)
     )  # fmt: skip
     for number, (batch, rate, epoch, _) in enumerate(list(ground.batches())[:16]):
-        apart.step(batch, rate)
-        sharing.step(batch, rate)
+        apart.step([batch], rate)
+        sharing.step([batch], rate)
         for one, other in zip(apart.members, sharing.members, strict=True):
             assert torch.equal(one.loss, other.loss)
         if number in (3, 9):
-            seen, expected = (cohort.observe(ground.validation(), epoch) for cohort in (apart, sharing))
+            seen, expected = (cohort.observe([ground.validation()], epoch) for cohort in (apart, sharing))
             assert [view.validation_loss for view in seen] == [view.validation_loss for view in expected]
     assert apart.trunk.tolaria.clock.step == 0 and sharing.trunk.tolaria.clock.step == 16

@@ -9,7 +9,7 @@ environment continues alone from a copy of the trunk. Hosts stay bit-equal to se
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 from torch import Tensor
@@ -22,6 +22,41 @@ from esper_core.leyline.view import RunView
 from esper_core.simic.gym.member import LentSensors, Member
 
 
+class Population(Protocol):
+    """Environments of one or several groups with a WAIT twin for each: what an episode asks of whatever computes them.
+
+    `Cohort` computes one group on the CPU, sharing what is equal; `stacked_cohort.StackedCohort` computes several on a
+    device. In worker processes each has one of its own.
+
+    Attributes:
+        trunks: the twin of each group. members: the environments, group by group.
+        broken: groups whose host fails without any growth.
+    """
+
+    members: list[Member]
+
+    @property
+    def trunks(self) -> list[Member]:
+        """See the class."""
+
+    @property
+    def broken(self) -> set[int]:
+        """See the class."""
+
+    def step(self, batches: Sequence[Batch], rate: float) -> None:
+        """Every environment trains on its group's batch at the host's learning rate `rate`."""
+
+    def observe(self, validations: Sequence[Sequence[Batch]], epoch: float) -> list[RunView]:
+        """The view of every member at a decision. `validations`: the batches that each group is measured on.
+
+        Raises:
+            RunFailed: every group's host fails without any growth.
+        """
+
+    def act(self, k: int, commands: Iterable[Command]) -> list[Command]:
+        """Carry out the legal ones of `commands` in member k, and return them."""
+
+
 class Cohort:
     """A trunk and the environments that started from it.
 
@@ -30,6 +65,9 @@ class Cohort:
         members: environments whose hosts have the trunk's initial weights and training state.
         share: whether to share at all; without, every member trains by itself.
         twin: whether the trunk is still computed when no member shares it, as where rewards are paired with it.
+
+    Attributes:
+        trunks, members, broken: see `Population`; the one group is never broken, since `observe` raises where it is.
     """
 
     def __init__(self, trunk: Member, members: Sequence[Member], *, share: bool = True, twin: bool = True) -> None:
@@ -46,8 +84,14 @@ class Cohort:
         """The one trunk, as a list."""
         return [self.trunk]
 
-    def step(self, batch: Batch, rate: float) -> None:
-        """Trunk and members train on `batch` at the host's learning rate `rate`."""
+    @property
+    def broken(self) -> set[int]:
+        """Empty."""
+        return set()
+
+    def step(self, batches: Sequence[Batch], rate: float) -> None:
+        """Trunk and members train on the one batch at the host's learning rate `rate`."""
+        (batch,) = batches
         sharing = [m for m in self.members if m.shared and not m.failed]
         if sharing or self.twin:
             self._step_together(sharing, batch, rate)
@@ -71,12 +115,13 @@ class Cohort:
             member.after_step(batch.size)
             self._part(member)
 
-    def observe(self, batches: Iterable[Batch], epoch: float) -> list[RunView]:
+    def observe(self, validations: Sequence[Sequence[Batch]], epoch: float) -> list[RunView]:
         """The views of all members at a decision; the trunk measures its own, if it is needed.
 
         Raises:
             RunFailed: the trunk, which grows nothing, is unrecoverable.
         """
+        (batches,) = validations
         if self.twin or any(member.shared for member in self.members):
             self.trunk.observe(batches, epoch)
         if self.trunk.failed:

@@ -22,7 +22,7 @@ from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
 from esper_core.nissa.sensors import SensorArray
 from esper_core.registry import Registry
-from esper_core.simic.gym.cohort import Cohort
+from esper_core.simic.gym.cohort import Cohort, Population
 from esper_core.simic.gym.member import LentSensors, LentTolaria, Member, Puppet
 from esper_core.simic.gym.reward import OutcomeMeter, Standing, compute_shaped_reward, slot_credits
 from esper_core.simic.gym.stacked_cohort import StackedCohort
@@ -166,7 +166,7 @@ class EpisodeGroup:
         self.grounds = [grounds] if isinstance(grounds, Ground) else list(grounds)
         self.ground, self.size, self.done = self.grounds[0], size, False
         self.rewards = [rewards] * len(self.grounds) if isinstance(rewards, Mapping) else list(rewards)
-        self.cohort: Cohort | StackedCohort
+        self.cohort: Population
         if device is not None:
             self.cohort = StackedCohort(self.grounds, size, device=device)
         elif len(self.grounds) == 1:
@@ -189,20 +189,15 @@ class EpisodeGroup:
         epoch = 0.0
         for rows in zip(*self._batches, strict=True):
             _, rate, epoch, due = rows[0]
-            if isinstance(self.cohort, StackedCohort):
-                self.cohort.step([row[0] for row in rows], rate)
-            else:
-                self.cohort.step(rows[0][0], rate)
+            batches = [row[0] for row in rows]
+            self.cohort.step(batches, rate)
             self.steps += 1
-            self._count([row[0] for row in rows])
+            self._count(batches)
             if due:
                 break
         self._decision += 1
         self.done = self._decision >= self.ground.decisions
-        if isinstance(self.cohort, StackedCohort):
-            views = self.cohort.observe(self._validation, epoch)
-        else:
-            views = self.cohort.observe(self._validation[0], epoch)
+        views = self.cohort.observe(self._validation, epoch)
         return views, [self._pay(k) for k in range(len(self._accounts))]
 
     def _count(self, batches: Sequence[Batch]) -> None:
@@ -225,7 +220,7 @@ class EpisodeGroup:
     @property
     def broken(self) -> set[int]:
         """Groups whose host fails without any growth, so that they are left out of learning."""
-        return self.cohort.broken if isinstance(self.cohort, StackedCohort) else set()
+        return self.cohort.broken
 
     def act(self, k: int, commands: Sequence[Command]) -> list[Command]:
         """Carry out the legal ones of `commands` in environment k."""
