@@ -1,6 +1,6 @@
 """Training on a lent GPU in calls of a few minutes: smoke, training, contests; resumable between calls.
 
-    python -m benchmarks.device_training --out FOLDER [--limit 550] [--arms scaled,plain] [--resume TAR]
+    python -m benchmarks.device_training --out FOLDER [--limit 550] [--arms scaled,plain] [--resume TAR | --base AGENT]
 
 It ends by itself within `--limit` seconds whatever happens, and keeps `FOLDER/simic.tar` up to date all the time:
 
@@ -53,7 +53,7 @@ ARMS: Final[Mapping[str, tuple[str, str]]] = {
 }
 """What each arm replaces in the curriculum's text."""
 _SMOKE_S: Final = 80.0
-_EVAL_S: Final = 130.0
+_EVAL_S: Final = 100.0
 _END_S: Final = 20.0
 """Seconds for the smoke pieces, for contests, and kept for the end."""
 _LOST: Final = 3
@@ -65,6 +65,8 @@ class _Called:
 
     def __init__(self, work: Path, out: Path, limit: float) -> None:
         self.work, self.out, self.began, self.limit = work, out, _BEGAN, limit
+        self.base: Path | None = None
+        self.seed, self.at_once = 1, 4
         self.shared: dict[str, str] = {}
         self.started: list[subprocess.Popen[str]] = []
         self._lock = threading.Lock()
@@ -264,8 +266,9 @@ def train(call: _Called, arms: Sequence[str], text: str, name: str, device: str,
     for one in arms:
         folder = call.work / one
         if not (folder / "training.json").exists():
-            manifest = new_manifest(name, seed=1, backend="stacked", device=device)
-            Training.start(folder, attrs.evolve(manifest, text=text.replace(*ARMS[one]) if ARMS[one][0] else text))
+            manifest = new_manifest(name, seed=call.seed, backend="stacked", device=device, worlds_at_once=call.at_once)
+            text_ = text.replace(*ARMS[one]) if ARMS[one][0] else text
+            Training.start(folder, attrs.evolve(manifest, text=text_), call.base)
     environment = {**os.environ, **call.shared}
     processes = {one: _start(call, one, workers // len(arms), end, environment) for one in arms}
     packed = time.monotonic()
@@ -385,7 +388,7 @@ def judge(call: _Called, curriculum: Curriculum, arms: Sequence[str], workers: i
                     done.append(row)
                     with open(path, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-                if time.monotonic() < end - 20.0:
+                if time.monotonic() < end - 30.0:
                     hand_out(worker)
         call.log(f"{len(done)} contests, {len(busy)} not ended")
     finally:
@@ -421,6 +424,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=550.0)
     parser.add_argument("--arms", default="scaled,plain")
     parser.add_argument("--resume", type=Path, help="the tar of an earlier call")
+    parser.add_argument("--base", type=Path, help="an agent to go on from, without imitation")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--worlds-at-once", type=int, default=4, help="groups in one stack")
     parser.add_argument("--curriculum", default="differing")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=0)
@@ -437,6 +443,8 @@ def main() -> None:
     told_.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="device-training-"))
     call, arms = _Called(work, told_.out, told_.limit), told_.arms.split(",")
+
+    call.base, call.seed, call.at_once = told_.base, told_.seed, told_.worlds_at_once
 
     def end_anyway() -> None:
         time.sleep(max(1.0, call.left - _END_S / 2))

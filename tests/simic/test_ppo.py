@@ -237,7 +237,7 @@ def two_worlds(small: float) -> list[Episode]:
     return found
 
 
-@pytest.mark.parametrize(("scale", "least", "most"), [(0.0, 0.0, 0.06), (0.001, 0.8, 1.2)])
+@pytest.mark.parametrize(("scale", "least", "most"), [(0.0, 0.0, 0.06), (0.001, 0.6, 1.4)])
 def test_a_world_of_small_returns_teaches_as_much_as_one_of_large_ones(scale: float, least: float, most: float) -> None:
     policy = Lookup(2)
     config = PPOConfig(group_baseline=True, group_scale=scale, gae_lambda=0.0, gradient_norm=1e9, epochs=1,
@@ -247,7 +247,10 @@ def test_a_world_of_small_returns_teaches_as_much_as_one_of_large_ones(scale: fl
     assert moved[0] > 0 and least < moved[1] / moved[0] < most
 
 
-def test_differences_below_the_floor_stay_small() -> None:
+def test_differences_below_the_floor_stay_small_and_one_death_drowns_nobody() -> None:
     own = [np.array([0.3, -0.3], np.float32), np.array([0.001, -0.001], np.float32)]
     large, small = ppo.rescaled(own, [0, 1], 0.02)
     assert large[0] == pytest.approx(0.3 / 0.32) and small[0] == pytest.approx(0.001 / 0.021)
+    rest = [np.array([0.1, -0.1], np.float32) for _ in range(7)]
+    found = ppo.rescaled([np.array([-5.0, -5.0], np.float32), *rest], [0] * 8, 0.02)
+    assert found[0].tolist() == [-4.0, -4.0] and found[1][0] > 0.8

@@ -40,7 +40,7 @@ from esper_core.simic.gym.stacks import BLEND, Arena, Stack, StackedAdamW, Stack
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 _Place = tuple[int, str]
 _ADAMW = StackedAdamW()
-_WARM: Final = 3
+_WARM: Final = 1
 """Steps of one shape that are computed before they are captured."""
 _ROWS: Final = 1 << 18
 """Examples of all environments and masks together in one pass over the validation split."""

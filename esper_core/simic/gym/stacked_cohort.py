@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from esper_core.simic.gym.environment import Ground
 
 
-_WORTH_A_GRAPH: Final = 20
+_WORTH_A_GRAPH: Final = 12
 """Optimizer steps between decisions from which on a step is captured."""
 
 

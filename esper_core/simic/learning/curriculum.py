@@ -60,7 +60,8 @@ class World:
         """One run of this family.
 
         Args:
-            rng: of all draws. build: of those that say what is computed (host, task, length), where these are shared.
+            rng: of all draws. build: of those that say what is computed (host, task, length, the offer, since every
+                blueprint of a stack costs it time), where these are shared.
         """
         build = build or rng
         fields = {**self.run, "settings": dict(self.run.get("settings", {})), "seed": seed}
@@ -77,10 +78,10 @@ class World:
         offer = fields.get("blueprints")
         if isinstance(offer, Mapping):
             pool = list(offer["pool"])
-            count = rng.randint(int(offer.get("least", len(pool))), int(offer.get("most", len(pool))))
-            fields["blueprints"] = sorted(rng.sample(pool, count))
+            count = build.randint(int(offer.get("least", len(pool))), int(offer.get("most", len(pool))))
+            fields["blueprints"] = sorted(build.sample(pool, count))
         if self.planted:
-            more = [name for name in self.planted if rng.random() < self.planted_chance]
+            more = [name for name in self.planted if build.random() < self.planted_chance]
             fields["blueprints"] = sorted([*fields.get("blueprints", ()), *more])
         return RunConfig.from_mapping(fields)
 
@@ -115,7 +116,7 @@ class Curriculum:
         iterations: policy updates. groups: episode groups in each. group_size: environments in a group.
         rewards: `name=weight`. controllers: controllers that an evaluation compares with the agent.
         checkpoint_every: iterations between checkpoints.
-        alike: how many groups in a row share world, host, task and length, and differ in weights, batches, offer,
+        alike: how many groups in a row share world, host, task, length and offer, and differ in weights, batches,
             budget and rent, so that a device computes them as one.
         ppo, core, imitation: of the policy update, the network, and the demonstrations before the first update.
         tuning: of the policy update of a core that was trained before; fields that it leaves out are those of `ppo`.

@@ -6,7 +6,6 @@ of it, so that rollout and update see the same network. Shapes: T decisions, K c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Protocol
 
@@ -21,6 +20,8 @@ from esper_core.tamiyo.observation import FIELDS, Normaliser, Observation, Obser
 
 _AT_ONCE: Final = 32
 """Episodes that the normalisers take in at once."""
+_MOST: Final = 4.0
+"""Bound on rescaled advantages."""
 
 
 @attrs.frozen
@@ -135,17 +136,21 @@ def relative(estimates: Sequence[NDArray[np.float32]], groups: Sequence[int]) ->
 def rescaled(
     estimates: Sequence[NDArray[np.float32]], groups: Sequence[int], floor: float
 ) -> list[NDArray[np.float32]]:
-    """Advantages over their root mean square in their group plus `floor`.
+    """Advantages over the third quartile of their size in their group plus `floor`, within ±`_MOST`.
 
     Groups live in worlds of very different returns. With one scale for all, the one that gains most is most of the
     gradient, and what a policy loses where nothing should grow is too little to be seen. Differences well below the
-    floor are taken for noise and stay small.
+    floor are taken for noise and stay small. A quartile and a bound, since one environment that dies by a dangerous
+    seed loses a hundred times what sets the others of its group apart.
     """
-    squares: dict[int, list[float]] = {}
+    sizes: dict[int, list[float]] = {}
     for estimate, group in zip(estimates, groups, strict=True):
-        squares.setdefault(group, []).extend(np.square(estimate, dtype=np.float64))
-    spread = {group: math.sqrt(sum(values) / max(len(values), 1)) for group, values in squares.items()}
-    return [(e / (spread[g] + floor)).astype(np.float32) for e, g in zip(estimates, groups, strict=True)]
+        sizes.setdefault(group, []).extend(np.abs(estimate))
+    spread = {group: float(np.quantile(values, 0.75)) if values else 0.0 for group, values in sizes.items()}
+    return [
+        np.clip(e / (spread[g] + floor), -_MOST, _MOST).astype(np.float32)
+        for e, g in zip(estimates, groups, strict=True)
+    ]
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
