@@ -45,12 +45,25 @@ class Probe(Protocol):
         """Look at one forward pass. `out` carries the gradient that the seed is taught; `s` is None without a seed."""
 
 
+def at_one(combination: nn.Module, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+    """The output of a seed that is no longer blended in: at an `alpha`, 0-dim and of the dtype of `h`, that is 1.
+
+    A combination may have a method `at_one` of these arguments, which answers the same bits with less work.
+    """
+    cheaper = getattr(type(combination), "at_one", None)
+    return combination(h, s, alpha) if cheaper is None else cheaper(combination, h, s, alpha)  # type: ignore[no-any-return]
+
+
 class Interpolation(nn.Module):
     """(1 − α)·h + α·s: a plain blend for a seed that returns a feature; exact at both ends."""
 
     def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
         """The output, of the shape of `h`."""
         return torch.lerp(h, s, alpha)
+
+    def at_one(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        """`s` itself: nothing of the host is left."""
+        return s
 
 
 class OfDelta(nn.Module):
@@ -67,6 +80,10 @@ class OfDelta(nn.Module):
     def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
         """The output, of the shape of `h`."""
         return self.combination(h, s - h, alpha)  # type: ignore[no-any-return]
+
+    def at_one(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        """The output at an alpha of 1."""
+        return at_one(self.combination, h, s - h, alpha)
 
 
 class SeedSlot(nn.Module):
@@ -171,10 +188,10 @@ class SeedSlot(nn.Module):
                 if call is not None and self.spec.layer is not None:
                     call = call.mapped(self._silent)
             s = self._ask(given, call).to(h.dtype)
-            if self.mode is Mode.ATTACHED and isinstance(self.combination, Interpolation):
-                out = s
-            else:
-                out = self.combination(h, s, self.alpha.to(h.dtype)).to(h.dtype)
+            alpha = self.alpha.to(h.dtype)
+            attached = self.mode is Mode.ATTACHED
+            out = at_one(self.combination, h, s, alpha) if attached else self.combination(h, s, alpha)
+            out = out.to(h.dtype)
             if self.mode is Mode.RAMPING:
                 # alpha may be exactly zero, where even an infinite seed must not show
                 out = torch.where(self.alpha == 0, h, out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from esper_core.kasmina.slot import at_one
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.options import resolve_options
 from esper_core.leyline.specs import BlendSpec
@@ -106,6 +108,18 @@ class CombinationConformance(BlendConformance):
             return module(h, torch.sin(h) * seed, share)  # type: ignore[no-any-return]
 
         assert torch.autograd.gradcheck(run, (host, seed, *module.parameters()), fast_mode=True)
+
+    def test_at_one_answers_the_same_bits(self, point: InjectionSpec) -> None:
+        """A slot that no longer ramps asks `at_one`, if there is one, and nothing may change by that."""
+        for dtype in (torch.float32, torch.bfloat16):
+            module, answers = disturb(self.build(point)).to(dtype), []
+            for ask in (module, partial(at_one, module)):
+                h, s = (feature(point, seed=i).to(dtype).requires_grad_() for i in (2, 3))
+                out = ask(h, s, torch.ones((), dtype=dtype))
+                asked = [h, s, *module.parameters()]
+                grads = torch.autograd.grad(out, asked, feature(point, seed=4).to(dtype), materialize_grads=True)
+                answers.append([out.detach(), *grads])
+            assert all(map(torch.equal, *answers)), str(dtype)
 
     def test_host_never_freezes(self, point: InjectionSpec) -> None:
         """At alpha 1 gradient reaches the host past a seed that is silent and passes none on."""

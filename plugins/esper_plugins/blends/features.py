@@ -23,6 +23,10 @@ class Combination(nn.Module, ABC):
         # Selected, not multiplied: 0 · inf is NaN, and -0.0 + 0 is not -0.0.
         return torch.where(alpha == 0, h, self.combine(h, s, alpha.to(h.dtype)).to(h.dtype))
 
+    def at_one(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        """`forward` where `alpha`, of the dtype of `h`, is known to be 1: the same bits, without the selection."""
+        return self.combine(h, s, alpha).to(h.dtype)
+
 
 def silenced(s: Tensor, alpha: Tensor) -> Tensor:
     """`s`, or zeros at alpha 0.

@@ -27,3 +27,6 @@ class Residual(Combination):
 
     def combine(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
         return torch.addcmul(h, s.to(h.dtype), alpha)
+
+    def at_one(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+        return h + s.to(h.dtype)
