@@ -252,10 +252,11 @@ def registry() -> Registry:
     return _KNOWN[0]
 
 
-def allocated(case: Case, measure: str = "need", *, moves: bool = False) -> Adapted:
+def allocated(case: Case, measure: str = "need", *, by_rank: bool = False, moves: bool = False) -> Adapted:
     """Low-rank seeds around all linear layers of the blocks, their ranks by a measure, from step 0 on.
 
     Args:
+        by_rank: buy the rank of the largest gain, whatever it costs, and not that of the largest gain for a parameter.
         moves: at `MOVES`, ranks go from seeds that are not shown to earn to those that are.
     """
     host = _host(case)
@@ -268,7 +269,11 @@ def allocated(case: Case, measure: str = "need", *, moves: bool = False) -> Adap
 
     case.model.eval()
     gains = measure_gains(plane, loss, measure, seed=case.seed)
-    ranks = allocate_ranks({p: s.spec for p, s in plane.slots.items()}, gains, case.budget)
+    specs = {path: slot.spec for path, slot in plane.slots.items()}
+    if by_rank:
+        costs = {path: spec.layer.inputs + spec.layer.outputs for path, spec in specs.items() if spec.layer is not None}
+        gains = {path: [gain * costs[path] for gain in found] for path, found in gains.items()}
+    ranks = allocate_ranks(specs, gains, case.budget)
     plant_ranks(plane, ranks, strength=STRENGTH)
     made = _seeds(case, plane, {path_of(path): rank for path, rank in ranks.items()})
     if moves:
@@ -348,6 +353,7 @@ PEFT: Final[dict[str, Callable[[Case], Adapted]]] = {
 }
 OURS: Final[dict[str, Callable[[Case], Adapted]]] = {
     "need": allocated,
+    "need by rank": lambda case: allocated(case, by_rank=True),
     "moves": lambda case: allocated(case, moves=True),
     "gradient": lambda case: allocated(case, "gradient"),
     "uniform": lambda case: allocated(case, "uniform"),

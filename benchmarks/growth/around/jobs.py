@@ -24,6 +24,11 @@ from esper_core.storage.tensor_file import read_json_file, write_json_file
 
 BUDGETS: Final = (0.001, 0.003, 0.01, 0.03)
 """Added parameters over the host's."""
+ORDER: Final = (
+    *((host, 0.01) for host in ("minilm", "vit", "gpt")),
+    *((host, budget) for budget in (0.003, 0.03, 0.001) for host in ("vit", "minilm", "gpt")),
+)
+"""Cells of host and budget, as they are run."""
 TUNING: Final = 100
 """The seed on which rates are chosen."""
 SEEDS: Final = 5
@@ -32,6 +37,8 @@ BATCH: Final = {"minilm": 32, "vit": 64, "gpt": 32}
 _LOW_RANK: Final = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 RATES: Final[dict[str, tuple[float, ...]]] = {"VeRA": (5e-3, 2e-2, 5e-2, 1e-1), "full": (1e-4, 3e-4, 1e-3, 3e-3)}
 """Peak rates of AdamW by arm, four each; of others `_LOW_RANK`."""
+HIGHER: Final = {"gpt": 2.0}
+"""Factor on the rates of a host, whose arms with additions were all best at the highest of the others' rates."""
 HEAD_RATE: Final = 1e-3
 """Of the head of MiniLM and of the ViT, in every arm."""
 
@@ -56,27 +63,26 @@ class Job:
 
 def cells() -> list[tuple[str, str, float]]:
     """Host, arm and budget of every cell, in the order in which they are run."""
-    order = [(host, budget) for budget in (0.01, 0.003, 0.03, 0.001) for host in HOSTS]
-    whole = [(host, "full", 0.0) for host in HOSTS]
-    found = [(host, arm, budget) for host, budget in order for arm in ARMS]
-    return found[: len(HOSTS) * len(ARMS)] + whole + found[len(HOSTS) * len(ARMS) :]
+    found = [(host, arm, budget) for host, budget in ORDER for arm in ARMS]
+    return found + [(host, "full", 0.0) for host in HOSTS]
 
 
-def rates_of(arm: str) -> tuple[float, ...]:
+def rates_of(host: str, arm: str) -> tuple[float, ...]:
     """The rates among which validation chooses for an arm."""
-    return RATES.get(arm, _LOW_RANK)
+    factor = 1.0 if arm == "full" else HIGHER.get(host, 1.0)
+    return tuple(factor * rate for rate in RATES.get(arm, _LOW_RANK))
 
 
 def tuning(folder: Path) -> list[Job]:
     """The jobs by which rates are chosen."""
-    return [Job(folder, *cell, rate, TUNING) for cell in cells() for rate in rates_of(cell[1])]
+    return [Job(folder, *cell, rate, TUNING) for cell in cells() for rate in rates_of(*cell[:2])]
 
 
 def choose(folder: Path) -> dict[tuple[str, str, float], float]:
     """The rate of the lowest validation loss for each cell whose rates have all been tried."""
     chosen = {}
     for cell in cells():
-        files = [Job(folder, *cell, rate, TUNING).file for rate in rates_of(cell[1])]
+        files = [Job(folder, *cell, rate, TUNING).file for rate in rates_of(*cell[:2])]
         if all(file.is_file() for file in files):
             rows = [_row(file) for file in files]
             if not any(row.get("absent") for row in rows):
