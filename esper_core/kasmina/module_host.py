@@ -29,6 +29,7 @@ from esper_core.kasmina.feature_view import FeatureView
 from esper_core.kasmina.module_copy import copy_module
 from esper_core.kasmina.plane_hooks import drop_hooks, plane_hooks
 from esper_core.kasmina.point_discovery import Found, discover, view_of
+from esper_core.kasmina.quantised import check_gradients
 from esper_core.kasmina.sight import find_around
 from esper_core.kasmina.slot_hook import CallKeeper, SlotHook
 from esper_core.leyline.errors import EsperError, IllegalCommand, UnknownName, did_you_mean
@@ -275,7 +276,8 @@ def host_from_module(
 
     Raises:
         UnknownName: `points` names no submodule.
-        EsperError: the model does not run on the example, or has no point at which a seed could live.
+        EsperError: the model does not run on the example, has no point at which a seed could live, or quantises
+            activations, so that no gradient passes.
     """
     for path in points or ():
         _submodule(model, path)
@@ -289,6 +291,7 @@ def host_from_module(
             "an example that the model takes",
             "host_from_module(model, example=inputs)",
         ) from error
+    check_gradients(model, trace.ran)
     found = discover(trace) if points is None else [_measured(trace, path) for path in points]
     if not found:
         raise EsperError(

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Final
 
 import attrs
@@ -230,7 +230,7 @@ class _Finder:
         leaves = sorted((t for t in chain.subtree() if not any(kid.weights for kid in t.kids)), key=lambda t: t.end)
         weighted = sorted((t for t in leaves if _own_matrix(t) and t.input_floating), key=lambda t: t.start)
         found: list[Found] = []
-        for layer, following in zip(weighted, [*weighted[1:], None], strict=True):
+        for layer, following in zip_longest(weighted, weighted[1:]):
             limit = following.start if following else chain.end
             near = leaves[bisect_left(leaves, layer.end, key=_end) : bisect_right(leaves, limit, key=_end)]
             behind = [t for t in near if self.usable(t)]

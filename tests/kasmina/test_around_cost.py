@@ -1,9 +1,10 @@
-"""What a low-rank seed that is no longer blended in costs beside peft's LoRA of the same rank around the same layers."""
+"""What a low-rank seed that is no longer blended in costs beside peft's LoRA of its rank around the same layers."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -37,8 +38,7 @@ class Passes(TorchDispatchMode):
 
 def layers() -> nn.Sequential:
     torch.manual_seed(0)
-    sizes = zip(WIDTHS, WIDTHS[1:], strict=False)
-    return nn.Sequential(*(nn.Linear(i, o) for i, o in sizes)).requires_grad_(False)
+    return nn.Sequential(*(nn.Linear(i, o) for i, o in pairwise(WIDTHS))).requires_grad_(False)
 
 
 def passes(model: nn.Module, inputs: Tensor) -> Counter[str]:
