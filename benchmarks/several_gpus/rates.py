@@ -14,7 +14,10 @@ from typing import Any
 
 
 def rates_of(links: Sequence[Mapping[str, Any]], billion: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rates and blocks as `at_scale.report` takes them."""
+    """Rates and blocks as `at_scale.report` takes them.
+
+    A deepening is the decision that deepened, less an ordinary one before it; the first decision of a run is no such.
+    """
     rows = {row["stage"]: row for row in links if row["stage"] != "block"}
     blocks = {
         str(int(row["width"])): {"mfu_kept": row["mfu"], "mfu_recomputed": row["mfu_recomputed"]}
@@ -24,8 +27,8 @@ def rates_of(links: Sequence[Mapping[str, Any]], billion: Sequence[Mapping[str, 
     bus, copies = rows["exchanges"]["bus_bytes_a_second"], rows["copies"]["a_second"]
     training = [row for row in billion if row["stage"] == "training"]
     deep = [row for row in training if row["deepened"]]
-    usual = [row["decision_seconds"] for row in training if not row["deepened"]]
-    each = (deep[0]["decision_seconds"] - statistics.median(usual)) / deep[0]["layers"] if deep else None
+    usual = [row["decision_seconds"] for row in training[1 : training.index(deep[0])]] if deep else []
+    each = (deep[0]["decision_seconds"] - statistics.median(usual)) / deep[0]["layers"] if usual else None
     return {
         "device": rows["machine"]["device"],
         "rates": {

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.several_gpus.shared import PEAK, device_name, memory, model_flops, parts, tell, timed
+from benchmarks.several_gpus.shared import PEAK, device_name, memory, model_flops, on_gpu, parts, tell, timed, wait
 from esper_core.kasmina.ranks import Ranks
 from esper_core.leyline.host import Batch
 from esper_core.tolaria.config import RunConfig
@@ -72,14 +72,15 @@ def scaling(limit: float, quick: bool) -> None:
         hand: dict[str, Callable[..., object]] = {}
         if phase != "with a live seed":
             hand = by_hand(layers if phase == "host" else layers + more)
-        if phase == "host":  # the same algorithms as a run of Esper, which asks for deterministic ones
-            hand["ddp by hand, deterministic"] = partial(hand["ddp by hand"], "warn")
-        share = {"host": 0.5, "deepened": 0.8, "with a live seed": 0.9}[phase]
+        share = {"host": 0.6, "deepened": 0.8, "with a live seed": 0.9}[phase]
         seconds = _rounds(contenders | hand, steps, rounds, lambda share=share: late(share))  # type: ignore[misc]
         plane = trainers["alone"].tolaria.plane
         deep = layers + (more if phase != "host" else 0)
         flops = model_flops(weights - vocabulary * width + plane.ledger.seed_params, deep, width, length)
         _tell_phase(phase, seconds, flops * batch * length)
+        if phase == "deepened":
+            for name in ("esper fsdp2", "fsdp2 by hand"):
+                _profile(name, (contenders | hand)[name])
         hand.clear()
         gc.collect()
         if late(0.9):
@@ -144,6 +145,28 @@ def _rounds(
         if number and late():
             break
     return seconds
+
+
+def _profile(name: str, step: Callable[[], object]) -> None:
+    """Where three steps go: seconds on the GPU and on the CPU, and what took most of each, milliseconds a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
+    with profile(activities=kinds) as profiler:
+        launched = time.perf_counter()
+        for _ in range(3):
+            step()
+        launched = time.perf_counter() - launched
+        wait()
+    found = profiler.key_averages()
+    on_device = {e.key[:60]: e.self_device_time_total / 3e3 for e in found if e.self_device_time_total}
+    on_host = {e.key[:60]: e.self_cpu_time_total / 3e3 for e in found if e.self_cpu_time_total}
+
+    def most(times: dict[str, float]) -> dict[str, float]:
+        return {key: round(times[key], 3) for key in sorted(times, key=lambda k: -times[k])[:14]}
+
+    tell(stage="profile", of=name, seconds_to_launch_a_step=launched / 3, kernels_ms=sum(on_device.values()),
+         host_ms=sum(on_host.values()), on_device=most(on_device), on_host=most(on_host))  # fmt: skip
 
 
 def _tell_phase(phase: str, seconds: Mapping[str, list[float]], flops: float) -> None:

@@ -1,6 +1,7 @@
 """Draws the pictures of README and site from code and recorded results: `python docs/pictures/draw.py`; `--check` compares.
 
 `frontier.svg`: protocol P8 of `benchmarks/growth`, every tuned arm at 1e15 FLOP. `lifecycle.svg`: the table of stages.
+`billion.svg`: losses of the GPT that deepens to 1.2 billion parameters, of `benchmarks/several_gpus`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from esper_core.leyline.stages import EMPTY, STAGES, TRANSITIONS, Op
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "growth" / "results" / "p8.json"
+BILLION = HERE.parents[1] / "benchmarks" / "results" / "several-gpus.json"
 STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #1f2430 } .dim { fill: #565d6b } .line { stroke: #8a91a0; fill: none }
 .grown { fill: #1a7f4b } .static { fill: #3d55b8 } .box { fill: #eef0f8; stroke: #3d55b8 } .new { fill: #d8f0e3; stroke: #1a7f4b }
@@ -141,6 +143,37 @@ def lifecycle() -> str:
     return svg(960, 240, "Stages of a seed from dormant to fossilized, and the way out by withering", parts)
 
 
+def billion() -> str:
+    """Losses before and after the deepening, each stretch of 20 steps."""
+    rows = [row for row in json.loads(BILLION.read_text())["billion"] if row["stage"] == "training"]
+    left, right, top, bottom, most = 70.0, 700.0, 50.0, 250.0, 3.0
+    last = rows[-1]["step"]
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        return left + step / last * (right - left), bottom - (min(loss, most) - 1.0) / (most - 1.0) * (bottom - top)
+
+    deepened = next(row["step"] for row in rows if row["deepened"])
+    x = place(deepened, 1.0)[0]
+    parts = [
+        text(24, 28, "Validation loss (nats a byte) while 604M parameters become 1.21B", "head"),
+        f'<path class="line" stroke-dasharray="4 4" d="M{x:.1f} {top} V{bottom}"/>',
+        text(x + 6, top + 12, f"12 blocks become 24 after step {deepened}", "dim"),
+        f'<path class="line" d="M{left} {top} V{bottom} H{right}"/>',
+    ]
+    for loss in (1.0, 2.0, 3.0):
+        parts.append(text(left - 8, place(0, loss)[1] + 4, f"{loss:.0f}", "dim", "end"))
+    points = [(row, *place(row["step"], row["validation_loss"])) for row in rows]
+    trace = " L".join(f"{x:.1f} {y:.1f}" for _, x, y in points)
+    parts.append(f'<path class="line" d="M{trace}"/>')
+    for row, x, y in points:
+        kind = "grown" if row["layers"] == 24 else "static"
+        parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        parts.append(text(x, y - 10, f"{row['validation_loss']:.2f}", "dim", "middle"))
+        parts.append(text(x, bottom + 18, f"{row['step']}", "dim", "middle"))
+    parts.append(text(right, bottom + 36, "steps of 65,536 bytes", "dim", "end"))
+    return svg(740, 300, "Validation loss of a GPT that deepens to 1.21 billion parameters", parts)
+
+
 def arrow(x1: float, y1: float, x2: float, y2: float) -> str:
     """A line with a head."""
     if x1 == x2:
@@ -150,7 +183,7 @@ def arrow(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<path class="line" d="M{x1} {y1} L{x2} {y2} {head}"/>'
 
 
-PICTURES = {"frontier.svg": frontier, "lifecycle.svg": lifecycle}
+PICTURES = {"frontier.svg": frontier, "lifecycle.svg": lifecycle, "billion.svg": billion}
 
 
 def main(arguments: list[str]) -> int:

@@ -97,6 +97,7 @@ class ShardedProcesses(ProcessGroup):
                 template = clone_module(block, host.module, path)
                 self.shard(block, _without_weights(template))
         if any(not isinstance(p, DTensor) for p in host.module.parameters()):
+            # the root too: one that stays whole after a reading would show other parameters than the optimizer has
             fully_shard(host.module, mesh=self.mesh, mp_policy=self.policy, reshard_after_forward=True)
             _sum_gradients(host.module)
 
@@ -198,11 +199,10 @@ def _without_weights(block: nn.Module) -> nn.Module:
 
 
 def _sum_gradients(module: nn.Module) -> None:
-    """Add gradients up without dividing: losses are weighted by shares of the batch."""
+    """Add gradients up without dividing: losses are weighted by shares of the batch. A plain sum, and no scaled one."""
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
-    if not torch.cuda.is_available():
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no weighted sums
+    module.set_force_sum_reduction_for_comms(True)  # gloo knows no weighted sums
 
 
 def _of_exchange(error: BaseException) -> bool:

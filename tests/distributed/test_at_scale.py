@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -138,7 +141,7 @@ def test_rates_are_drawn_from_what_the_pieces_told() -> None:
         {"stage": "block", "width": 4096.0, "mfu": 0.6, "mfu_recomputed": 0.45},
         {"stage": "block", "width": 8192.0, "mfu": 0.62, "mfu_recomputed": 0.46},
     ]
-    told = [(0.5, False), (0.7, False), (3.0, True), (0.6, False)]
+    told = [(9.0, False), (0.5, False), (0.7, False), (3.0, True), (5.0, False)]
     billion = [
         {"stage": "training", "decision_seconds": seconds, "deepened": deepened, "layers": 12}
         for seconds, deepened in told
@@ -148,3 +151,12 @@ def test_rates_are_drawn_from_what_the_pieces_told() -> None:
     assert found["rates"]["copy_on_device"] == 2e12  # read and written
     assert [case["model"] for case in report(found)] == ["7B", "70B"]
     assert rates_of(links, [])["rates"]["seconds_to_copy_a_block"] is None
+
+
+def test_memory_is_what_was_measured() -> None:
+    """Peak of a GPT of 24 blocks of 2,048 on two GPUs in which every block recomputes."""
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "several-gpus.json"
+    rows = json.loads(file.read_text())["billion"]
+    measured = next(row for row in rows if row["stage"] == "recomputed" and row["blocks"] == "blocks")
+    found = memory(Model("1.2B", 24, 2048, vocabulary=256, length=1024), Cluster(gpus=2, rows=32))
+    assert sum(found.values()) / 2**30 == pytest.approx(measured["peak_GiB"], rel=0.05)
