@@ -80,6 +80,8 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     arms = {}
     for arm, mine in by_arm.items():
+        if not mine:
+            continue
         all_rows = [row for row in rows if row["job"]["arm"] == arm]
         verdicts = [verdict["verdict"] for row in all_rows for verdict in row["verdicts"]]
         shared = sorted(mine.keys() & by_arm["full"].keys())
@@ -102,8 +104,9 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }  # fmt: skip
     failed = sum(row["status"] != "finished" for row in rows)
     books = sum(row["curve"][e]["by_events"] != row["curve"][e]["seed_params"] for row in rows for e in _epochs(row))
-    lean, net = (arms["no emrakul"]["full_less_this"][name] for name in ("mass", "validation_and_rent"))
-    epochs = min(len(row["curve"]) for row in by_arm["full"].values())
+    without = arms.get("no emrakul", {"full_less_this": dict.fromkeys(FIGURES, interval([], []))})["full_less_this"]
+    lean, net = without["mass"], without["validation_and_rent"]
+    epochs = min((len(row["curve"]) for row in by_arm["full"].values()), default=0)
     bars = [
         ("epochs", epochs, epochs >= 200),
         ("runs failed", failed, failed == 0),
