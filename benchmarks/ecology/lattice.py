@@ -19,7 +19,8 @@ from esper_core.leyline.errors import RunFailed
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import start_run
 
-SEEDS: Final = 6
+RUNS: Final = {"heuristic": (20, 12, 24), "agent": (0, 6, 14)}
+"""First seed, seeds and epochs of each controller. The heuristic's earlier seeds were used to choose its recipe."""
 LIVE: Final = 50
 HOSTS: Final = {
     "resnet": {
@@ -35,16 +36,17 @@ ARMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "none": {},
 }
 CONTROLLERS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "heuristic": {"heuristic.at_once": 64, "heuristic.start": 0.1},
+    "heuristic": {"heuristic.at_once": 64},
     "agent": {"agent.sample": True},
 }
 
 
 def jobs(seeds: int | None, small: bool) -> list[dict[str, Any]]:
-    """One job a run, the arms of a pair side by side; `small` has a third of the epochs."""
+    """One job a run, the arms of a pair side by side; `small` has four epochs."""
     return [
-        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else 14}
-        for controller in CONTROLLERS for seed in range(seeds or SEEDS) for host in HOSTS for arm in ARMS
+        {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else epochs}
+        for controller, (first, count, epochs) in RUNS.items()
+        for seed in range(first, first + (seeds or count)) for host in HOSTS for arm in ARMS
     ]  # fmt: skip
 
 

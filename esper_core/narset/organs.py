@@ -106,26 +106,37 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
 def _pool(
     organs: dict[str, OrganBudget], regions: Mapping[str, Sequence[SlotView]], merits: Mapping[str, float]
 ) -> None:
-    """Move the budget that no slot of a region can use to the best region with an open slot.
+    """Move the budget that no slot of a region can use to the best regions with open slots.
 
     A better region keeps it while its seeds are on trial: each may free its slot, or have another put upon it.
     """
-    cheapest = {
-        name: min((b.params for slot in members if Op.GERMINATE in slot.legal for b in slot.blueprints), default=None)
-        for name, members in regions.items()
-    }
-    idle = [n for n, organ in organs.items() if cheapest[n] is None or organ.left < (cheapest[n] or 0)]
-    open_regions = [n for n in organs if cheapest[n] is not None]
-    if not idle or not open_regions:
+    offers = {name: [slot for slot in members if Op.GERMINATE in slot.legal] for name, members in regions.items()}
+    prices = {name: {b.params for slot in offers[name] for b in slot.blueprints} for name in regions}
+    wanting = [name for name in organs if prices[name]]
+    idle = {name: _idle(organs[name].left, prices[name], len(offers[name])) for name in organs}
+    if not wanting or not any(idle.values()):
         return
-    best = max(open_regions, key=lambda name: (name not in idle, merits[name]))
+    best = max(wanting, key=lambda name: (organs[name].left >= min(prices[name]), merits[name]))
     tried = {name for name, members in regions.items() if any(slot.stage.spec.growing for slot in members)}
-    idle = [name for name in idle if name not in tried or merits[name] <= merits[best]]
-    spare = sum(organs[name].left for name in idle if name != best)
-    for name in idle:
-        if name != best:
-            organs[name] = attrs.evolve(organs[name], budget=organs[name].budget - organs[name].left)
+    spare = 0
+    for name, unused in idle.items():
+        if name != best and (name not in tried or merits[name] <= merits[best]):
+            organs[name] = attrs.evolve(organs[name], budget=organs[name].budget - unused)
+            spare += unused
+    for name in sorted(wanting, key=lambda name: (name != best, -merits[name])):
+        room = len(offers[name]) * max(prices[name]) - organs[name].left
+        given = min(spare, max(0, room))
+        organs[name] = attrs.evolve(organs[name], budget=organs[name].budget + given)
+        spare -= given
     organs[best] = attrs.evolve(organs[best], budget=organs[best].budget + spare)
+
+
+def _idle(left: int, prices: Set[int], slots: int) -> int:
+    """Parameters of `left` that no seed at one of `prices` in that many open slots can use."""
+    if not prices or left < min(prices):
+        return left
+    size = min(prices)
+    return 0 if len(prices) > 1 or not size else left - min(left // size, slots) * size
 
 
 def _charted(view: RunView, regions: Mapping[str, str]) -> RunView:

@@ -87,6 +87,14 @@ def test_a_budget_that_no_organ_can_use_alone_is_pooled() -> None:
     assert Op.GERMINATE in lab.run(OrganManager(inner=HeuristicController())).ops()
 
 
+def test_parts_of_a_seed_that_shares_leave_in_every_region_are_pooled_into_whole_seeds() -> None:
+    lab = lattice(8, 8, 52 * CONV.params)
+    said = OrganManager(inner=Greedy(), floor=0.25).decide(lab.view())
+    assert len(said) == 52
+    by_region = Counter(command.slot[:2] for command in said)
+    assert sorted(by_region.values()) == [6] * 6 + [8] * 2
+
+
 def test_a_nested_slot_belongs_to_the_organ_of_its_host_slot() -> None:
     lab = Lattice(lambda s, b: 0.1, {"o0.0": 1.0, "o0.0/inner.3": 1.0, "o1.0": 1.0}, 9)
     assert set(allot(lab.view())) == {"o0", "o1"}
