@@ -7,14 +7,17 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 from click.testing import CliRunner
 
 from esper_core.cli.main import cli
 from esper_core.leyline.errors import BadOption
-from esper_core.leyline.stages import Stage
+from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView
 from esper_core.tamiyo.adapter import load_adapter
+from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tamiyo.learned import SHIPPED, SHIPPED_ADAPTERS, LearnedController, load_agent
+from esper_core.tamiyo.observation import OPS
 
 from .views import make_view
 
@@ -80,3 +83,19 @@ def test_it_may_choose_a_blueprint_of_a_family_that_nobody_knew() -> None:
 def test_show_without_a_file_shows_the_shipped_core() -> None:
     answer = CliRunner().invoke(cli, ["tamiyo", "show"], prog_name="esper")
     assert answer.exit_code == 0 and load_agent("").fingerprint[:20] in answer.stdout
+
+
+def test_sixty_four_slots_are_all_acted_on_within_the_first_third_of_a_run() -> None:
+    eager = TamiyoCore(seed=0)
+    with torch.no_grad():
+        eager.op_head.bias[OPS.index(Op.GERMINATE)] = 9.0
+    controller, decisions = LearnedController(core=eager), 14
+    view = attrs.evolve(make_view(0, 64, 0, (Stage.DORMANT,) * 64), decisions=decisions)
+    acted: set[str] = set()
+    for decision in range(decisions // 3):
+        slots = tuple(
+            attrs.evolve(s, stage=Stage.GERMINATED, legal=frozenset({Op.WAIT})) if s.path in acted else s
+            for s in view.slots
+        )
+        acted |= {c.slot for c in controller.decide(attrs.evolve(view, slots=slots, decision=decision))}
+    assert acted == {s.path for s in view.slots if Op.GERMINATE in s.legal} and len(acted) > 40
