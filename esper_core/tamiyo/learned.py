@@ -24,6 +24,8 @@ from esper_core.tamiyo.observation import FIELDS, OPS, collate, observe
 
 SHIPPED = "core_v1.safetensors"
 """The core that comes with the package, used when no file is named."""
+SHIPPED_CORES = ("core_v1",)
+"""Cores that come with the package, by the name that `agent:NAME` takes."""
 SHIPPED_ADAPTERS = ("language", "vision")
 """Domains whose adapters come with the package."""
 
@@ -33,12 +35,12 @@ _SLOTS_A_COMMAND: Final = 4
 
 @contextmanager
 def agent_path(path: str) -> Iterator[Path]:
-    """`path` itself, the shipped core if `path` is empty, or the shipped adapter of the domain that it names.
+    """`path` itself, the shipped core if `path` is empty, or the shipped core or adapter that it names.
 
     Raises:
         BadFile: none is shipped with this installation.
     """
-    named = path in SHIPPED_ADAPTERS and not Path(path).exists()
+    named = path in (*SHIPPED_CORES, *SHIPPED_ADAPTERS) and not Path(path).exists()
     if path and not named:
         yield Path(path)
         return
@@ -81,7 +83,7 @@ class LearnedController:
     """Decides with a trained core; the same view and memory give the same commands.
 
     Args:
-        argument: path of an agent file; empty for the core that ships with Esper.
+        argument: path of an agent file, or the name of a shipped core; empty for the one that is used by default.
         seed: of the draws, with `sample`.
         sample: draw from the policy instead of taking its likeliest command.
         adapter: path of an adapter file for this domain, or the domain of a shipped one, or empty.

@@ -16,13 +16,13 @@ from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView
 from esper_core.tamiyo.adapter import load_adapter
 from esper_core.tamiyo.core import TamiyoCore
-from esper_core.tamiyo.learned import SHIPPED, SHIPPED_ADAPTERS, LearnedController, load_agent
+from esper_core.tamiyo.learned import SHIPPED, SHIPPED_ADAPTERS, SHIPPED_CORES, LearnedController, load_agent
 from esper_core.tamiyo.observation import OPS
 
 from .views import make_view
 
 FOLDER = Path(str(files("esper_core.tamiyo")))
-ADAPTERS = sorted(path for path in FOLDER.glob("*.safetensors") if path.name != SHIPPED)
+ADAPTERS = sorted(path for path in FOLDER.glob("*.safetensors") if path.stem not in SHIPPED_CORES)
 
 
 def test_the_shipped_core_says_where_it_comes_from_and_is_small() -> None:
@@ -31,6 +31,15 @@ def test_the_shipped_core_says_where_it_comes_from_and_is_small() -> None:
     assert core.lineage["command"].startswith("esper tamiyo train --curriculum university --seed")
     assert sum(p.numel() for p in core.parameters()) <= 400_000
     assert (FOLDER / SHIPPED).stat().st_size < 2_000_000
+
+
+@pytest.mark.parametrize("name", SHIPPED_CORES)
+def test_a_shipped_core_goes_by_its_name(name: str) -> None:
+    core = load_agent(name)
+    assert core.fingerprint == TamiyoCore.load(FOLDER / f"{name}.safetensors").fingerprint
+    assert core.lineage["environment_steps"] > 0 and (FOLDER / f"{name}.safetensors").stat().st_size < 2_000_000
+    answer = CliRunner().invoke(cli, ["tamiyo", "show", name], prog_name="esper")
+    assert answer.exit_code == 0 and core.fingerprint[:20] in answer.stdout
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
