@@ -1,4 +1,4 @@
-"""A GPT of 604 million parameters that deepens to 1.2 billion by copies of its blocks, in mid-run.
+"""A GPT of 605 million parameters that deepens to 1.2 billion by copies of its blocks, in mid-run.
 
 fully_shard, bf16, compiled blocks, activation checkpointing of every second block; then what a snapshot, a comparison,
 a rollback and a checkpoint cost, whether the run goes on from the checkpoint, and what other shares of recomputed

@@ -146,7 +146,7 @@ def lifecycle() -> str:
 def billion() -> str:
     """Losses before and after the deepening, each stretch of 20 steps."""
     rows = [row for row in json.loads(BILLION.read_text())["billion"] if row["stage"] == "training"]
-    left, right, top, bottom, most = 70.0, 700.0, 50.0, 250.0, 3.0
+    left, right, top, bottom, most = 70.0, 700.0, 64.0, 250.0, 3.0
     last = rows[-1]["step"]
 
     def place(step: float, loss: float) -> tuple[float, float]:
@@ -155,7 +155,7 @@ def billion() -> str:
     deepened = next(row["step"] for row in rows if row["deepened"])
     x = place(deepened, 1.0)[0]
     parts = [
-        text(24, 28, "Validation loss (nats a byte) while 604M parameters become 1.21B", "head"),
+        text(24, 28, "Validation loss (nats a byte) while 605M parameters become 1.21B", "head"),
         f'<path class="line" stroke-dasharray="4 4" d="M{x:.1f} {top} V{bottom}"/>',
         text(x + 6, top + 12, f"12 blocks become 24 after step {deepened}", "dim"),
         f'<path class="line" d="M{left} {top} V{bottom} H{right}"/>',
