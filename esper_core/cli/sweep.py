@@ -59,7 +59,7 @@ def sweep(
     """
     import torch
 
-    from esper_core.cli.sweep_view import SweepView, print_plan, print_results
+    from esper_core.cli.sweep_view import SweepView, print_note, print_plan, print_results
     from esper_core.trials.sweep.cost import naming
     from esper_core.trials.sweep.folder import FINISHED, SweepFolder
     from esper_core.trials.sweep.run import left_of, notes_on, run_sweep, write_results
@@ -83,14 +83,14 @@ def sweep(
     try:
         left = left_of(folder.states(plan.runs))
         for note in notes_on(plan, folder, current_registry()):
-            say(note, err=True)
+            print_note(note)
         if not left:
             results = write_results(plan, folder)
         else:
             costs = _check(plan, folder, quiet=as_json)
             pool = open_workers(
                 workers or 0, devices={run.config.device for run in plan.runs}, marker=folder.marker, threads=threads,
-                ray=ray, gpus=gpus, notify=lambda text: say(text, err=True),
+                ray=ray, gpus=gpus, notify=print_note,
             )  # fmt: skip
             settings = click.get_current_context().find_object(CliSettings) or CliSettings()
             with _stopping(limit_minutes) as stop, SweepView(plan, folder, costs, quiet=as_json) as view:
@@ -110,6 +110,7 @@ def sweep(
 def _check(plan: Sweep, folder: SweepFolder, *, quiet: bool) -> dict[str, Any]:
     """Build what is left, before anything is trained, and tell what it costs."""
     from esper_core.cli.output import waiting
+    from esper_core.cli.sweep_view import print_note
     from esper_core.trials.sweep.cost import check_runs
     from esper_core.trials.sweep.run import left_of
 
@@ -118,7 +119,7 @@ def _check(plan: Sweep, folder: SweepFolder, *, quiet: bool) -> dict[str, Any]:
         notes: list[str] = []
         costs = check_runs(left, current_registry(), notify=notes.append)
     for note in notes if not quiet else ():
-        say(note, err=True)
+        print_note(note)
     return costs
 
 

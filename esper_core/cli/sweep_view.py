@@ -12,9 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
-from esper_core.cli.output import make_console, make_table, print_json, say
+from esper_core.cli.output import make_console, make_table, print_json, say, tame
 from esper_core.nissa.live import clock
 from esper_core.nissa.report.wording import metric_of, nats, quantity, show_score
 from esper_core.trials.sweep.folder import FAILED, FINISHED, LEFT, STOPPED, RunState, SweepFolder
@@ -33,6 +35,19 @@ _TAIL: Final = 1 << 16
 _STEP: Final = re.compile(rb'"step":\s*(\d+)')
 _EVERY: Final = 1.0
 """Seconds between looks at the logs of the runs in training."""
+
+
+def print_note(text: str) -> None:
+    """Print what the user should know on stderr; words are not broken at the end of a line of a terminal."""
+    console = _on_stderr()
+    if console.is_terminal:
+        console.print(Text(tame(text), style="dim"))
+    else:
+        say(text, err=True)
+
+
+def _on_stderr() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 # --- The plan ---
@@ -95,7 +110,7 @@ class SweepView:
     def __init__(self, sweep: Sweep, folder: SweepFolder, costs: Mapping[str, Cost], *, quiet: bool) -> None:
         self._sweep, self._quiet, self._costs = sweep, quiet, costs
         self._left = len(costs)
-        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._console = _on_stderr()
         self._progress: Progress | None = None
         self._seen: set[str] = set()
         self._tasks: dict[str, tuple[TaskID, Path]] = {}
@@ -132,7 +147,9 @@ class SweepView:
             if again:
                 self._progress.update(self._tasks[state.run.key][0], more="its worker died; resumed")
             else:
-                self._tasks[state.run.key] = self._progress.add_task(f"  {label}", total=1.0, more=""), state.folder
+                room = max(20, self._console.width - 60)
+                shown = label if len(label) <= room else f"…{label[1 - room :]}"
+                self._tasks[state.run.key] = self._progress.add_task(f"  {shown}", total=1.0, more=""), state.folder
         elif not self._quiet:
             verb = {LEFT: "begins", STOPPED: "is resumed", FAILED: "is tried again"}[state.status]
             say(f"{label} {'is resumed, since its worker died' if again else verb}", err=True)
@@ -144,7 +161,7 @@ class SweepView:
         if self._progress is not None and self._total is not None:
             task, _ = self._tasks.pop(state.run.key)
             self._progress.remove_task(task)
-            self._progress.console.print(Text(told, style="red" if state.status == FAILED else "dim"))
+            self._progress.console.print(Text(tame(told), style="red" if state.status == FAILED else "dim"))
         elif not self._quiet:
             say(f"{self._ended}/{self._left} {told}", err=True)
 
@@ -204,27 +221,10 @@ def print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) ->
         print_json(results)
         return
     console = make_console()
-    names = [name for name in results["varied"] if name != "seed"]
-    short = [name.rpartition(".")[2] for name in names]
-    heads = (short if len(set(short)) == len(short) else names) or ["setting"]
-    table = make_table(*heads, "validation", "test", "seeds", "parameters", "FLOP", "time", header=True)
-    for column in table.columns:
-        column.ratio, column.no_wrap = None, True
-    for column in table.columns[len(heads) :]:
-        column.justify = "right"
-    several = len({group["task"] for group in results["settings"]}) > 1
-    for group in results["settings"]:
-        metric, judge = metric_of({"metric": group["metric"]}), judged_by(group)
-        seeds = f"{group['finished']}" + f" of {len(group['runs'])}" * (group["finished"] != len(group["runs"]))
-        shown = [group["varied"].get(name, "") for name in names] or [results["name"]]
-        if several:
-            shown[0] += f" ({group['task']})"
-        table.add_row(
-            *shown, show_figure(group[f"validation_{judge}"], judge, metric),
-            show_figure(group[f"test_{judge}"], judge, metric), seeds, _maybe(group["params"], quantity),
-            _maybe(group["total_flops"], lambda v: quantity(v, "FLOP").removesuffix("FLOP")),
-            _maybe(group["seconds"], clock),
-        )  # fmt: skip
+    for costs in (("parameters", "FLOP", "time"), ("parameters", "FLOP"), ("parameters",), ()):
+        table = _settings_table(results, costs)
+        if Measurement.get(console, console.options.update_width(1000), table).maximum <= console.width:
+            break
     console.print(table)
     for line in _footnotes(results):
         console.print(Text(line, style="dim"))
@@ -234,6 +234,35 @@ def print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) ->
     for name in ("index.html", "results.csv"):
         if (folder / name).is_file():
             say(folder / name)
+
+
+def _settings_table(results: Mapping[str, Any], costs: Sequence[str]) -> Table:
+    """A row for each setting, with these of its costs."""
+    names = [name for name in results["varied"] if name != "seed"]
+    short = [name.rpartition(".")[2] for name in names]
+    heads = (short if len(set(short)) == len(short) else names) or ["setting"]
+    table = make_table(*heads, "validation", "test", "seeds", *costs, header=True)
+    for column in table.columns:
+        column.ratio, column.no_wrap = None, bool(costs)  # a narrow terminal has none of them
+    for column in table.columns[len(heads) :]:
+        column.justify = "right"
+    several = len({group["task"] for group in results["settings"]}) > 1
+    for group in results["settings"]:
+        metric, judge = metric_of({"metric": group["metric"]}), judged_by(group)
+        seeds = f"{group['finished']}" + f" of {len(group['runs'])}" * (group["finished"] != len(group["runs"]))
+        shown = [group["varied"].get(name, "") for name in names] or [results["name"]]
+        if several:
+            shown[0] += f" ({group['task']})"
+        figures = {
+            "parameters": _maybe(group["params"], quantity),
+            "FLOP": _maybe(group["total_flops"], lambda v: quantity(v, "FLOP").removesuffix("FLOP")),
+            "time": _maybe(group["seconds"], clock),
+        }
+        table.add_row(
+            *shown, show_figure(group[f"validation_{judge}"], judge, metric),
+            show_figure(group[f"test_{judge}"], judge, metric), seeds, *(figures[name] for name in costs),
+        )  # fmt: skip
+    return table
 
 
 def show_figure(figure: Mapping[str, Any] | None, judge: str, metric: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 _PROBE: Final = 120.0
 """Seconds that a machine of the cluster has to answer the first question; starting Python there is slow at times."""
+
+
+_KNOCK: Final = 10.0
+"""Seconds that a cluster has to answer at all."""
 
 
 @attrs.frozen
@@ -47,6 +52,9 @@ class RayWorkers:
 
     def __init__(self, address: str = "", *, share: Share = Share(), count: int = 0) -> None:
         self._ray = ray = _import_ray()
+        known = address or os.environ.get("RAY_ADDRESS", "")
+        if known not in ("", "auto", "local") and "://" not in known:
+            _knock(known)
         with _elsewhere():  # ray lets workers import from the working directory
             try:
                 ray.init(address or "auto", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
@@ -165,6 +173,20 @@ class RayWorkers:
             self._ray.cancel(reference, force=True)
         self._running.clear()
         self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Refuse an address where nobody listens, which takes ray minutes.
+
+    Raises:
+        BadOption: no HOST:PORT, or no answer.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _KNOCK).close()
+    except (OSError, ValueError, OverflowError) as error:
+        given = f"no Ray cluster at {address}: {error}"
+        raise BadOption(given, "HOST:PORT as ray start prints it", "ray start --head") from error
 
 
 def _import_ray() -> Any:
