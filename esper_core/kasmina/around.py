@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.calls import Call
 from esper_core.kasmina.feature_trace import Trace, Traced
+from esper_core.kasmina.paths import base_of
 from esper_core.leyline.errors import EsperError, UnknownName, did_you_mean
 from esper_core.leyline.injection import InjectionSpec, LayerSpec
 
@@ -84,8 +85,9 @@ class Layer:
 
 
 def path_of(point: str) -> str:
-    """The path of the module that a point's name begins with: `around:h.0.attn.c_attn@q` is at `h.0.attn.c_attn`."""
-    return point.removeprefix(PREFIX).partition("@")[0] if point.startswith(PREFIX) else point
+    """The path of the module that a slot stands at: `around:h.0.attn.c_attn@q` and `…@q+1` at `h.0.attn.c_attn`."""
+    base = base_of(point)
+    return base.removeprefix(PREFIX).partition("@")[0] if base.startswith(PREFIX) else base
 
 
 def find_layers(model: nn.Module, trace: Trace, *, causal: bool, stride: int = 1) -> list[Layer]:

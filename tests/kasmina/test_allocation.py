@@ -10,6 +10,7 @@ from esper_core.kasmina.allocation import MEASURES, allocate_ranks, measure_gain
 from esper_core.kasmina.around import resolve_points
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import IllegalCommand
+from esper_core.leyline.stages import Stage
 from esper_core.testing.cases import installed
 from tests.kasmina.test_around import gpt2
 
@@ -44,3 +45,15 @@ def test_a_layer_that_the_loss_does_not_touch_is_given_nothing_before_one_that_i
     gains = measure_gains(plane, lambda: host.forward_with_slots(torch.arange(12)[None]).square().mean())
     ranks = allocate_ranks(host.injection_specs, gains, 320)
     assert "around:transformer.h.1.mlp.c_proj" not in ranks and len(ranks) >= 1
+
+
+def test_a_slot_upon_a_fossil_is_measured_at_its_layer() -> None:
+    host = gpt2()
+    point = "around:transformer.h.0.mlp.c_fc"
+    plane = Plane(host, installed(), points=[*resolve_points(host, [point])], max_stack=2)
+    plant_ranks(plane, {point: 1})
+    while plane.growths[point].stage is not Stage.FOSSILIZED:
+        if not plane.step():
+            plane.advance(point, gated=False)
+    gains = measure_gains(plane, lambda: host.forward_with_slots(torch.arange(12)[None]).square().mean())
+    assert gains.keys() == {point, f"{point}+1"} and gains[point] == gains[f"{point}+1"]

@@ -19,7 +19,12 @@ from typing import Any, Final
 from benchmarks.growth.text import PACKAGES, clean, fetch, from_html, hash_of, plain
 from esper_core.storage.tensor_file import write_json_file
 
-LANGUAGES: Final = {"english": ("libreoffice-help-en-us", "en-US"), "german": ("libreoffice-help-de", "de")}
+LANGUAGES: Final = {
+    "english": ("libreoffice-help-en-us", "en-US"), "german": ("libreoffice-help-de", "de"),
+    "french": ("libreoffice-help-fr", "fr"),
+}  # fmt: skip
+HEADERS: Final = "linux-libc-dev"
+"""Package of the headers that are the text `c`."""
 LABELS: Final = ("sbasic", "scalc", "schart", "sdatabase", "sdraw", "simpress", "smath", "swriter")
 SHARES: Final = {"test": 35, "validation": 12, "train": 53}
 """Percent of the pages in each split."""
@@ -69,11 +74,24 @@ def make(folder: Path, packages: Path) -> dict[str, Any]:
                 data += documentation(packages)
             (folder / f"{language}.{split}").write_bytes(data)
             about[f"{language}.{split}"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for split, data in headers(packages).items():
+        (folder / f"c.{split}").write_bytes(data)
+        about[f"c.{split}"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     rows = paragraphs(packages)
     write_json_file(folder / "paragraphs.json", rows)
     about["paragraphs"] = {split: len(found) for split, found in rows.items()}
     write_json_file(folder / "about.json", about)
     return about
+
+
+def headers(packages: Path) -> dict[str, bytes]:
+    """Headers in C by split, without the long lines that stand in several of them."""
+    seen: set[int] = set()
+    parts: dict[str, list[str]] = {split: [] for split in SHARES}
+    root, _ = fetch(HEADERS, packages)
+    for name, text in sorted(plain("usr/include/**/*.h")(root), key=lambda item: hash_of(item[0])):
+        parts[split_of(name)].append(clean(text, seen) + "\n\n")
+    return {split: "".join(texts).encode() for split, texts in parts.items()}
 
 
 def documentation(packages: Path) -> bytes:
