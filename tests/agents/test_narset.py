@@ -89,7 +89,8 @@ def test_a_budget_that_no_organ_can_use_alone_is_pooled() -> None:
 
 def test_parts_of_a_seed_that_shares_leave_in_every_region_are_pooled_into_whole_seeds() -> None:
     lab = lattice(8, 8, 52 * CONV.params)
-    said = OrganManager(inner=Greedy(), floor=0.25).decide(lab.view())
+    manager = OrganManager(inner=HeuristicController(at_once=64), floor=0.25)
+    said = manager.decide(attrs.evolve(lab.view(), decision=30))
     assert len(said) == 52
     by_region = Counter(command.slot[:2] for command in said)
     assert sorted(by_region.values()) == [6] * 6 + [8] * 2
