@@ -12,8 +12,8 @@ import click
 from esper_core.leyline.errors import BadOption, RunFailed
 from esper_core.tolaria.process_count import process_count, process_number
 
-TOGETHER: Final = ("run", "resume")
-"""Verbs that several processes can do together."""
+TOGETHER: Final = ("run", "resume", "tamiyo")
+"""Verbs that several processes can do together; `tamiyo` looks at its own."""
 
 STOPPED: Final = 130
 """Exit code of a run that a signal stopped; it can be resumed."""
@@ -28,14 +28,17 @@ def is_follower() -> bool:
     return process_number() > 0
 
 
-def refuse_verb(verb: str) -> None:
+def refuse_verb(verb: str, together: Sequence[str] = TOGETHER) -> None:
     """Refuse a verb that would be done once in each process.
+
+    Args:
+        together: verbs that several processes can do together.
 
     Raises:
         BadOption: torchrun has started several processes of it.
     """
     count = process_count()
-    if count > 1 and verb not in TOGETHER:
+    if count > 1 and verb not in together:
         raise BadOption(f"esper {verb} in {count} processes", "one process", f"esper {verb} without torchrun")
 
 
@@ -53,8 +56,11 @@ def without_devices(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def launch(count: int) -> int:
+def launch(count: int, again: str = "esper resume continues from the newest checkpoint") -> int:
     """Run this command in `count` processes, and wait for them.
+
+    Args:
+        again: what continues after a process was killed.
 
     Returns:
         The largest exit code of those that failed; 0 if none did.
@@ -85,8 +91,5 @@ def launch(count: int) -> int:
         first = error.failures.get(0)
         if first is None or first.exitcode >= 0:  # the first process lives longest, and has said what happened
             return max(1, *(failure.exitcode for failure in error.failures.values()))
-        raise RunFailed(
-            f"the first process was ended by {first.signal_name()}", "every process alive",
-            "esper resume continues from the newest checkpoint",
-        ) from None  # fmt: skip
+        raise RunFailed(f"the first process was ended by {first.signal_name()}", "every process alive", again) from None
     return 0

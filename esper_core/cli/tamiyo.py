@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from esper_core.cli.output import InOrder, print_json, say
+from esper_core.cli.processes import is_follower, launch, refuse_verb
+from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.run_names import ROOT as RUNS
 
 if TYPE_CHECKING:
+    from esper_core.kasmina.ranks import Ranks
     from esper_core.simic.learning.training import Training
     from esper_core.tamiyo.core import TamiyoCore
 
 Function = Callable[..., Any]
+AGAIN = "esper tamiyo resume continues from the newest checkpoint"
 
 
 def _curriculum(function: Function) -> Function:
@@ -29,6 +34,10 @@ def _workers(function: Function) -> Function:
     return click.option("--workers", type=click.IntRange(0), default=0, metavar="N",
                         help="worker processes of one thread; 0: one per core; the result is the same  [default: 0]",
                         )(function)  # fmt: skip
+
+
+_devices = click.option("--devices", type=click.IntRange(1), metavar="N",
+                        help="train in N processes, one a GPU, or all on the CPU; the result is the same")  # fmt: skip
 
 
 def _shown(function: Function) -> Function:
@@ -51,13 +60,17 @@ def _training(function: Function) -> Function:
                      help="groups in one stack"),
         click.option("--group-size", type=click.IntRange(1), metavar="N",
                      help="environments in a group, instead of the curriculum's number"),
+        click.option("--pieces", type=click.IntRange(1), default=1, metavar="N", show_default=True,
+                     help="into which a minibatch that is scored together is split, for processes to share out"),
+        _devices,
     ):  # fmt: skip
         function = option(function)
     return _curriculum(_workers(_shown(function)))
 
 
 @click.group(cls=InOrder)
-def tamiyo() -> None:
+@click.pass_context
+def tamiyo(ctx: click.Context) -> None:
     """The learned controller: a core that is trained once, and adapters that teach it a domain.
 
     \b
@@ -65,6 +78,8 @@ def tamiyo() -> None:
     esper tamiyo eval agent.safetensors
     esper run --controller agent:agent.safetensors
     """
+    verb = ctx.invoked_subcommand or ""
+    refuse_verb(f"tamiyo {verb}", [f"tamiyo {one}" for one in ("train", "resume", "adapt")])
 
 
 @tamiyo.command()
@@ -74,24 +89,33 @@ def tamiyo() -> None:
 def train(
     curriculum: str, out: str | None, iterations: int | None, seed: int, base: str | None, domain: str, workers: int,
     quiet: bool, json_lines: bool, backend: str | None, device: str, worlds_at_once: int, group_size: int | None,
-) -> None:  # fmt: skip
+    pieces: int, devices: int | None,
+) -> int:  # fmt: skip
     """Train a core on a curriculum. It may be interrupted; `esper tamiyo resume` continues it bit for bit."""
+    if devices is not None and devices > 1:
+        return launch(devices, AGAIN)
     from esper_core.simic.learning.training import Training, new_manifest
 
-    where = _where(backend, device, worlds_at_once, group_size)
+    where = _where(backend, device, worlds_at_once, group_size, pieces)
     manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain, **where)
-    _carry_on(Training.start(_folder(out, curriculum), manifest, base), workers, quiet, json_lines)
+    with _processes() as ranks:
+        training = Training.start(_folder(out, curriculum), manifest, base, ranks=ranks)
+        return _carry_on(training, workers, quiet, json_lines)
 
 
 @tamiyo.command()
 @click.argument("folder", type=click.Path(file_okay=False))
 @_workers
+@_devices
 @_shown
-def resume(folder: str, workers: int, quiet: bool, json_lines: bool) -> None:
+def resume(folder: str, workers: int, devices: int | None, quiet: bool, json_lines: bool) -> int:
     """Resume the training in FOLDER from its newest checkpoint; the result is bit-identical to an uninterrupted one."""
+    if devices is not None and devices > 1:
+        return launch(devices, AGAIN)
     from esper_core.simic.learning.training import Training
 
-    _carry_on(Training.resume(folder), workers, quiet, json_lines)
+    with _processes() as ranks:
+        return _carry_on(Training.resume(folder, ranks=ranks), workers, quiet, json_lines)
 
 
 @tamiyo.command()
@@ -102,19 +126,22 @@ def resume(folder: str, workers: int, quiet: bool, json_lines: bool) -> None:
 def adapt(
     curriculum: str, out: str | None, iterations: int | None, seed: int, base: str, domain: str, kind: str,
     workers: int, quiet: bool, json_lines: bool, backend: str | None, device: str, worlds_at_once: int,
-    group_size: int | None,
-) -> None:  # fmt: skip
+    group_size: int | None, pieces: int, devices: int | None,
+) -> int:  # fmt: skip
     """Train an adapter for one domain on a frozen core; the core's own weights never move."""
+    if devices is not None and devices > 1:
+        return launch(devices, AGAIN)
     from esper_core.cli.context import current_registry
     from esper_core.simic.learning.training import Training, new_manifest
     from esper_core.tamiyo.learned import agent_path
 
     current_registry().find("adapter", kind)
-    where = _where(backend, device, worlds_at_once, group_size)
+    where = _where(backend, device, worlds_at_once, group_size, pieces)
     manifest = new_manifest(curriculum, seed=seed, iterations=iterations or 0, domain=domain, adapter=kind, **where)
-    with agent_path(base) as path:
-        training = Training.start(_folder(out, f"{curriculum}-{domain}"), manifest, path)
-    _carry_on(training, workers, quiet, json_lines)
+    with _processes() as ranks:
+        with agent_path(base) as path:
+            training = Training.start(_folder(out, f"{curriculum}-{domain}"), manifest, path, ranks=ranks)
+        return _carry_on(training, workers, quiet, json_lines)
 
 
 @tamiyo.command("eval")
@@ -198,14 +225,36 @@ def merge(adapter: str, base: str, out: str) -> None:
     say(out)
 
 
-def _where(backend: str | None, device: str, worlds_at_once: int, group_size: int | None) -> dict[str, Any]:
+@contextmanager
+def _processes() -> Iterator[Ranks]:
+    """The processes that torchrun has started to train together; this one alone where there are no others."""
+    from esper_core.kasmina.ranks import ALONE
+
+    if process_count() == 1:
+        yield ALONE
+        return
+    from esper_core.tolaria.processes import join_to_play, leave
+
+    try:
+        yield join_to_play(AGAIN)
+    finally:
+        leave()
+
+
+def _where(
+    backend: str | None, device: str, worlds_at_once: int, group_size: int | None, pieces: int
+) -> dict[str, Any]:  # fmt: skip
     """What a manifest says of where episodes are computed; a device that is not there is refused."""
     from esper_core.tolaria.assembly import choose_device
 
     found = str(choose_device(device))
+    if process_count() > 1 and found != "cpu":
+        from esper_core.tolaria.processes import own_device
+
+        own_device(found)
     return {
         "backend": backend or ("processes" if found == "cpu" else "stacked"), "device": found,
-        "worlds_at_once": worlds_at_once, "group_size": group_size or 0,
+        "worlds_at_once": worlds_at_once, "group_size": group_size or 0, "pieces": pieces,
     }  # fmt: skip
 
 
@@ -218,9 +267,12 @@ def _folder(out: str | None, name: str) -> Path:
     return RUNS / f"{stem}-{number}"
 
 
-def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -> None:
+def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -> int:
     from esper_core.cli.tamiyo_view import TrainingView
 
+    if is_follower():
+        training.run(workers)
+        return 0
     with TrainingView(training, quiet=quiet, json_lines=json_lines) as view:
         try:
             product = training.run(workers, view.take)
@@ -234,6 +286,7 @@ def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -
         say(notice, err=True)
     if not json_lines:
         say(product)
+    return 0
 
 
 def _contenders(files: Sequence[str], adapters: Sequence[str]) -> dict[str, TamiyoCore]:

@@ -20,7 +20,9 @@ _DIFFERENT: Final = 0.01
 
 
 def tell(tolaria: Tolaria, on_event: Callable[[Event], None], what: str) -> None:
-    """Warn, and put it among the events; training continues."""
+    """Warn, and put it among the events, in the first of several processes; training continues."""
+    if not tolaria.plane.ranks.first:
+        return
     warnings.warn(what, stacklevel=4)
     on_event(FaultCaught(step=tolaria.clock.step, where="trainer", error=what, action="training continues"))
 

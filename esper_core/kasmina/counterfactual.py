@@ -129,8 +129,8 @@ def measure_counterfactuals(
                 found = moments(base, scores, objective.metric.higher_is_better, weights)
                 found = found if batch.counted else torch.zeros_like(found)
                 sums[mask] = sums[mask] + found if mask in sums else found
-    if not sums:
-        raise ValueError("no validation batch")
+        if not sums:
+            raise ValueError("no validation batch")
     rows = torch.stack(list(sums.values()))
     if plane.ranks.size > 1:
         counts = torch.full_like(rows[:, :1], examples)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -77,6 +77,18 @@ class Ranks:
 
     def settle(self, module: nn.Module) -> None:
         """Place the parameters of a module that was built alike on every process, in place, before it is trained."""
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Numbers of every process, the same many of each, by process."""
+        return [list(values)]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What can be pickled, of every process, by process."""
+        return [value]
+
+
+ALONE: Final = Ranks()
+"""A single process; it holds no state."""
 
 
 def local(tensor: Tensor) -> Tensor:

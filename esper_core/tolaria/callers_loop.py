@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from esper_core.kasmina.module_host import ModuleHost
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import EsperError
+from esper_core.tolaria.callers_processes import WRAP, LoopProcesses, ReplicatedSeeds
 
 _IDLE: Final = 3
 """Steps of growth without one of the caller's optimizer before that is told."""
@@ -30,6 +31,9 @@ class CallersLoop:
         scaler: None: gradients are not scaled; a scaler that steps one of the optimizers is then refused.
         accumulate: passes that were announced for each step; a first step of more causes a warning.
         steps: of the whole loop, as it was announced.
+
+    Attributes:
+        seeds: averages their gradients where several processes train; None for one process.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class CallersLoop:
         steps: int = 0,
     ) -> None:  # fmt: skip
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.seeds: ReplicatedSeeds | None = None
         self._accumulate, self._passes, self._steps, self._idle = accumulate, 0, steps, 0
         self._seen: float | None = None
         self._model, self._place = model, _place_of(model)
@@ -44,6 +49,22 @@ class CallersLoop:
         self._counter: Any = model.register_forward_hook(self._count)
         hooked = [one for one in optimizers if hasattr(one, "_optimizer_step_pre_hooks")]
         self._hooks = [one.register_step_pre_hook(self._before_step) for one in hooked]
+
+    def average(self, plane: Plane, loss: Tensor | None, examples: int, number: int) -> tuple[Tensor | None, int]:
+        """Loss and examples of all processes; the gradients of seeds become those of all. Every process calls.
+
+        Args:
+            number: steps so far.
+
+        Raises:
+            RunFailed: the processes do not hold the same host after its first step.
+        """
+        if self.seeds is None:
+            return loss, examples
+        if number == 0:
+            host = {f"host.{name}": p for name, p in plane.host.module.named_parameters()}
+            plane.ranks.compare(host, {}, 1)
+        return self.seeds.average(loss), examples * plane.ranks.size
 
     def begin_step(self, plane: Plane, number: int) -> float | None:
         """Before the seeds' step: divide their gradients by the scale; those that are not finite become 0.
@@ -55,7 +76,7 @@ class CallersLoop:
             The scale; None if the scaler left the step out, and the seeds' gradients are gone.
 
         Raises:
-            EsperError: the model moved to another device or dtype, or several ranks train.
+            EsperError: the model moved to another device or dtype, or processes have met since.
         """
         self._check_passes()
         self._check_model()
@@ -73,7 +94,7 @@ class CallersLoop:
         return scale
 
     def check_points(self, plane: Plane) -> None:
-        """At a decision: every slot is still part of the model.
+        """At a decision: every slot is still part of the model, whose buffers are alike on all processes.
 
         Raises:
             EsperError: a module behind which a slot stands was replaced.
@@ -83,6 +104,8 @@ class CallersLoop:
                 f"the module {path} was replaced, and what grows behind it is no part of the model any more",
                 "the modules that accompany saw", "change the model before accompany",
             )  # fmt: skip
+        if isinstance(plane.ranks, LoopProcesses):
+            plane.ranks.level()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._idle = -1
@@ -131,9 +154,10 @@ class CallersLoop:
         if place != self._place:
             raise EsperError(f"the model moved from {' '.join(self._place)} to {' '.join(place)} since accompany",
                              "one place for model and seeds", "model.to(...) before accompany")  # fmt: skip
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise EsperError("several ranks train together, and each would grow a different model", "one process",
-                             "esper run --devices N")  # fmt: skip
+        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if several and self.seeds is None:
+            raise EsperError("several processes have met since accompany, and each would grow a different model",
+                             "processes that meet before", WRAP)  # fmt: skip
 
 
 def mean_loss(loss: Tensor | float | None) -> Tensor | None:

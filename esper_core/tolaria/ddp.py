@@ -92,7 +92,7 @@ class Replicated(Strategy):
     def complete(self, parameters: Iterable[nn.Parameter]) -> None:
         """See `Strategy`."""
         present = [[p.grad is not None for p in bucket.parameters] for bucket in self._buckets]
-        if not self._alike:  # one process met parameters that another did not
+        if not self._alike and self._buckets:  # one process met parameters that another did not
             rows = self.ranks.gather([float(has) for bucket in present for has in bucket])
             anywhere = iter([any(column) for column in zip(*rows, strict=True)])
             present = [[next(anywhere) for _ in bucket] for bucket in present]
@@ -142,9 +142,7 @@ class Replicated(Strategy):
         """Make buckets of everything that trains now, in about the order in which gradients come."""
         for hook in self._hooks.values():
             hook.remove()
-        host = self.plane.host.module.parameters()
-        seeds = [p for group in self.plane.seed_groups().values() for p in group]
-        found = {id(p): p for p in (*host, *seeds) if p.requires_grad}
+        found = {id(p): p for p in self._trained()}
         groups: list[list[nn.Parameter]] = []
         filling: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
         for parameter in reversed(found.values()):
@@ -160,8 +158,17 @@ class Replicated(Strategy):
             for number, bucket in enumerate(self._buckets)
             for p in bucket.parameters
         }
-        self._running = running_of(self.plane)
+        self._running = self._running_statistics()
         self._version = self.ranks.version
+
+    def _trained(self) -> Iterable[nn.Parameter]:
+        """What has gradients to exchange, in about the order of the forward pass."""
+        host = self.plane.host.module.parameters()
+        seeds = [p for group in self.plane.seed_groups().values() for p in group]
+        return [p for p in (*host, *seeds) if p.requires_grad]
+
+    def _running_statistics(self) -> list[tuple[nn.Module, list[Tensor]]]:
+        return running_of(self.plane)
 
 
 def _gradient_bucket(parameters: list[nn.Parameter]) -> GradientBucket:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 from torch import nn
 
 from esper_core.kasmina.slot_hook import SlotHook
 from esper_core.leyline.errors import EsperError
+from esper_core.tolaria.process_count import process_count
+
+_SHARDED: Final = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+"""Classes of models, by name, of which each process holds a part."""
 
 
 def alone(model: nn.Module) -> None:
@@ -20,14 +25,39 @@ def alone(model: nn.Module) -> None:
         EsperError: it is such a model.
     """
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1:
-            raise EsperError(
-                f"{ranks} ranks train together, and each would grow a different model", "one process", "one GPU"
-            )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise EsperError(f"the model is wrapped in {type(model).__name__}", "a model on one device", "model.module")
+    met = distributed.is_available() and distributed.is_initialized()
+    count = distributed.get_world_size() if met else process_count()
+    if count > 1:
+        raise EsperError(f"grow in {count} processes, each of which would grow a different model", "one process",
+                         "accompany(DistributedDataParallel(model), ...), or esper run --devices N")  # fmt: skip
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise EsperError("the model is wrapped in DistributedDataParallel", "a plain model", "model.module")
+    refuse_wrapped(model)
+    refuse_grown(model)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model whose parameters are spread over devices.
+
+    Raises:
+        EsperError: it is such a model, or holds one.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise EsperError("the model is wrapped in DataParallel", "a model on one device", "model.module")
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    shards = next((name for name in _SHARDED if name in kinds), "")
+    if shards or any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise EsperError(f"the model's parameters are spread over processes ({shards or 'DTensor'})",
+                         "DistributedDataParallel, or esper run --strategy fsdp2",
+                         "accompany(DistributedDataParallel(model), ...)")  # fmt: skip
+
+
+def refuse_grown(model: nn.Module) -> None:
+    """Refuse a model on which something grows already.
+
+    Raises:
+        EsperError: it is such a model.
+    """
     for path, module in model.named_modules():
         if any(isinstance(hook, SlotHook) for hook in module._forward_hooks.values()):
             raise EsperError(

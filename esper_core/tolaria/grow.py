@@ -24,6 +24,7 @@ from esper_core.tolaria.allocating import begin
 from esper_core.tolaria.caller_groups import adopted, kind_for, refuse_rates, unwrapped
 from esper_core.tolaria.caller_options import Sinks, check_batch_size, hints_in_python, read_options, split_sinks
 from esper_core.tolaria.callers_loop import CallersLoop
+from esper_core.tolaria.callers_processes import Averaged, LoopProcesses, ReplicatedSeeds, meet, refuse_options
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was
 from esper_core.tolaria.grown import Grown
@@ -275,7 +276,7 @@ def _composed(plane: Plane) -> nn.Module | EsperError:
 
 @hints_in_python()
 def accompany(
-    model: nn.Module,
+    model: nn.Module | Averaged,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     sample: Any,
     *,
@@ -302,7 +303,7 @@ def accompany(
             tolaria.step(loss, len(targets))
             optimizer.zero_grad()
             if tolaria.due(steps):
-                tolaria.decide(map(tolaria.convert, val_loader))
+                tolaria.decide(map(tolaria.convert, val_loader), epoch)
         tolaria.conclude()
 
     Seeds have an optimizer of the kind of `optimizer`, since rates differ between kinds: SGD beside SGD, Muon beside
@@ -322,6 +323,11 @@ def accompany(
                 tolaria.step(torch.stack(losses[-k:]).mean(), k * len(targets))
                 optimizer.zero_grad()
 
+    Where several processes train the model with DistributedDataParallel, give that wrapper, and call `accompany`,
+    `step`, `decide`, `conclude` in every process. `step` takes this process's loss and examples, and `decide` its
+    share of the validation batches, or all of them in every process. Seeds are born with the values of the first
+    process, which asks the controller and emits events for all.
+
     Args:
         model: any module whose answer is logits, or holds them; where it will be trained.
         optimizer: the caller's, or several of them.
@@ -337,10 +343,10 @@ def accompany(
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which compiles anew once slots are there
     for name, value, hint in (("steps", steps, "len(loader) * epochs"), ("decisions", decisions, "24")):
         if not isinstance(value, int) or value < 1:
             raise BadOption(f"{name}={value} of a loop", "a whole number from 1 on", f"{name}={hint}")
+    model, ranks = meet(model)
     where = _device_of(model)
     if not _same_device(str(options.get("device", where)), where):
         raise BadOption(f"device={options['device']} beside a model on {where}", "the model's device",
@@ -350,21 +356,29 @@ def accompany(
     refuse_rates(others, options)
     fixed = {"device": where, "host": OWN_MODEL, "blueprints": blueprints}
     config = read_options({"optimizer": kind_for(others), **options}, fixed, loop=True)
-    alone(model)
+    refuse_options(config, ranks)
     convert = settle(convert, model, sample)
+    example = ranks.gather_objects(convert(sample).to("cpu"))[0] if ranks.size > 1 else convert(sample)
     registry, split = registry or load_registry(), LoaderSplit((sample,), convert)
     task = LoaderTask(LoaderSplit(()), split, LoaderSplit(()))
     own = OwnModel(
-        module=model, points=points, sample=convert(sample), loss=loss, metric=metric,
-        higher_is_better=higher_is_better,
-    )  # fmt: skip
+        module=model, points=points, sample=example, loss=loss, metric=metric, higher_is_better=higher_is_better
+    )
     setup = set_up_module(config, registry, own, task, Timetable.of_steps(config, steps, decisions))
     own_options = assembly.part_config(config, "optimizer", OptimizerConfig)
     seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
-    tolaria = setup.build_tolaria(emit, optimizer=seeds)
+    setup.plane.ranks = ranks
+    ranks.compare({}, {"the options": config.to_mapping(), "the points": list(setup.plane.slots)}, 0)
+    tolaria = setup.build_tolaria(emit if ranks.first else _unheard, optimizer=seeds)
     tolaria.convert, tolaria.loop = convert, CallersLoop(model, others, scaler, config.accumulate, steps)
+    if isinstance(ranks, LoopProcesses):
+        tolaria.loop.seeds = ReplicatedSeeds(ranks, setup.plane)
     begin(tolaria, [own.sample], config, setup.allocation)
     return tolaria
+
+
+def _unheard(event: Event) -> None:
+    """Of the processes after the first, whose events are the same."""
 
 
 def _device_of(model: nn.Module) -> str:

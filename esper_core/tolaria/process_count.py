@@ -13,3 +13,8 @@ def process_count() -> int:
 def process_number() -> int:
     """The number of this one among them, from 0."""
     return int(os.environ.get("RANK", "0") or 0) if process_count() > 1 else 0
+
+
+def local_process_count() -> int:
+    """How many of them are on this machine, where the launcher says so; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0) or process_count()

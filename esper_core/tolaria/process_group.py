@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import attrs
@@ -25,6 +26,8 @@ from esper_core.tolaria.faults import PART_FAULTS, DataFailed
 
 _FAULT, _DATA, _ENDS = 1, 2, 3
 """Kinds of errors by which a block ends, the last of which wins: a part's, a split's, and one that ends the run."""
+
+AGAIN: Final = "esper resume continues from the newest checkpoint"
 
 _PASSING: Final = -1
 """In place of a kind: the process is in the middle of its passes, and has norms to add up."""
@@ -64,17 +67,22 @@ class ProcessGroup(Ranks):
     """Processes that each hold the whole model (`ddp`).
 
     Args:
-        device: where this process trains.
+        device: where this process trains. again: what continues what they do when one of them was lost.
+        patience: how long to wait for another's figures; None for torch's 30 minutes.
 
     Attributes:
         version: counts modules that were placed, so that lists of parameters can be renewed when it changes.
         lost: a process is gone, and nothing can be exchanged any more.
+        likeness: what makes processes hold the same.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    likeness = "a host, seeds and data that depend on the seed alone; then esper resume"
+
+    def __init__(self, device: torch.device, again: str = AGAIN, patience: timedelta | None = None) -> None:
+        self.again = again
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
         self.version, self.lost = 0, False
-        self._control: Any = dist.new_group(backend="gloo")
+        self._control: Any = dist.new_group(backend="gloo", timeout=patience)
         self._norms: Any = dist.new_group() if device.type == "cuda" else None
         self._issued = 0  # exchanges of norms in these passes, where they do not wait for one another
 
@@ -92,9 +100,8 @@ class ProcessGroup(Ranks):
             told = str(error).strip().splitlines()[0][:200]
             broken = "a process of the run is gone" if _is_broken(told) else f"an exchange of processes failed: {told}"
             raise RankLost(
-                f"{broken}, says process {self.rank} of {self.size}", "every process alive",
-                "esper resume continues from the newest checkpoint",
-            ) from error  # fmt: skip
+                f"{broken}, says process {self.rank} of {self.size}", "every process alive", self.again
+            ) from error
 
     def share(self, value: Any = None) -> Any:
         """See `Ranks`."""
@@ -107,7 +114,7 @@ class ProcessGroup(Ranks):
         return json.loads(text.numpy().tobytes())
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Numbers of every process, the same many of each, by process."""
+        """See `Ranks`."""
         mine = torch.tensor(values, dtype=torch.float64)
         found = torch.empty(self.size * len(mine), dtype=torch.float64)
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its newer name
@@ -142,6 +149,13 @@ class ProcessGroup(Ranks):
         found = [torch.empty_like(mine) for _ in range(self.size)]
         with self.exchange():
             dist.all_gather(found, mine, group=self._control)
+        return found
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """See `Ranks`. The processes of one run trust one another, as pickles demand."""
+        found: list[Any] = [None] * self.size
+        with self.exchange():
+            dist.all_gather_object(found, value, group=self._control)
         return found
 
     # --- Agreement ---
@@ -249,16 +263,20 @@ class ProcessGroup(Ranks):
         """Place the host, which was built alike on every process."""
         self.settle(host.module)
 
-    @torch.no_grad()
     def settle(self, module: nn.Module) -> None:
         """See `Ranks`. Every process takes the values of the first: a factory may draw numbers of its own."""
         self.version += 1
+        self.take_from_first((*module.parameters(), *module.buffers()))
+
+    @torch.no_grad()
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors, of the same shapes everywhere, the values of the first process, in place."""
         groups: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in tensors:
             groups.setdefault(tensor.dtype, []).append(tensor.detach())
         with self.exchange():
-            for tensors in groups.values():
-                for some in _in_portions(tensors):
+            for alike in groups.values():
+                for some in _in_portions(alike):
                     self._broadcast(some)
 
     def _broadcast(self, tensors: Sequence[Tensor]) -> None:
@@ -311,7 +329,7 @@ class ProcessGroup(Ranks):
                     raise RunFailed(
                         f"processes 0 and {number} differ in {name} at step {step}",
                         "processes that hold the same model",
-                        "a host, seeds and data that depend on the seed alone; then esper resume",
+                        self.likeness,
                     )
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,24 @@ def join(device: str, strategy: str) -> ProcessGroup:
     Raises:
         BadOption: they cannot be met.
     """
+    _meet(device)
+    return build(torch.device(device), strategy)
+
+
+def join_to_play(again: str) -> ProcessGroup:
+    """Meet the other processes that train a controller: what they exchange is small, and passes through the CPU.
+
+    Args:
+        again: see `ProcessGroup`.
+
+    Raises:
+        BadOption: they cannot be met.
+    """
+    _meet("cpu")
+    return ProcessGroup(torch.device("cpu"), again, timedelta(days=2))  # an iteration may be long
+
+
+def _meet(device: str) -> None:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -54,7 +73,6 @@ def join(device: str, strategy: str) -> ProcessGroup:
             raise BadOption(
                 f"the processes do not meet: {told}", "processes of one torchrun", "esper run --devices N"
             ) from error
-    return build(torch.device(device), strategy)
 
 
 def meet_others(config: RunConfig) -> Ranks:

@@ -159,15 +159,19 @@ class Tolaria:
     def step(self, loss: Tensor | float | None, examples: int) -> None:
         """All the work of one batch, where the caller's own optimizer updates the host.
 
-        Call it between the optimizer's `step()` and `zero_grad()`. Arguments and errors are `after_step`'s.
+        Call it between the optimizer's `step()` and `zero_grad()`, in every process where several train. Arguments and
+        errors are `after_step`'s; loss and examples are of this process.
         """
+        mean = mean_loss(loss)
+        if self.loop is not None:
+            mean, examples = self.loop.average(self.plane, mean, examples, self.clock.step)
         scale = self.loop.begin_step(self.plane, self.clock.step) if self.loop is not None else 1.0
         if scale is None and self.sensors is not None:  # the caller's scaler left this step out
             self.sensors.forget_batch()
         precision, watch = Precision(self._losses.device), partial(self.after_backward, scale or 1.0)
         seeds = TrainingStep(self.plane, self.objective, self.optimizer, precision, watch=lambda _: watch())
         seeds.update(self.optimizer.learning_rate)
-        self.after_step(mean_loss(loss), examples)
+        self.after_step(mean, examples)
 
     def due(self, steps: int) -> bool:
         """Whether it is time for one of the decision steps of a run of that many optimizer steps."""
@@ -405,13 +409,19 @@ class Tolaria:
         """Transfer the waiting losses from the device, and pass them to the governor."""
         if not self._waiting:
             return None
-        values = self.plane.ranks.add_up(self._losses[: self._waiting]).tolist()
+        values = self._waiting_losses()
         self._waiting = 0
         self.clock.loss_sum += math.fsum(values)
         self.clock.loss_count += len(values)
         self.clock.epoch_loss_sum += math.fsum(values)
         self.clock.epoch_loss_count += len(values)
         return self.governor.observe(values, self.clock.step)
+
+    def _waiting_losses(self) -> list[float]:
+        """Losses of all processes; those of a caller's loop have been averaged at each step."""
+        losses = self._losses[: self._waiting]
+        whole: list[float] = (losses if self.loop is not None else self.plane.ranks.add_up(losses)).tolist()
+        return whole
 
     def _read_sensors(self) -> None:
         if self.sensors is None:
@@ -558,7 +568,7 @@ class Tolaria:
             "governor": self.governor.state_dict(),
             "controller": self._controller_state(),
             "sensors": self.sensors.state_dict() if self.sensors is not None else {},
-            "waiting": self.plane.ranks.add_up(self._losses[: self._waiting]).tolist() if self._waiting else [],
+            "waiting": self._waiting_losses() if self._waiting else [],
             **self.books.state_dict(),
             "host": self.host_readings,
             "probe_flops": [[list(paths), flops] for paths, flops in self.probe_flops.items()],
@@ -588,7 +598,8 @@ class Tolaria:
             self.sensors.load_state_dict(state["sensors"])
         waiting = [float(value) for value in state["waiting"]]
         self._waiting = len(waiting)
-        self._losses[: len(waiting)] = torch.tensor(waiting) * self.plane.ranks.first  # which counts for all
+        counts = self.loop is not None or self.plane.ranks.first  # the first of a run's processes counts for all
+        self._losses[: len(waiting)] = torch.tensor(waiting) * counts
         self.flops_each = None
         self.probe_flops = {tuple(map(str, paths)): float(flops) for paths, flops in state.get("probe_flops", ())}
         self.books.load_state_dict(state)

@@ -407,7 +407,7 @@ def test_several_ranks_and_wrapped_models_are_refused() -> None:
         grow(nn.DataParallel(net()), *loaders(), epochs=1)
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        with pytest.raises(EsperError, match="2 ranks train together"):
+        with pytest.raises(EsperError, match="2 processes train together"):
             own_loop()
     finally:
         torch.distributed.destroy_process_group()

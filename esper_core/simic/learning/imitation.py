@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from esper_core.kasmina.ranks import ALONE, Ranks
 from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op
-from esper_core.simic.learning.ppo import CorePolicy, Episode, Policy
+from esper_core.simic.learning.ppo import CorePolicy, Episode, Policy, of_one_length, split
+from esper_core.simic.learning.sharing import shared
 from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Observation
 
 
@@ -96,13 +99,6 @@ class Scribe:
         return op, slot, 0, 0, 0
 
 
-def _of_one_length(episodes: Sequence[Episode], chosen: Sequence[int]) -> list[list[int]]:
-    lengths: dict[int, list[int]] = {}
-    for i in chosen:
-        lengths.setdefault(len(episodes[i].rewards), []).append(i)
-    return list(lengths.values())
-
-
 def demonstration_weights(episodes: Sequence[Episode], sharpness: float) -> list[float]:
     """One weight an episode, with mean 1 over all: by its return among those of its group."""
     raw = []
@@ -123,38 +119,66 @@ def imitate(
     generator: torch.Generator,
     *,
     reward_scale: float = 1.0,
+    ranks: Ranks = ALONE,
+    pieces: int = 1,
 ) -> dict[str, float]:
-    """Raise the likelihood of what was demonstrated; returns means over all minibatches."""
+    """Raise the likelihood of what was demonstrated; returns means over all minibatches.
+
+    Args:
+        ranks, pieces: see `ppo.update`.
+    """
     weights = demonstration_weights(episodes, config.sharpness)
-    likelihood = value_error = norm_sum = 0.0
-    parameters, steps = list(policy.parameters()), 0
+    sums = {"log_likelihood": 0.0, "value_loss": 0.0}
+    parameters, steps, norm_sum = list(policy.parameters()), 0, 0.0
     for _ in range(config.epochs):
         order = torch.randperm(len(episodes), generator=generator).tolist()
         for start in range(0, len(order), config.minibatch):
             chosen = order[start : start + config.minibatch]
-            optimizer.zero_grad(set_to_none=True)
             as_one = config.together and isinstance(policy, CorePolicy)
-            parts = _of_one_length(episodes, chosen) if as_one else [[i] for i in chosen]
-            for part in parts:
-                some = [episodes[i] for i in part]
-                decision = policy.score_all(some) if isinstance(policy, CorePolicy) else policy.score(some[0])
-                device = decision.value.device
-                to_go = np.concatenate([np.cumsum(e.rewards[::-1])[::-1] * reward_scale for e in some])
-                error = (decision.value - torch.from_numpy(to_go).to(device)).square().mean()
-                bonus = sum(
-                    weight * decision.entropy[head].mean()
-                    for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
-                )
-                told = decision.log_prob.view(len(part), -1).mean(1)  # (E,)
-                worth = torch.tensor([weights[i] for i in part], device=device)
-                loss = (config.value_weight * error - (worth * told).mean() - bonus) * (len(part) / len(chosen))
-                loss.backward()  # type: ignore[no-untyped-call]
-                likelihood += float(told.detach().sum())
-                value_error += float(error.detach()) * len(part)
+            parts = split(chosen, pieces) if as_one else [[i] for i in chosen]
+            do = partial(_taught, policy, parameters, episodes, weights, config, reward_scale, parts, len(chosen))
+            sizes = [sum(len(episodes[i].rewards) for i in part) for part in parts]
+            optimizer.zero_grad(set_to_none=True)
+            for gradients, figures in shared(ranks, sizes, partial(map, do), parameters[0].device):
+                _add_to_gradients(parameters, gradients)
+                for name, value in figures.items():
+                    sums[name] += value
             norm_sum += float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             optimizer.step()
             steps += 1
     optimizer.zero_grad(set_to_none=True)
     count = max(config.epochs * len(episodes), 1)
-    return {"log_likelihood": likelihood / count, "value_loss": value_error / count,
+    return {**{name: value / count for name, value in sums.items()},
             "gradient_norm": norm_sum / max(steps, 1), "steps": float(steps)}  # fmt: skip
+
+
+def _taught(
+    policy: Policy, parameters: Sequence[torch.Tensor], episodes: Sequence[Episode], weights: Sequence[float],
+    config: ImitationConfig, reward_scale: float, parts: Sequence[list[int]], whole: int, number: int,
+) -> tuple[list[torch.Tensor | None], dict[str, float]]:  # fmt: skip
+    """The gradients of one part of a minibatch of `whole` episodes, and sums of its figures."""
+    total: list[torch.Tensor | None] = [None] * len(parameters)
+    likelihood = value_error = 0.0
+    for lot in of_one_length(episodes, parts[number]):
+        some = [episodes[i] for i in lot]
+        decision = policy.score_all(some) if isinstance(policy, CorePolicy) else policy.score(some[0])
+        device = decision.value.device
+        to_go = np.concatenate([np.cumsum(e.rewards[::-1])[::-1] * reward_scale for e in some])
+        error = (decision.value - torch.from_numpy(to_go).to(device)).square().mean()
+        bonus = sum(
+            weight * decision.entropy[head].mean() for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
+        )
+        told = decision.log_prob.view(len(lot), -1).mean(1)  # (E,)
+        worth = torch.tensor([weights[i] for i in lot], device=device)
+        loss = (config.value_weight * error - (worth * told).mean() - bonus) * (len(lot) / whole)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        total = [a if b is None else b if a is None else a + b for a, b in zip(total, gradients, strict=True)]
+        likelihood += float(told.detach().sum())
+        value_error += float(error.detach()) * len(lot)
+    return total, {"log_likelihood": likelihood, "value_loss": value_error}
+
+
+def _add_to_gradients(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

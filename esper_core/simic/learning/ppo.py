@@ -6,7 +6,8 @@ of it, so that rollout and update see the same network. Shapes: T decisions, K c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final, Protocol
 
 import attrs
@@ -15,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from esper_core.kasmina.ranks import ALONE, Ranks
+from esper_core.simic.learning.sharing import shared
 from esper_core.tamiyo.core import Decision, TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, Normaliser, Observation, ObservationBatch, collate
 
@@ -158,16 +161,27 @@ def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+Share = tuple[list[Tensor | None] | None, dict[str, float]]
+"""What comes of a part of a minibatch: the gradient of each parameter (None: there is none), and figures to add up."""
+
+
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     episodes: Sequence[Episode],
     config: PPOConfig,
     generator: torch.Generator,
+    *,
+    ranks: Ranks = ALONE,
+    pieces: int = 1,
 ) -> dict[str, float]:
     """Improve `policy` on `episodes`; returns means over the minibatches that were stepped.
 
     Entropies are reported by head over the decisions in which the head had a choice, so that a collapse is seen.
+
+    Args:
+        ranks: the processes that share out each minibatch; all have the same policy and episodes, before and after.
+        pieces: into which a minibatch that is scored together is split; without `together` an episode is a piece.
     """
     estimates = [advantages(e.rewards * config.reward_scale, e.values, config.discount, config.gae_lambda)
                  for e in episodes]  # fmt: skip
@@ -186,9 +200,9 @@ def update(
             told = ([episodes[i] for i in chosen], [(merits[i] - shift) / scale for i in chosen],
                     [estimates[i] for i in chosen], config)  # fmt: skip
             if config.together and isinstance(policy, CorePolicy):
-                total, kl, notes = _together(policy, *told)
+                total, kl, notes = _together(policy, *told, ranks, pieces)
             else:
-                total, kl, notes = _minibatch(policy, *told)
+                total, kl, notes = _minibatch(policy, *told, ranks)
             worst = max(worst, kl)
             if kl > config.target_kl:
                 stopped = True  # the gradient is thrown away: no step from a policy that has moved too far
@@ -206,44 +220,64 @@ def update(
     return {**means, "steps": float(steps), "kl_stop": float(stopped), "kl_worst": worst}
 
 
+def split(items: Sequence[int], pieces: int) -> list[list[int]]:
+    """`items` in that many runs of about one length; fewer where there are fewer items."""
+    bounds = [number * len(items) // pieces for number in range(pieces + 1)]
+    return [list(items[a:b]) for a, b in pairwise(bounds) if b > a]
+
+
 def _minibatch(
     policy: Policy,
     episodes: Sequence[Episode],
     scaled: Sequence[NDArray[np.float32]],
     raw: Sequence[NDArray[np.float32]],
     config: PPOConfig,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[Tensor], float, dict[str, float]]:
     """Summed gradient with every environment's share clipped on its own, mean KL, and what to report."""
     parameters = list(policy.parameters())
-    total = [torch.zeros_like(p) for p in parameters]
     decisions = sum(len(e.rewards) for e in episodes)
-    kl, notes = 0.0, dict.fromkeys(("policy_loss", "value_loss", "clipped", "dropped"), 0.0)
-    entropy, asked = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0.0)
-    for episode, advantage, estimate in zip(episodes, scaled, raw, strict=True):
+
+    def share_of(i: int) -> Share:
+        episode = episodes[i]
         decision = policy.score(episode)
-        losses = _losses(decision, episode.log_prob, advantage, estimate + episode.values, config)
-        ratio, log_ratio, policy_loss, value_loss = losses.ratio, losses.log_ratio, losses.policy, losses.value
-        loss = policy_loss + config.value_weight * value_loss - losses.bonus
+        losses = _losses(decision, episode.log_prob, scaled[i], raw[i] + episode.values, config)
+        loss = losses.policy + config.value_weight * losses.value - losses.bonus
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
         if not torch.isfinite(norm):
-            notes["dropped"] += 1.0  # one environment's NaN must not reach the others
-            continue
+            return None, {"dropped": 1.0}  # one environment's NaN must not reach the others
         factor = (config.gradient_norm / (norm + 1e-8)).clamp(max=1.0) / len(episodes)
-        for sum_of, gradient in zip(total, gradients, strict=True):
+        figures = _figures(losses, decision, config, decisions)
+        for name in _MEANS:
+            figures[name] /= len(episodes)
+        return [None if g is None else g * factor for g in gradients], figures
+
+    sizes = [len(e.rewards) for e in episodes]
+    total, sums = _sum(shared(ranks, sizes, lambda mine: map(share_of, mine), parameters[0].device), parameters)
+    return total, sums.get("kl", 0.0), _notes(sums, sums.get("dropped", 0.0))
+
+
+def _sum(shares: Iterable[Share], parameters: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, float]]:
+    """The sums of gradients and figures, in order."""
+    total, sums = [torch.zeros_like(p) for p in parameters], dict[str, float]()
+    for gradients, figures in shares:
+        for sum_of, gradient in zip(total, gradients or (), strict=gradients is not None):
             if gradient is not None:
-                sum_of.add_(gradient * factor)
-        with torch.no_grad():
-            # Schulman's k3 estimate of KL(old, new): unbiased and never negative
-            kl += float((ratio - 1 - log_ratio).sum()) / decisions
-            notes["policy_loss"] += float(policy_loss) / len(episodes)
-            notes["value_loss"] += float(value_loss) / len(episodes)
-            notes["clipped"] += float(((ratio - 1).abs() > config.clip).float().mean()) / len(episodes)
-            for head in FIELDS:
-                entropy[head] += float(decision.entropy[head].sum())
-                asked[head] += float(decision.asked[head].sum())
-    heads = {f"entropy_{head}": entropy[head] / asked[head] for head in FIELDS if asked[head]}
-    return total, kl, {**notes, "kl": kl, **heads}
+                sum_of.add_(gradient)
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return total, sums
+
+
+def _notes(sums: Mapping[str, float], dropped: float) -> dict[str, float]:
+    """What is reported of a minibatch."""
+    heads = {
+        f"entropy_{head}": sums[f"spread_{head}"] / sums[f"asked_{head}"]
+        for head in FIELDS
+        if sums.get(f"asked_{head}")
+    }
+    return {**{name: sums.get(name, 0.0) for name in _MEANS}, "dropped": dropped, "kl": sums.get("kl", 0.0), **heads}
 
 
 @attrs.frozen
@@ -273,28 +307,47 @@ def _losses(
     return _Losses(ratio, log_ratio, policy_loss, (decision.value - aim).square().mean(), bonus)
 
 
+_MEANS: Final = ("policy_loss", "value_loss", "clipped")
+
+
+@torch.no_grad()
+def _figures(losses: _Losses, decision: Decision, config: PPOConfig, decisions: int) -> dict[str, float]:
+    """Of some of the `decisions` of a minibatch: their part of its KL, means over them, and sums over each head."""
+    names = ["kl", *_MEANS, *(f"spread_{head}" for head in FIELDS), *(f"asked_{head}" for head in FIELDS)]
+    values = torch.stack([
+        # Schulman's k3 estimate of KL(old, new): unbiased and never negative
+        (losses.ratio - 1 - losses.log_ratio).sum(), losses.policy, losses.value,
+        ((losses.ratio - 1).abs() > config.clip).float().mean(),
+        *(decision.entropy[head].sum() for head in FIELDS), *(decision.asked[head].sum() for head in FIELDS),
+    ]).tolist()  # fmt: skip
+    found = dict(zip(names, values, strict=True))
+    found["kl"] /= decisions
+    return found
+
+
 def _together(
     policy: CorePolicy,
     episodes: Sequence[Episode],
     scaled: Sequence[NDArray[np.float32]],
     raw: Sequence[NDArray[np.float32]],
     config: PPOConfig,
+    ranks: Ranks = ALONE,
+    pieces: int = 1,
 ) -> tuple[list[Tensor], float, dict[str, float]]:
-    """As `_minibatch`, in one backward pass for episodes of one length, with one bound on the gradient of all.
+    """As `_minibatch`, in one pass for a piece's episodes of one length, with one bound on the gradient of all.
 
     Episodes that are not finite are left out beforehand, since they would spoil the gradient of the whole batch.
     """
     parameters = list(policy.parameters())
-    total = [torch.zeros_like(p) for p in parameters]
     fine = [i for i, e in enumerate(episodes) if all(np.isfinite(v).all() for v in (e.log_prob, scaled[i], raw[i]))]
-    lengths: dict[int, list[int]] = {}
-    for i in fine:
-        lengths.setdefault(len(episodes[i].rewards), []).append(i)
-    decisions = sum(len(e.rewards) for e in episodes)
-    kl, notes = 0.0, {"dropped": float(len(episodes) - len(fine))}
-    sums: dict[str, float] = dict.fromkeys(("policy_loss", "value_loss", "clipped"), 0.0)
-    entropy, asked = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0.0)
-    for some in lengths.values():
+    decisions, parts = sum(len(e.rewards) for e in episodes), split(fine, pieces)
+
+    def share_of(number: int) -> Share:
+        some = of_one_length(episodes, parts[number])
+        gradients, figures = _sum((share_of_lot(lot) for lot in some), parameters)
+        return list(gradients), figures
+
+    def share_of_lot(some: list[int]) -> Share:
         decision, share = policy.score_all([episodes[i] for i in some]), len(some) / len(episodes)
         losses = _losses(
             decision, np.concatenate([episodes[i].log_prob for i in some]), np.concatenate([scaled[i] for i in some]),
@@ -302,24 +355,23 @@ def _together(
         )  # fmt: skip
         loss = losses.policy + config.value_weight * losses.value - losses.bonus
         gradients = torch.autograd.grad(loss * share, parameters, allow_unused=True)
-        for sum_of, gradient in zip(total, gradients, strict=True):
-            if gradient is not None:
-                sum_of.add_(gradient)
-        with torch.no_grad():
-            told = torch.stack([
-                (losses.ratio - 1 - losses.log_ratio).sum(), losses.policy, losses.value,
-                ((losses.ratio - 1).abs() > config.clip).float().mean(),
-                *(decision.entropy[head].sum() for head in FIELDS), *(decision.asked[head].sum() for head in FIELDS),
-            ]).tolist()  # fmt: skip
-        kl += told[0] / decisions
-        for name, value in zip(sums, told[1:4], strict=True):
-            sums[name] += value * share
-        for head, spread, count in zip(FIELDS, told[4 : 4 + len(FIELDS)], told[4 + len(FIELDS) :], strict=True):
-            entropy[head] += spread
-            asked[head] += count
+        figures = _figures(losses, decision, config, decisions)
+        for name in _MEANS:
+            figures[name] *= share
+        return list(gradients), figures
+
+    sizes = [sum(len(episodes[i].rewards) for i in part) for part in parts]
+    total, sums = _sum(shared(ranks, sizes, lambda mine: map(share_of, mine), parameters[0].device), parameters)
     factor = (config.gradient_norm / (torch.stack([g.norm() for g in total]).norm() + 1e-8)).clamp(max=1.0)
-    heads = {f"entropy_{head}": entropy[head] / asked[head] for head in FIELDS if asked[head]}
-    return [g * factor for g in total], kl, {**sums, **notes, "kl": kl, **heads}
+    return [g * factor for g in total], sums.get("kl", 0.0), _notes(sums, float(len(episodes) - len(fine)))
+
+
+def of_one_length(episodes: Sequence[Episode], chosen: Sequence[int]) -> list[list[int]]:
+    """The numbers of `chosen` episodes, in lots of as many decisions."""
+    lengths: dict[int, list[int]] = {}
+    for i in chosen:
+        lengths.setdefault(len(episodes[i].rewards), []).append(i)
+    return list(lengths.values())
 
 
 def update_normalisers(core: TamiyoCore, episodes: Sequence[Episode]) -> None:

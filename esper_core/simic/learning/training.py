@@ -3,6 +3,9 @@
 Everything that an iteration does follows from the manifest and the iteration's number, so that a training killed at
 any moment resumes from its newest checkpoint bit for bit, with any number of worker processes.
 
+Several processes, on one host or many, share out the episodes and the gradients of one learner (see `sharing`). What
+each computes does not depend on how many there are, and neither does the result. The first has the folder.
+
 `FOLDER/`: `training.json` (the manifest), `curves.jsonl` (one line an iteration), `checkpoints/`, `base.safetensors`
 (the core that was started from, if any), `agent.safetensors` or `adapter.safetensors`, `report.html`.
 """
@@ -11,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -25,6 +30,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from esper_core.kasmina.ranks import ALONE, Ranks
 from esper_core.leyline.errors import BadFile, BadOption, RunFailed, did_you_mean, os_error_as
 from esper_core.simic.gym.cpu_engine import Inline, Task, WorkerPool, make_pool, one_thread
 from esper_core.simic.gym.planted import gym_registry
@@ -41,13 +47,19 @@ from esper_core.simic.learning.rollout import (
     stackable_parts,
     told,
 )
+from esper_core.simic.learning.sharing import shared
 from esper_core.storage.tensor_file import expect_well_formed, read_json_file, write_json_file
 from esper_core.tamiyo.adapter import Adapter, build_adapter
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.process_count import local_process_count
+from esper_core.tolaria.processes import own_device
 from esper_core.tolaria.run_folder import RunFolder
 
 FORMAT: Final = "esper-training-1"
+AGAIN: Final = "esper tamiyo resume continues from the newest checkpoint"
+_ROUNDING: Final = 1e-3
+"""By how much the tensors of two processes may differ after an iteration, over their largest value."""
 BACKENDS: Final = ("processes", "inline", "stacked")
 _ADAPTER_RATE: Final = 10.0
 """Learning rate of an adapter over that of a whole core: the best for LoRA is about ten times the best for all weights
@@ -70,6 +82,7 @@ class Manifest:
         backend: what computes episodes: `processes`, `inline`, or `stacked` on `device`.
         device: `cpu` or `cuda`; with `stacked` also where the learner is.
         worlds_at_once: most groups in one stack. group_size: environments in a group; 0 for the curriculum's number.
+        pieces: into which a minibatch that is scored together is split, for several processes to share out.
     """
 
     curriculum: str
@@ -83,6 +96,7 @@ class Manifest:
     device: str = "cpu"
     worlds_at_once: int = 16
     group_size: int = 0
+    pieces: int = 1
 
     def __attrs_post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -97,17 +111,19 @@ class Training:
 
     Attributes:
         path: the folder. manifest, curriculum: what to do. core: the network, with the adapter in training attached.
+        ranks: the processes that train it. device: of this one's stacked worlds and learner.
         done: iterations behind us. records: one for each of them, as in `curves.jsonl`.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: Manifest, ranks: Ranks = ALONE) -> None:
+        self.path, self.manifest, self.ranks = path, manifest, ranks
+        self.device = manifest.device if ranks.size == 1 else own_device(manifest.device)
         self.curriculum: Curriculum = parse_curriculum(manifest.text, manifest.curriculum)
         self.folder = RunFolder(path, keep=2)
         self.done, self.records, self.notices = 0, list[Record](), set[str]()
         self._registry = gym_registry()
         self.core, self.adapter = self._network()
-        self.core.to(manifest.device)
+        self.core.to(self.device)
         self.policy = CorePolicy(self.core)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), eps=1e-5)
 
@@ -117,45 +133,46 @@ class Training:
     # --- Beginning ---
 
     @classmethod
-    def start(cls, path: str | Path, manifest: Manifest, base: str | Path | None = None) -> Training:
+    def start(
+        cls, path: str | Path, manifest: Manifest, base: str | Path | None = None, *, ranks: Ranks = ALONE
+    ) -> Training:
         """A new training.
 
         Args:
-            base: agent file to start from, or to adapt.
+            base: agent file to start from, or to adapt. ranks: the processes that train; every one of them calls.
 
         Raises:
             BadOption: the folder holds a training already, or cannot be written to.
             BadFile, UnknownName: the base or the curriculum cannot be used.
         """
         path = Path(path)
-        if (path / "training.json").exists():
-            raise BadOption(f"{path} holds a training already", "a new folder", f"esper tamiyo resume {path}")
-        parse_curriculum(manifest.text, manifest.curriculum).chosen(held_out=False, domain=manifest.domain)
-        core = TamiyoCore.load(base) if base is not None else None
-        with os_error_as(BadOption, f"{path} cannot be written to", "a folder with space", "--out DIR"):
-            path.mkdir(parents=True, exist_ok=True)
-            if core is not None:
-                core.save(path / "base.safetensors")
-                manifest = attrs.evolve(manifest, base=core.fingerprint)
-            write_json_file(path / "training.json", {"format": FORMAT, **attrs.asdict(manifest)})
-        return cls(path, manifest)
+        with ranks.together(forward=False):
+            if ranks.first:
+                manifest = _write_manifest(path, manifest, base)
+        return cls(path, Manifest(**ranks.share(attrs.asdict(manifest))), ranks)
 
     @classmethod
-    def resume(cls, path: str | Path) -> Training:
+    def resume(cls, path: str | Path, *, ranks: Ranks = ALONE) -> Training:
         """A training that was stopped, as its newest whole checkpoint left it.
+
+        Args:
+            ranks: the processes that go on with it, of whatever number; every one of them calls.
 
         Raises:
             BadFile: no training is there, or its files are damaged.
         """
         path = Path(path)
-        if not (path / "training.json").is_file():
-            raise BadFile(f"there is no training at {path}", "a folder with a training.json", "esper tamiyo train")
-        about = read_json_file(path / "training.json")
+        about: dict[str, Any] = {}
+        with ranks.together(forward=False):
+            if ranks.first:
+                about = _read_manifest(path)
         with expect_well_formed(path / "training.json"):
-            if about.pop("format") != FORMAT:
-                raise BadFile(f"{path} holds no training of format {FORMAT}")
-            training = cls(path, Manifest(**about))
-        found = training.folder.checkpoints.newest()
+            training = cls(path, Manifest(**ranks.share(about)), ranks)
+        found = None
+        with ranks.together(forward=False):
+            if ranks.first:
+                found = training.folder.checkpoints.newest()
+        found = ranks.gather_objects(found)[0]
         if found is not None:
             with expect_well_formed(path / "checkpoints"):
                 training._restore(*found)
@@ -164,9 +181,15 @@ class Training:
     def _network(self) -> tuple[TamiyoCore, Adapter | None]:
         if not self.manifest.base:
             return TamiyoCore(self.curriculum.core, seed=self.manifest.seed), None
-        core = TamiyoCore.load(self.path / "base.safetensors")
-        if core.fingerprint != self.manifest.base:
-            raise BadFile(f"{self.path / 'base.safetensors'} is not the core that this training began with")
+        packed: PackedCore | None = None
+        with self.ranks.together(forward=False):
+            if self.ranks.first:
+                core = TamiyoCore.load(self.path / "base.safetensors")
+                if core.fingerprint != self.manifest.base:
+                    given = f"{self.path / 'base.safetensors'} is not the core that this training began with"
+                    raise BadFile(given)
+                packed = PackedCore.pack(core)
+        core = self.ranks.gather_objects(packed)[0].unpack()
         if not self.manifest.adapter:
             return core, None
         adapter = build_adapter(core, self.manifest.adapter, self.manifest.domain or "all")
@@ -200,26 +223,36 @@ class Training:
 
         Args:
             workers: processes; 0 for one a core, 1 for this one alone. The answer is the same for any number.
-            notify: told of every iteration.
+            notify: told of every iteration, in the first of several processes.
 
         Raises:
             BadFile: another process trains here.
-            RunFailed: not one episode of an iteration could be played.
+            RunFailed: not one episode of an iteration could be played, or a process was lost or computes otherwise.
         """
-        self.folder.hold()
+        ranks = self.ranks
+        if not workers and ranks.size > 1:
+            workers = max(1, len(os.sched_getaffinity(0)) // local_process_count())
+        with ranks.together(forward=False):
+            if ranks.first:
+                self.folder.hold()
         try:
-            self._rewrite_curves()
+            with ranks.together(forward=False):
+                if ranks.first:
+                    self._rewrite_curves()
             with one_thread(), make_pool(workers) as pool:
                 while self.done < self.iterations:
                     record = self._iterate(pool)
+                    self._agree()
                     self.records.append(record)
-                    self._append(record)
                     self.done += 1
-                    if self.done % self.curriculum.checkpoint_every == 0 or self.done == self.iterations:
-                        self._save()
-                    notify(record)
+                    with ranks.together(forward=False):
+                        if ranks.first:
+                            self._keep(record)
+                    if ranks.first:
+                        notify(record)
         finally:
-            self.folder.release()
+            if ranks.first:
+                self.folder.release()
         return self.product
 
     def _iterate(self, pool: Inline | WorkerPool) -> Record:
@@ -233,11 +266,12 @@ class Training:
         played = time.monotonic()
         generator = torch.Generator().manual_seed(self.manifest.seed * 1_000_003 + i)
         self._set_rate(teaching)
+        shares: Any = {"ranks": self.ranks, "pieces": self.manifest.pieces}
         if teaching:
             notes = imitate(self.policy, self.optimizer, episodes, plan.imitation, generator,
-                            reward_scale=plan.ppo.reward_scale)  # fmt: skip
+                            reward_scale=plan.ppo.reward_scale, **shares)  # fmt: skip
         else:
-            notes = update(self.policy, self.optimizer, episodes, self.ppo, generator)
+            notes = update(self.policy, self.optimizer, episodes, self.ppo, generator, **shares)
         if self.adapter is None:  # a frozen core keeps its normalisers
             update_normalisers(self.core, episodes)
         results = [(world.name, one) for (world, _), (_, many) in zip(draws, answers, strict=True) for one in many]
@@ -269,7 +303,7 @@ class Training:
         parts = self._parts(runs) if stacked else [[g] for g in range(len(runs))]
         packed, jobs = PackedCore.pack(self.core), list[tuple[Task, tuple[Any, ...]]]()
         for part in parts:
-            some, device = [runs[g] for g in part], manifest.device if stacked else None
+            some, device = [runs[g] for g in part], self.device if stacked else None
             if teaching:
                 more = (plan.imitation, self.core.config.commands, some, self.group_size, part, device)
                 jobs.append((self._work, (demonstrate, *more)))
@@ -279,13 +313,21 @@ class Training:
                 )
         answers: list[GroupPlayed] = [([], []) for _ in runs]
         spent: dict[str, float] = defaultdict(float)
-        for part, (found, seconds, notes) in zip(parts, pool.run(jobs), strict=True):
+        sizes = [sum(self._cost(runs[g]) for g in part) for part in parts]
+        played = shared(self.ranks, sizes, lambda mine: pool.run([jobs[n] for n in mine]))
+        for part, (found, seconds, notes) in zip(parts, played, strict=True):
             for g, answer in zip(part, found, strict=True):
                 answers[g] = answer
             for name, value in seconds.items():
                 spent[name] += value
             self.notices |= set(notes)
+        self._notice_idle(len(parts), (plan.imitation if teaching else self.ppo).together)
         return answers, spent
+
+    def _cost(self, run: RunConfig) -> float:
+        """About how long a group of `run` plays, to share groups out among processes."""
+        alone = self.manifest.backend == "stacked" and grows_own_blocks(run, self._registry)
+        return run.epochs * max(1, run.steps_per_epoch) * (_ALONE if alone else 1)
 
     def _parts(self, runs: Sequence[RunConfig]) -> list[list[int]]:
         """Indices of the runs of each job: what is stacked together, and each of the others by itself.
@@ -302,6 +344,17 @@ class Training:
                 parts.append((steps, part))
         return [part for _, part in sorted(parts, key=lambda one: -one[0])]
 
+    def _notice_idle(self, parts: int, together: bool) -> None:
+        """Tell where there is less to share out than there are processes."""
+        count = self.ranks.size
+        if parts < count:
+            self.notices.add(f"{count} processes had {parts} stacks of groups to play in an iteration, so some played "
+                             "none: more groups, or a smaller --worlds-at-once")  # fmt: skip
+        if together and self.manifest.pieces < count:
+            pieces = self.manifest.pieces
+            self.notices.add(f"{count} processes had {pieces} pieces of a minibatch to learn from, so some learnt from "
+                             f"none: --pieces {count} in a new training")  # fmt: skip
+
     def _set_rate(self, teaching: bool) -> None:
         plan, taught = self.curriculum, self.demonstrations
         if teaching:
@@ -315,17 +368,53 @@ class Training:
 
     # --- Keeping ---
 
-    def _save(self) -> None:
+    def _keep(self, record: Record) -> None:
+        self._append(record)
+        if self.done % self.curriculum.checkpoint_every == 0 or self.done == self.iterations:
+            self.folder.checkpoints.save(self.done, self._tensors(), {"records": self.records}, None)
+            self.write_product()
+
+    def _agree(self) -> None:
+        """After an iteration: every process holds what the first holds, to the bit.
+
+        Processors of other kinds may round the steps of the optimizer otherwise; that is told, and more is refused.
+
+        Raises:
+            RunFailed: a process has learnt something else.
+        """
+        ranks = self.ranks
+        if ranks.size == 1:
+            return
+        tensors = self._tensors()
+        marks = [zlib.crc32(t.contiguous().numpy().tobytes()) for t in tensors.values()]
+        rows = ranks.gather([len(marks), zlib.crc32(json.dumps(marks).encode())])
+        if all(row == rows[0] for row in rows):
+            return
+        first: dict[str, Tensor] = ranks.gather_objects(tensors if ranks.first else None)[0]
+        alike = first.keys() == tensors.keys()
+        gap = max(_gap(first[name], tensors[name]) for name in first) if alike else math.inf
+        gaps = [row[0] for row in ranks.gather([gap])]
+        if not max(gaps) <= _ROUNDING:
+            given = f"process {gaps.index(max(gaps))} has learnt another core than process 0 by iteration {self.done}"
+            raise RunFailed(given, "processes that compute alike", "the same versions everywhere, then " + AGAIN)
+        self.notices.add("processes round differently, since they are on other hardware: the core is that of the first")
+        self._load(first)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Core, adapter and moments on the CPU, by name."""
         state = self.optimizer.state_dict()["state"]
         tensors = {f"core.{name}": t for name, t in self.core.state_dict().items()}
         if self.adapter is not None:
             tensors |= {f"adapter.{name}": t for name, t in self.adapter.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": t for i, moments in state.items() for name, t in moments.items()}
-        tensors = {name: t.cpu() for name, t in tensors.items()}
-        self.folder.checkpoints.save(self.done, tensors, {"records": self.records}, None)
-        self.write_product()
+        return {name: t.cpu() for name, t in tensors.items()}
 
     def _restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        self._load(tensors)
+        self.records = list(plain["records"])
+        self.done = int(plain["step"])
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -339,8 +428,6 @@ class Training:
             moments[int(index)][kind] = tensor
         state = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**state, "state": dict(moments)})
-        self.records = list(plain["records"])
-        self.done = int(plain["step"])
 
     def write_product(self) -> None:
         """Write agent or adapter as it is now, with its lineage, and the report."""
@@ -377,6 +464,7 @@ class Training:
             "seconds": round(_seconds(last)), "rewards": list(self.curriculum.rewards),
             "domain": self.manifest.domain or None, "worlds": [w.name for w in worlds],
             "backend": self.manifest.backend, "device": self.manifest.device,
+            "pieces": self.manifest.pieces if self.manifest.pieces > 1 else None,
             "blueprints": sorted({name for pool in pools for name in pool}),
             "versions": {name: metadata.version(name) for name in ("esper-core", "torch")},
             "base": {"fingerprint": self.manifest.base, "lineage": parent} if self.manifest.base else None,
@@ -392,6 +480,40 @@ class Training:
     def _append(self, record: Record) -> None:
         with open(self.path / "curves.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _write_manifest(path: Path, manifest: Manifest, base: str | Path | None) -> Manifest:
+    """Begin the folder of a training; see `Training.start`."""
+    if (path / "training.json").exists():
+        raise BadOption(f"{path} holds a training already", "a new folder", f"esper tamiyo resume {path}")
+    parse_curriculum(manifest.text, manifest.curriculum).chosen(held_out=False, domain=manifest.domain)
+    core = TamiyoCore.load(base) if base is not None else None
+    with os_error_as(BadOption, f"{path} cannot be written to", "a folder with space", "--out DIR"):
+        path.mkdir(parents=True, exist_ok=True)
+        if core is not None:
+            core.save(path / "base.safetensors")
+            manifest = attrs.evolve(manifest, base=core.fingerprint)
+        write_json_file(path / "training.json", {"format": FORMAT, **attrs.asdict(manifest)})
+    return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The fields of the manifest in a folder; see `Training.resume`."""
+    if not (path / "training.json").is_file():
+        raise BadFile(f"there is no training at {path}", "a folder with a training.json", "esper tamiyo train")
+    about: dict[str, Any] = read_json_file(path / "training.json")
+    with expect_well_formed(path / "training.json"):
+        if about.pop("format") != FORMAT:
+            raise BadFile(f"{path} holds no training of format {FORMAT}")
+    return about
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two tensors, over the largest absolute value of the first."""
+    if one.shape != other.shape:
+        return math.inf
+    scale = float(one.abs().max()) if one.numel() else 0.0
+    return float((one - other).abs().max()) / max(scale, 1e-12) if one.numel() else 0.0
 
 
 def _seconds(record: Mapping[str, Any]) -> float:
