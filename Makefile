@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types arrows docs site faults kills test-slow conformance sweep-timm sweep-transformers system clean
+.PHONY: help install demo test lint types arrows docs gallery site faults kills test-slow conformance sweep-timm sweep-transformers system clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -67,6 +67,10 @@ sweep-transformers: $(INSTALLED) ## every transformers architecture as a host; r
 docs: $(INSTALLED) ## write again the pages that are made from code
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/pictures/draw.py
+
+gallery: $(INSTALLED) ## train the runs of the gallery again, five runs with their controls
+	$(BIN)/python docs/gallery/gallery.py
+	$(BIN)/python docs/generate.py
 
 site: docs ## the documentation as a site in build/site; needs nothing from outside when it is read
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[docs]"

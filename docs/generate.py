@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -297,6 +298,7 @@ PAGES = {
     "sensors.md": sensors_page,
     "cli.md": cli_page,
     "conformance.md": conformance_page,
+    "gallery.md": runpy.run_path(str(HERE / "gallery" / "gallery.py"))["page"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/growth.md from the committed figures: `python -m benchmarks.growth page`."""
+"""Writes docs/growth.md and docs/growth-protocols.md from the committed figures: `python -m benchmarks.growth page`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from benchmarks.growth import reader
 from benchmarks.growth.frontier.page import sections
 
 RESULTS: Final = Path(__file__).parent / "results"
-PAGE: Final = Path(__file__).parents[2] / "docs" / "growth.md"
+DOCS: Final = Path(__file__).parents[2] / "docs"
 
 TITLES: Final = {
     "p1": "P1: scikit-learn's digits, at most 2,100 parameters, 50 epochs",
@@ -25,26 +26,28 @@ TITLES: Final = {
     "p7": "P7: a planted useless blueprint and a planted essential one",
 }
 
-_HEAD: Final = """# Does growing pay?
+_HEAD: Final = """<!-- Written by `python -m benchmarks.growth page` from benchmarks/growth/results and notes. -->
 
-Written by `python -m benchmarks.growth page` from `benchmarks/growth/results/`; the words are in
-`benchmarks/growth/notes/`. What was tried on the way, and why, is in [findings.md](findings.md).
+# Every protocol of growth
 
-*grown*: the host grown by the heuristic. *host*: the host alone, as many steps. *static*: the grown run's final
-architecture from scratch, as many steps. *static@FLOPs*: the same, with a schedule of its own that ends when the grown
-run's FLOPs are spent, those for probes, counterfactuals and culled seeds included. *random search*: three random
-architectures from the same slots and blueprints that share these FLOPs, the best by validation. *random controller*:
-random legal commands. Seeds are paired: the same initial weights of the host and the same batches in the same order.
-Intervals are 95% (Student's t over seeds). The test split is read once a run, at its end."""
+All tables behind [Does growing pay?](growth.md), met or missed. The files are in `benchmarks/growth/results/`.
+
+| arm | what it is |
+|---|---|
+| grown | the host grown by the heuristic |
+| host | the host alone, as many steps |
+| host@FLOPs | the host alone, as many FLOPs |
+| static | the final architecture of the grown run from scratch, as many steps |
+| static@FLOPs | the same, with a schedule of its own that ends when the FLOPs of the grown run are spent, those for probes, counterfactuals and culled seeds included |
+| random search | three random architectures from the same slots and blueprints that share these FLOPs, the best by validation |
+| random controller | random legal commands |
+
+Seeds are paired: the same initial weights of the host and the same batches in the same order. Intervals are 95% (Student's t over seeds). The test split is read once a run, at its end."""  # noqa: E501
 
 
 def page() -> str:
     """The page's text."""
-    parts = [
-        _HEAD,
-        "\n".join(_summary()),
-        (RESULTS.parent / "notes" / "summary.md").read_text(encoding="utf-8").strip(),
-    ]
+    parts = [_HEAD, "\n".join(_summary())]
     for name, title in TITLES.items():
         file = RESULTS / f"{name}.json"
         if not file.is_file():
@@ -108,7 +111,11 @@ def _bars(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {bar['bar']} | {value} | {'met' if bar['met'] else '**missed**'} |"
 
 
-def write() -> Path:
-    """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
-    return PAGE
+PAGES: Final = {"growth.md": reader.page, "growth-protocols.md": page}
+
+
+def write() -> str:
+    """Write both pages, and return their names."""
+    for name, text in PAGES.items():
+        (DOCS / name).write_text(text(), encoding="utf-8")
+    return ", ".join(PAGES)

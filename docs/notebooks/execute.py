@@ -35,6 +35,8 @@ def page(notebook: nbformat.NotebookNode, name: str) -> str:
             continue
         parts.append(f"```python\n{cell.source}\n```")
         for output in cell.outputs:
+            if output.get("name") == "stderr":  # warnings of libraries about the machine at hand
+                continue
             data = output.get("data", {})
             text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
             parts.append(" ".join(data["text/html"].split()) if "text/html" in data else f"```text\n{text}\n```")

@@ -1,6 +1,7 @@
 """Draws the pictures of README and site from code and recorded results: `python docs/pictures/draw.py`; `--check` compares.
 
-`frontier.svg`: protocol P8 of `benchmarks/growth`, every tuned arm at 1e15 FLOP. `lifecycle.svg`: the table of stages.
+`frontier.svg`: protocol P8 of `benchmarks/growth`, every tuned arm at 1e15 FLOP; `frontier-narrow.svg`: the same for
+phones. `lifecycle.svg`: the table of stages. `plane.svg`: a host with its slots. `judged.svg`: gains beside their rent.
 `billion.svg`: losses of the GPT that deepens to 1.2 billion parameters, of `benchmarks/several_gpus`.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -42,43 +44,43 @@ def text(x: float, y: float, what: str, kind: str = "", anchor: str = "start") -
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(what)}</text>'
 
 
-def frontier() -> str:
+def frontier(*, narrow: bool = False) -> str:
     """Loss by size at equal FLOPs: the static networks, and the one that grew."""
     summary = next(s for s in json.loads(RESULTS.read_text())["summaries"] if s["name"] == "p8-1e15")
     arms = summary["tuned"]
     static = {n: a for n, a in arms.items() if a["static"]}
     grown = {n: a for n, a in arms.items() if n == "heuristic 3x128"}
-    left, right, top, bottom = 356.0, 860.0, 62.0, 288.0
+    left, right, top, bottom = (60.0, 376.0, 346.0, 594.0) if narrow else (356.0, 860.0, 62.0, 288.0)
     least, most, low, high = 0.5e6, 4.25e6, 0.975, 1.07
 
     def place(arm: dict[str, float]) -> tuple[float, float]:
         x = left + (arm["params"] - least) / (most - least) * (right - left)
         return x, bottom - (arm["validation_loss"] - low) / (high - low) * (bottom - top)
 
-    parts = [
-        text(24, 30, "3 blocks become 12 in training", "head"),
-        text(left - 36, 30, "At equal compute it ends below every static size tried", "head"),
-    ]
+    claim = ("At equal compute it ends below", "every static size tried")
+    parts = [text(24, 30, "3 blocks become 12 in training", "head")]
+    if narrow:
+        parts += [text(24, top - 50 + line * 18, words, "head") for line, words in enumerate(claim)]
+    else:
+        parts.append(text(left - 36, 30, " ".join(claim), "head"))
+    base, step = (218, 108) if narrow else (268, 92)
     for column, (count, told) in enumerate(((3, "begins"), (6, "copied once"), (12, "copied twice"))):
-        x = 46 + column * 92
+        x = 46 + column * step
         for block in range(count):
-            y = 268 - block * 17
+            y = base - block * (15 if narrow else 17)
             parts.append(
-                f'<rect x="{x}" y="{y}" width="48" height="13" rx="3" class="{"box" if block < 3 else "new"}"/>'
+                f'<rect x="{x}" y="{y}" width="48" height="{11 if narrow else 13}" rx="3" class="{"box" if block < 3 else "new"}"/>'
             )
-        parts.append(text(x + 24, 300, told, "dim", "middle"))
+        parts.append(text(x + 24, base + 32, told, "dim", "middle"))
     parts.append(f'<path class="line" d="M{left} {top} V{bottom} H{right}"/>')
     for loss in (0.98, 1.0, 1.02, 1.04, 1.06):
         y = bottom - (loss - low) / (high - low) * (bottom - top)
         parts.append(text(left - 6, y + 4, f"{loss:.2f}", "dim", "end"))
         parts.append(f'<path class="line" stroke-opacity=".25" d="M{left} {y:.1f} H{right}"/>')
     for millions in (1, 2, 3, 4):
-        parts.append(
-            text(
-                left + (millions * 1e6 - least) / (most - least) * (right - left), 304, f"{millions}M", "dim", "middle"
-            )
-        )
-    parts.append(text((left + right) / 2, 326, "parameters at the end", "dim", "middle"))
+        x = left + (millions * 1e6 - least) / (most - least) * (right - left)
+        parts.append(text(x, bottom + 16, f"{millions}M", "dim", "middle"))
+    parts.append(text((left + right) / 2, bottom + 38, "parameters at the end", "dim", "middle"))
     parts.append(text(left + 4, top - 8, "validation loss, nats a byte", "dim"))
     for name, arm in static.items():
         x, y = place(arm)
@@ -94,14 +96,69 @@ def frontier() -> str:
     best = min(static.values(), key=lambda a: a["validation_loss"])
     x, y = place(best)
     parts.append(text(x - 12, y + 18, "best static size", "static", "end"))
-    told = "A byte-level GPT, 1e15 FLOP a run, AdamW, validation text, one seed; two or three learning rates tried for each point"
-    parts.append(text(24, 348, told, "dim"))
-    parts.append(
-        text(
-            24, 366, "(protocol P8). On the test text, over three fresh seeds: 2.5% below the best static size.", "dim"
-        )
+    pair = next(pair for pair in summary["paired"] if pair["arm"] == "heuristic 3x128")
+    share = f"{-100 * pair['share']:.1f}%"
+    told = (
+        ("A byte-level GPT, 1e15 FLOP a run, AdamW (protocol P8).", "Validation text, one seed, two or three rates a point.",
+         f"On test text, {pair['n']} fresh seeds: {share} below the best.")
+        if narrow
+        else ("A byte-level GPT, 1e15 FLOP a run, AdamW, validation text, one seed; two or three learning rates tried for each point",
+              f"(protocol P8). On the test text, over {pair['n']} fresh seeds: {share} below the best static size.")
+    )  # fmt: skip
+    parts += [text(24, bottom + 60 + line * 18, words, "dim") for line, words in enumerate(told)]
+    return svg(
+        *((400, 706) if narrow else (900, 376)),
+        "Loss against size at equal compute: the grown network is below all static ones",
+        parts,
     )
-    return svg(900, 376, "Loss against size at equal compute: the grown network is below all static ones", parts)
+
+
+def plane() -> str:
+    """A host of three blocks, a slot behind each, and what stands in one of them."""
+    parts = [text(20, 28, "A host and its plane", "head")]
+    for block in range(3):
+        x = 74 + block * 212
+        parts.append(f'<rect x="{x}" y="56" width="104" height="44" rx="6" class="box"/>')
+        parts.append(text(x + 52, 83, f"block {block + 1}", "", "middle"))
+        parts.append(
+            f'<circle cx="{x + 158}" cy="78" r="17" class="{"new" if block == 1 else "back"}" stroke="#8a91a0"/>'
+        )
+        parts.append(text(x + 158, 126, "slot, empty" if block != 1 else "slot with a seed", "dim", "middle"))
+        parts.append(arrow(x + 104, 78, x + 141, 78))
+        parts.append(arrow(x + 175, 78, x + 212, 78))
+    parts += [text(20, 83, "input"), arrow(56, 78, 74, 78), text(714, 83, "head")]
+    parts.append('<path class="line" d="M444 134 V166"/>')
+    parts.append('<rect x="330" y="166" width="228" height="44" rx="6" class="new"/>')
+    parts.append(text(444, 193, "h + alpha · seed(h)", "", "middle"))
+    parts.append(text(578, 184, "alpha rises from 0 to 1", "dim"))
+    parts.append(text(578, 202, "while the seed is blended in", "dim"))
+    parts.append(text(20, 184, "An empty slot returns h, bit for bit.", "dim"))
+    return svg(770, 230, "A host of three blocks with a slot behind each; the second holds a seed", parts)
+
+
+def judged() -> str:
+    """Three intervals of gains beside their rents; an illustration without a run."""
+    left, scale = 310.0, 4200.0
+    rows = (
+        ("above its rent: kept", 0.062, 0.021, 0.02, "grown"),
+        ("mean above, interval not: undecided", 0.036, 0.030, 0.02, "static"),
+        ("below its rent: withers", 0.004, 0.013, 0.02, "dim"),
+    )
+    parts = [text(20, 28, "Gain of a seed: validation loss without it less with it (an illustration)", "head")]
+    for number, (told, mean, half, rent, kind) in enumerate(rows):
+        y = 66 + number * 40
+        x, r = left + mean * scale, left + rent * scale
+        parts.append(text(20, y + 4, told, kind))
+        parts.append(
+            f'<path class="line" style="stroke-width:2" d="M{x - half * scale:.1f} {y} H{x + half * scale:.1f}"/>'
+        )
+        parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="6" class="{kind}"/>')
+        parts.append(f'<path class="line" stroke-dasharray="3 3" d="M{r:.1f} {y - 16} V{y + 16}"/>')
+    parts.append(text(left + 0.02 * scale, 186, "rent", "dim", "middle"))
+    parts.append(f'<path class="line" d="M{left:.1f} 50 V162"/>')
+    parts.append(text(left, 186, "0", "dim", "middle"))
+    parts.append(text(left + 0.07 * scale, 186, "nats", "dim"))
+    return svg(770, 204, "The gain of three seeds as intervals beside their rent", parts)
 
 
 def lifecycle() -> str:
@@ -183,7 +240,14 @@ def arrow(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<path class="line" d="M{x1} {y1} L{x2} {y2} {head}"/>'
 
 
-PICTURES = {"frontier.svg": frontier, "lifecycle.svg": lifecycle, "billion.svg": billion}
+PICTURES = {
+    "frontier.svg": frontier,
+    "frontier-narrow.svg": partial(frontier, narrow=True),
+    "lifecycle.svg": lifecycle,
+    "plane.svg": plane,
+    "billion.svg": billion,
+    "judged.svg": judged,
+}
 
 
 def main(arguments: list[str]) -> int:

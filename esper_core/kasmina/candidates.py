@@ -94,9 +94,15 @@ class Candidates(Mapping[str, BlueprintSpec]):
         reasons = [self.refusal(path, point, name) for name in self for path, point in points.items()]
         if reasons and all(reasons):
             tags = sorted(next(iter(points.values())).tags)
+            offered = ((part.name, part.spec) for part in self.registry.specs("blueprint"))
+            fitting = [
+                name
+                for name, spec in offered
+                if isinstance(spec, BlueprintSpec) and any(not misfit(spec, point) for point in points.values())
+            ]
             raise IllegalCommand(
                 f"none of {', '.join(self)} can grow in this host: {reasons[0]}",
-                "a blueprint that fits",
+                f"a blueprint that fits, such as {', '.join(fitting[:4])}" if fitting else "a blueprint that fits",
                 f"esper plugins list --kind blueprint --capability {tags[-1]}",
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,11 @@ def plane_hooks(model: nn.Module) -> list[Any]:
     return [hook for hook in every if getattr(hook, "belongs_to_plane", False)]
 
 
+def remove_hooks(model: nn.Module) -> None:
+    """Take the slots off a model: it computes as if it never had any."""
+    _drop(model, lambda hook: getattr(hook, "belongs_to_plane", False))
+
+
 def adopt_hooks(model: nn.Module) -> None:
     """Take the hooks on a copied model for those of the plane that was copied with it."""
     for hook in plane_hooks(model):
@@ -21,11 +27,15 @@ def adopt_hooks(model: nn.Module) -> None:
 
 def drop_hooks(model: nn.Module) -> None:
     """Take out the hooks that a copy left as None."""
+    _drop(model, lambda hook: hook is None)
+
+
+def _drop(model: nn.Module, unwanted: Callable[[Any], bool]) -> None:
     for module in model.modules():
         for hooks, with_kwargs in (
             (module._forward_hooks, module._forward_hooks_with_kwargs),
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         ):
-            for key in [key for key, hook in hooks.items() if hook is None]:
+            for key in [key for key, hook in hooks.items() if unwanted(hook)]:
                 del hooks[key]
                 with_kwargs.pop(key, None)

@@ -17,6 +17,9 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 200, 64, 12, 26, 34
 _INK: Final = "#3f6fd1"
 """Of the curves: at least 3 to 1 on white and on the dark backgrounds of notebooks."""
 
+_FEW: Final = 3
+"""Points that make a curve."""
+
 _RECORDED: Final = stages_where(recorded=True)
 
 
@@ -44,31 +47,36 @@ class Plot:
 
 
 def plot_events(events: Iterable[Mapping[str, Any]]) -> Plot:
-    """The curves of a run by its events, in order; without an epoch, a picture that says so."""
+    """The curves of a run by its events, in order; without an epoch, a picture that says so.
+
+    The points are the ends of epochs; in a run of one or two epochs they are the decisions, which may have read fewer
+    examples of the validation split, and the titles say so.
+    """
     metric = metric_of({})
-    steps: list[float] = []
-    scores: list[float | None] = []
-    losses: list[float | None] = []
+    points: dict[str, list[tuple[float, float | None, float | None]]] = {"epoch_ended": [], "decided": []}
     marks: list[tuple[float, Stage, str]] = []
     for event in events:
         kind = event.get("kind")
         if kind == "run_started":
             metric = metric_of({"metric": event.get("metric")})
-        elif kind == "epoch_ended":
-            steps.append(float(event["step"]))
-            losses.append(number(event.get("validation_loss")))
-            scores.append(number(event.get("validation_score")))
+        elif kind in points:
+            loss, score = number(event.get("validation_loss")), number(event.get("validation_score"))
+            points[kind].append((float(event["step"]), loss, score))
         elif kind == "stage_changed":
             after = Stage(str(event.get("after")))
             if after in _RECORDED:
                 told = f"{event.get('blueprint')} at {event.get('slot')}: {after.value}"
                 marks.append((float(event["step"]), after, told))
-    if not steps:
+    epochs, decisions = points["epoch_ended"], points["decided"]
+    if not epochs:
         return Plot(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} 30" role="img">'
                     '<text x="4" y="20" fill="currentColor">no epoch ended</text></svg>')  # fmt: skip
+    by_decision = len(epochs) < _FEW < len(decisions)
+    taken, at = (decisions, ", at decisions") if by_decision else (epochs, "")
+    steps, losses, scores = ([point[column] for point in taken] for column in range(3))
     panels: list[tuple[str, list[float | None], Callable[[float], str]]] = [
-        (f"validation {metric.name}", scores, lambda value: show_score(value, metric)),
-        ("validation loss", losses, nats),
+        (f"validation {metric.name}{at}", scores, lambda value: show_score(value, metric)),
+        (f"validation loss{at}", losses, nats),
     ]  # fmt: skip
     drawn = "".join(
         _panel(index * _HEIGHT, title, steps, values, marks, show) for index, (title, values, show) in enumerate(panels)

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Sink
@@ -22,10 +24,22 @@ _WORDS: Final[Mapping[str, str]] = MappingProxyType(
         "gradient_clip_val": "clip=", "grad_clip": "clip=", "max_grad_norm": "clip=", "precision": "amp=",
         "bf16": "amp='bf16'", "fp16": "amp='fp16'", "gradient_accumulation_steps": "accumulate=",
         "accumulate_grad_batches": "accumulate=", "log_dir": "out=", "save_dir": "out=", "random_state": "seed=",
-        "budget": "budget_params=", "eta": "lr=",
+        "budget": "budget_params=", "eta": "lr=", "steps": "epochs= with steps_per_epoch=", "gradient_clip": "clip=",
+        "gradient_clipping": "clip=", "clip_grad_norm": "clip=", "warmup_steps": "warmup=, a share of the run",
+        "warmup_ratio": "warmup=", "warmup_epochs": "warmup=, a share of the run",
     }
 )  # fmt: skip
 """What other libraries call an option, and what it is here."""
+
+_ELSEWHERE: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "resume": "leave it out: the same call with the same out= resumes the run",
+        "weights": 'esper_core.load_model(FOLDER, model=..., weights="best") after the run',
+        "versus": "esper compare RUN --arms host@FLOPs",
+        "compare": "esper compare RUN --arms host@FLOPs",
+    }
+)
+"""What is done in another place than the options of `grow`."""
 
 _OWN_DATA: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
@@ -103,10 +117,40 @@ def read_options(options: Mapping[str, Any], fixed: Mapping[str, Any], *, loop: 
         name = SYNONYMS.get(str(key), str(key))
         if name not in defaults and name in _WORDS:
             raise BadOption(f"unknown option {key!r}", hint=f"did you mean {_WORDS[name]}?")
+        if name not in defaults and name in _ELSEWHERE:
+            raise BadOption(f"unknown option {key!r}", hint=_ELSEWHERE[name])
         if name in idle and (name == "host" or value != defaults[name]):
             expected, elsewhere = idle[name]
             raise BadOption(f"{key}={value!r} has no effect here", expected, elsewhere)
     return RunConfig.from_mapping({**options, **fixed})
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        BadOption: `model` is a class, a function, a name or anything else.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str):
+        hint = f"esper run --host {model}, or grow(MODULE, ...)"
+    else:
+        hint = f"{getattr(model, '__name__', 'Net')}()" if callable(model) else ""
+    raise BadOption(f"the model is a {type(model).__name__}", "an nn.Module", hint)
+
+
+def check_loader(name: str, loader: object) -> None:
+    """Refuse a data set in place of a loader: its items are examples without a batch dimension.
+
+    Raises:
+        BadOption: `loader` is a data set of torch, or no iterable.
+    """
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        hint = f"{name}=DataLoader(dataset, batch_size=64)"
+        raise BadOption(f"{name} is a data set ({type(loader).__name__})", "a loader of batches", hint)
+    if isinstance(loader, str) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+        raise BadOption(f"{name} is a {type(loader).__name__}", "an iterable of batches", f"{name}=DataLoader(...)")
 
 
 def check_batch_size(options: Mapping[str, Any], loader: Iterable[Any]) -> None:

@@ -191,14 +191,15 @@ class RunConfig:
         """
         known = [field.name for field in attrs.fields(cls)]
         given: dict[str, Any] = {}
+        words: dict[str, str] = {}
         for key, value in values.items():
             name = str(key).replace("-", "_")
             name = SYNONYMS.get(name, name)
             if name not in known:
                 raise BadOption(f"unknown option {key!r}", "an option of `esper run --help`", did_you_mean(name, known))
             if name in given:
-                raise BadOption(f"{name} is given twice, the second time as {key!r}", "each option once")
-            given[name] = value
+                raise BadOption(f"{name} is given twice, as {words[name]!r} and {key!r}", "each option once")
+            given[name], words[name] = value, str(key)
         return cls(**given)
 
     @classmethod

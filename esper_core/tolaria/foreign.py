@@ -10,8 +10,10 @@ from typing import Final
 import torch
 from torch import nn
 
+from esper_core.kasmina.plane_hooks import remove_hooks
 from esper_core.kasmina.slot_hook import SlotHook
 from esper_core.leyline.errors import EsperError
+from esper_core.tolaria.pretrained import SavesSeeds
 from esper_core.tolaria.process_count import process_count
 
 _SHARDED: Final = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -65,6 +67,18 @@ def refuse_grown(model: nn.Module) -> None:
                 "a model without slots",
                 "compose(plane), an independent model with its seeds built in",
             )
+
+
+@contextmanager
+def untouched_if_refused(model: nn.Module) -> Iterator[None]:
+    """Take the slots off `model` again if an error ends the context: a second call finds it without them."""
+    try:
+        yield
+    except EsperError:
+        remove_hooks(model)
+        if isinstance(model.__dict__.get("save_pretrained"), SavesSeeds):
+            del model.__dict__["save_pretrained"]
+        raise
 
 
 @contextmanager

@@ -22,11 +22,19 @@ from esper_core.registry import Registry, load_registry
 from esper_core.tolaria import assembly
 from esper_core.tolaria.allocating import begin
 from esper_core.tolaria.caller_groups import adopted, kind_for, refuse_rates, unwrapped
-from esper_core.tolaria.caller_options import Sinks, check_batch_size, hints_in_python, read_options, split_sinks
+from esper_core.tolaria.caller_options import (
+    Sinks,
+    check_batch_size,
+    check_loader,
+    check_model,
+    hints_in_python,
+    read_options,
+    split_sinks,
+)
 from esper_core.tolaria.callers_loop import CallersLoop
 from esper_core.tolaria.callers_processes import Averaged, LoopProcesses, ReplicatedSeeds, meet, refuse_options
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.foreign import alone, as_it_was
+from esper_core.tolaria.foreign import alone, as_it_was, untouched_if_refused
 from esper_core.tolaria.grown import Grown
 from esper_core.tolaria.labels import ToBatch, settle, to_batch
 from esper_core.tolaria.model_file import describe_origin
@@ -159,6 +167,11 @@ def grow(
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
         RunFailed: the run is unrecoverable; the model is back in its last good state.
     """
+    check_model(model)
+    check_loader("train_loader", train_loader)
+    check_loader("val_loader", val_loader)
+    if test_loader is not None:
+        check_loader("test_loader", test_loader)
     if hasattr(model, "_orig_mod"):
         raise BadOption("the model is compiled, and grow would train it uncompiled", "a plain model",
                         'grow(model._orig_mod, ...)')  # fmt: skip
@@ -198,15 +211,16 @@ def _grow(
         module=model, points=points, sample=convert(first), loss=loss, metric=metric,
         higher_is_better=higher_is_better,
     )  # fmt: skip
-    setup = set_up_module(config, registry, own, task)
-    refusal = _refusal(setup.plane)
-    if refusal is not None:
-        warnings.warn(
-            f"the grown model cannot be exported as a plain module: {refusal}; its plane can still be used",
-            stacklevel=3,
-        )
-    tolaria = setup.build_tolaria(lambda event: hub.emit(event))
-    folder, found = _folder(config, registry)
+    with untouched_if_refused(model):
+        setup = set_up_module(config, registry, own, task)
+        refusal = _refusal(setup.plane)
+        if refusal is not None:
+            warnings.warn(
+                f"the grown model cannot be exported as a plain module: {refusal}; its plane can still be used",
+                stacklevel=3,
+            )
+        tolaria = setup.build_tolaria(lambda event: hub.emit(event))
+        folder, found = _folder(config, registry)
     try:
         log = folder.path / "events.jsonl" if folder is not None and found is not None else None
         kept, shown = _kept(config, registry, folder), watchers(progress, config.epochs, type(model).__name__, log)
@@ -343,6 +357,7 @@ def accompany(
     Raises:
         EsperError: the model cannot grow, an option cannot be used, or the loss does not fit model and targets.
     """
+    check_model(model)
     for name, value, hint in (("steps", steps, "len(loader) * epochs"), ("decisions", decisions, "24")):
         if not isinstance(value, int) or value < 1:
             raise BadOption(f"{name}={value} of a loop", "a whole number from 1 on", f"{name}={hint}")
@@ -364,16 +379,17 @@ def accompany(
     own = OwnModel(
         module=model, points=points, sample=example, loss=loss, metric=metric, higher_is_better=higher_is_better
     )
-    setup = set_up_module(config, registry, own, task, Timetable.of_steps(config, steps, decisions))
-    own_options = assembly.part_config(config, "optimizer", OptimizerConfig)
-    seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
-    setup.plane.ranks = ranks
-    ranks.compare({}, {"the options": config.to_mapping(), "the points": list(setup.plane.slots)}, 0)
-    tolaria = setup.build_tolaria(emit if ranks.first else _unheard, optimizer=seeds)
-    tolaria.convert, tolaria.loop = convert, CallersLoop(model, others, scaler, config.accumulate, steps)
-    if isinstance(ranks, LoopProcesses):
-        tolaria.loop.seeds = ReplicatedSeeds(ranks, setup.plane)
-    begin(tolaria, [own.sample], config, setup.allocation)
+    with untouched_if_refused(model):
+        setup = set_up_module(config, registry, own, task, Timetable.of_steps(config, steps, decisions))
+        own_options = assembly.part_config(config, "optimizer", OptimizerConfig)
+        seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
+        setup.plane.ranks = ranks
+        ranks.compare({}, {"the options": config.to_mapping(), "the points": list(setup.plane.slots)}, 0)
+        tolaria = setup.build_tolaria(emit if ranks.first else _unheard, optimizer=seeds)
+        tolaria.convert, tolaria.loop = convert, CallersLoop(model, others, scaler, config.accumulate, steps)
+        if isinstance(ranks, LoopProcesses):
+            tolaria.loop.seeds = ReplicatedSeeds(ranks, setup.plane)
+        begin(tolaria, [own.sample], config, setup.allocation)
     return tolaria
 
 

@@ -210,9 +210,8 @@ def load_plane(
     if path.is_dir() and not file.is_file() and (path / "model.safetensors").is_file():
         file = path / "model.safetensors"
     if not file.is_file():
-        raise BadFile(
-            f"there is no grown model at {path}", "a finished run or a model file", f"esper resume {typed(path)}"
-        )
+        hint = f"esper resume {typed(path)}" if (path / "run.json").exists() else "esper runs list"
+        raise BadFile(f"there is no grown model at {path}", "a finished run or a model file", hint)
     registry = registry or load_registry()
     tensors, header = read_tensor_file(file)
     if header.get("format") != FORMAT:

@@ -87,6 +87,41 @@ def test_grow_says_what_it_cannot_use():
         grow(net(), train, [], epochs=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"model": "cnn"}, r"the model is a str; expected an nn.Module; try: esper run --host cnn"),
+        ({"model": net}, r"the model is a function; expected an nn.Module; try: net\(\)"),
+        ({"model": nn.Flatten}, r"the model is a type; expected an nn.Module; try: Flatten\(\)"),
+        ({"train_loader": "digits"}, "train_loader is a str; expected an iterable of batches"),
+        ({"val_loader": TensorDataset(torch.zeros(4, 1))}, "val_loader is a data set .*try: val_loader=DataLoader"),
+        ({"test_loader": 3}, "test_loader is a int; expected an iterable of batches"),
+        ({"steps": 10}, "did you mean epochs= with steps_per_epoch="),
+        ({"resume": True}, "the same call with the same out= resumes the run"),
+        ({"weights": "best"}, "load_model"),
+        ({"gradient_clip": 1.0}, "did you mean clip="),
+        ({"lr": 0.1, "learning_rate": 0.1}, "learning_rate is given twice, as 'lr' and 'learning_rate'"),
+    ],
+)
+def test_grow_says_what_to_give_instead(given, told):
+    train, validation = loaders()
+    arguments = {"model": net(), "train_loader": train, "val_loader": validation, **given}
+    with pytest.raises(BadOption, match=told):
+        grow(**arguments)
+
+
+def test_a_refused_call_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    flat = [(torch.zeros(8, 64), torch.zeros(8, dtype=torch.long))]
+    with pytest.raises(EsperError, match=r"a blueprint that fits, such as .*ffn"):
+        grow(model, flat, flat, blueprints="conv", epochs=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(EsperError, match="none of conv can grow"):
+        accompany(model, optimizer, flat[0], steps=4, blueprints="conv")
+    assert not any(module._forward_hooks for module in model.modules())
+    assert grow(model, flat, flat, blueprints="ffn", budget_params="200%", epochs=1).result.status == "finished"
+
+
 def own_loop(model, optimizer, tolaria, epochs: int, steps: int, scheduler=None):
     train, validation = loaders()
     for _ in range(epochs):
