@@ -73,7 +73,8 @@ def plot_events(events: Iterable[Mapping[str, Any]]) -> Plot:
                     '<text x="4" y="20" fill="currentColor">no epoch ended</text></svg>')  # fmt: skip
     by_decision = len(epochs) < _FEW < len(decisions)
     taken, at = (decisions, ", at decisions") if by_decision else (epochs, "")
-    steps, losses, scores = ([point[column] for point in taken] for column in range(3))
+    steps, losses = [step for step, _, _ in taken], [loss for _, loss, _ in taken]
+    scores = [score for _, _, score in taken]
     panels: list[tuple[str, list[float | None], Callable[[float], str]]] = [
         (f"validation {metric.name}{at}", scores, lambda value: show_score(value, metric)),
         (f"validation loss{at}", losses, nats),
