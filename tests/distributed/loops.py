@@ -145,29 +145,33 @@ def _loop(model: nn.Module, optimizer: Any, tolaria: Tolaria, batches: Any, step
     return losses
 
 
-def refusal(kind: str) -> str:
-    """The message with which a way to train by several processes is refused; empty if it is not."""
-    if kind != "unmet":
-        dist.init_process_group("gloo")
+def refusals() -> dict[str, str]:
+    """The messages with which ways to train by several processes are refused; empty for one that is not."""
+    found = {"unmet": _refusal("unmet")}
+    dist.init_process_group("gloo")
+    try:
+        return found | {kind: _refusal(kind) for kind in ("plain", "grow", "fsdp", "allocate", "past")}
+    finally:
+        dist.destroy_process_group()
+
+
+def _refusal(kind: str) -> str:
     model: Any = Net()
     try:
         if kind == "grow":
             grow(model, data(2), data(2), epochs=1)
+        elif kind == "past":  # the model is wrapped, and trained without its wrapper
+            return _past(model)
         elif kind == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
             fully_shard(model)
-        elif kind == "past":  # the model is wrapped, and trained without its wrapper
-            return _past(model)
         elif kind == "allocate":
             model = DistributedDataParallel(model)
-        options = {"allocate": "gradient"} if kind == "allocate" else {}
+        options = {"allocate": "need"} if kind == "allocate" else {}
         accompany(model, torch.optim.SGD(model.parameters(), lr=0.1), data(1)[0], steps=9, **options)
     except EsperError as error:
         return str(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return ""
 
 
