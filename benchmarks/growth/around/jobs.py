@@ -78,15 +78,20 @@ def tuning(folder: Path) -> list[Job]:
     return [Job(folder, *cell, rate, TUNING) for cell in cells() for rate in rates_of(*cell[:2])]
 
 
-def choose(folder: Path) -> dict[tuple[str, str, float], float]:
-    """The rate of the lowest validation loss for each cell whose rates have all been tried."""
+def choose(folder: Path, *, earlier: bool = False) -> dict[tuple[str, str, float], float]:
+    """The rate of the lowest validation loss for each cell whose rates have all been tried.
+
+    Args:
+        earlier: take those without `HIGHER` where the others have not all been tried.
+    """
     chosen = {}
     for cell in cells():
-        files = [Job(folder, *cell, rate, TUNING).file for rate in rates_of(*cell[:2])]
-        if all(file.is_file() for file in files):
-            rows = [_row(file) for file in files]
-            if not any(row.get("absent") for row in rows):
-                chosen[cell] = float(min(rows, key=lambda row: row["validation_loss"])["rate"])
+        for rates in (rates_of(*cell[:2]), rates_of("", cell[1]))[: 1 + earlier]:
+            files = [Job(folder, *cell, rate, TUNING).file for rate in rates]
+            if cell not in chosen and all(file.is_file() for file in files):
+                rows = [_row(file) for file in files]
+                if not any(row.get("absent") for row in rows):
+                    chosen[cell] = float(min(rows, key=lambda row: row["validation_loss"])["rate"])
     return chosen
 
 
@@ -95,9 +100,9 @@ def _row(file: Path) -> dict[str, Any]:
     return dict(read_json_file(file))
 
 
-def finals(folder: Path, seeds: int = SEEDS) -> list[Job]:
+def finals(folder: Path, seeds: int = SEEDS, *, earlier: bool = False) -> list[Job]:
     """The jobs that are compared, seed by seed, of the cells whose rates are chosen."""
-    chosen = choose(folder)
+    chosen = choose(folder, earlier=earlier)
     return [Job(folder, *cell, rate, seed) for seed in range(seeds) for cell, rate in chosen.items()]
 
 
