@@ -42,10 +42,10 @@ twelve training batches; **gradient** and **uniform** are the other measures; **
 largest gain, whatever it costs; **serial** are bottlenecks behind the blocks. The others are peft's. The best of peft's
 arms is the one of the best mean on the test split, which favours it.
 
-The bar is 0.2 point, or 0.3% of the bits, below that arm. On the GPT every arm was best at the highest of its first four
-rates, so that all of them may gain by higher ones. There equal ranks are better than equal parameters: **uniform** gives
-narrow layers more ranks than wide ones, and loses more to LoRA than rsLoRA, whose scale it has. **need** divides by cost
-as it does."""
+The bar is 0.2 point, or 0.3% of the bits, below that arm. On the GPT every arm was best at the highest of its first
+four rates, so that all of them may gain by higher ones. There equal ranks are better than equal parameters: **uniform**
+gives narrow layers more ranks than wide ones, and loses more to LoRA than rsLoRA, whose scale it has. **need** divides
+by cost as it does."""
 Cell = Mapping[str, list[Mapping[str, Any]]]
 
 
