@@ -29,7 +29,7 @@ Written by `python -m benchmarks.growth.around table` from the rows in `benchmar
 adapts the same frozen host with the same batches and as many steps, and adds at most what LoRA around all linear layers
 of the blocks adds at the largest rank that the share of the host's parameters pays for. Each arm has four learning
 rates, of which validation chooses one on a seed of its own. The other seeds read the test split once, at their end.
-Intervals are 95% (Student's t over paired seeds); a positive difference is better. The runs were made on one H100.
+Intervals are 95% (Student's t over paired seeds); a positive difference is better. Runs: on a GPU, in TF32.
 
 - *GPT*: 10.8 million parameters, pre-trained on English documentation ({:.2f} bits a byte on English help pages,
   {:.2f} on German ones), adapted to the German pages of LibreOffice's help in 400 steps of 32 windows of 128 bytes.
