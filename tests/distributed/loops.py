@@ -55,7 +55,8 @@ def data(steps: int) -> list[tuple[Tensor, Tensor]]:
 def rows(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Those of this process."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+    count = len(batch[0])
+    share = slice(rank * count // size, (rank + 1) * count // size)
     return batch[0][share], batch[1][share]
 
 
@@ -79,7 +80,7 @@ def outcome(tolaria: Tolaria, events: list[Any]) -> dict[str, Any]:
     return {
         "digest": digest.hexdigest(), "told": told, "seeds": tolaria.plane.ledger.seed_params,
         "weights": {n: t.detach().double().flatten().tolist() for n, t in held.items()},
-        "examples": tolaria.clock.examples, "flops": tolaria.clock.total_flops,
+        "flops": tolaria.clock.total_flops,
         "validation": [v for _, v, _ in tolaria.clock.history], "trained": [t for t, _, _ in tolaria.clock.history],
     }  # fmt: skip
 
@@ -129,15 +130,15 @@ def _loop(model: nn.Module, optimizer: Any, tolaria: Tolaria, batches: Any, step
     criterion = nn.CrossEntropyLoss()
     validation = data(3)
     for batch in batches:
-        inputs, targets = rows(batch)
-        parts = list(zip(inputs.chunk(accumulate), targets.chunk(accumulate), strict=True))
+        whole = zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)
+        parts = [rows((x, y)) for x, y in whole]  # a pass is of the same rows, however many processes share them
         each = []
         for x, y in parts:
             loss = criterion(model(x), y)
             (loss / accumulate).backward()
             each.append(loss.detach())
         optimizer.step()
-        tolaria.step(torch.stack(each).mean(), len(targets))
+        tolaria.step(torch.stack(each).mean(), sum(len(y) for _, y in parts))
         optimizer.zero_grad()
         losses.append(float(torch.stack(each).mean()))
         if tolaria.due(steps):
