@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -113,7 +114,8 @@ class CombinationConformance(BlendConformance):
         """A slot that no longer ramps asks `at_one`, if there is one, and nothing may change by that."""
         for dtype in (torch.float32, torch.bfloat16):
             module, answers = disturb(self.build(point)).to(dtype), []
-            for ask in (module, partial(at_one, module)):
+            asks: list[Callable[..., Tensor]] = [module, partial(at_one, module)]
+            for ask in asks:
                 h, s = (feature(point, seed=i).to(dtype).requires_grad_() for i in (2, 3))
                 out = ask(h, s, torch.ones((), dtype=dtype))
                 asked = [h, s, *module.parameters()]
