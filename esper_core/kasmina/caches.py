@@ -9,6 +9,8 @@ to all entries (reorder, crop, repeat) happens to the copy's as well.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
@@ -96,3 +98,19 @@ def _fresh(layers: list[Any], number: int | None) -> Any:
     empty = copy.deepcopy(empty)
     empty.reset()
     return empty
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """A context in which models of transformers that keep keys and values by default keep none."""
+    found = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    keeping = [config for config in found.values() if getattr(config, "use_cache", None) is True]
+    for config in keeping:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in keeping:
+            config.use_cache = True
