@@ -275,6 +275,23 @@ class TestTransformers:
             plain = growth.compose()({"input_ids": rows[:4]})
             assert torch.allclose(plain, model(input_ids=rows[:4]).logits, atol=1e-5)
 
+    def test_seeds_that_mix_positions_are_measured_where_the_model_keeps_keys_and_values(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2, use_cache=True)
+        model = transformers.GPT2LMHeadModel(config)
+        rows = (torch.arange(32)[:, None] + 3 * torch.arange(12)) % 24
+        data = [{"input_ids": part, "labels": part} for part in rows.split(8)]
+        points = ["transformer.h.0", "transformer.h.1"]
+        steps = [{"decision": 0, "op": "germinate", "slot": slot, "blueprint": "attention"} for slot in points]
+        grow(
+            model, data, data, blueprints="attention", points=points, epochs=8, controller=ground.schedule(tmp_path / "p.json", *steps),
+            budget_params="", progress=False, out=str(tmp_path / "run"),
+        )  # fmt: skip
+        measured = ground.events(tmp_path / "run", "counterfactual")
+        assert {event["slot"] for event in measured} == set(points)
+        assert model.config.use_cache is True
+
 
 def test_a_frozen_model_grows_around_its_layers() -> None:
     torch.manual_seed(0)
