@@ -70,12 +70,23 @@ def resolve_budget(config: RunConfig, host_flops: int, steps_per_epoch: int) -> 
 
     Args:
         host_flops: of a forward pass for one example.
+
+    Raises:
+        BadOption: the budget is less than one step.
     """
     notes: list[str] = []
     budget = budget_of(config)
     if budget is None:
         return config, notes
-    steps = max(1, math.ceil(budget / (3.0 * host_flops * config.batch_size)))
+    step = 3.0 * host_flops * config.batch_size
+    if budget < step:
+        given = f"--minutes {config.minutes:g}" if config.minutes else f"budget_total={config.budget_total}"
+        raise BadOption(
+            f"{given} is less than one step of {config.batch_size} examples, which takes {step:.3g} FLOP",
+            "a budget of many steps",
+            f"--budget-total {100 * step:.0e}, or a smaller --batch-size",
+        )
+    steps = math.ceil(budget / step)
     decisions = config.decisions_per_epoch * math.ceil(steps / steps_per_epoch) or min(DECISIONS, steps)
     most = max(2, int(_PROBES * budget / (decisions * 2.0 * host_flops)))  # a probe of a slot reads them twice
     if not config.decision_examples or config.decision_examples > most:

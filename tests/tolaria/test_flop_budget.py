@@ -95,6 +95,14 @@ def test_what_is_no_budget_is_refused(text):
         flop_budget.budget_of(ground.config(budget_total=text))
 
 
+@pytest.mark.parametrize("length", [{"budget_total": "1e3"}, {"minutes": 1.0}])
+def test_a_budget_below_one_step_is_refused(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(setup, "measure_speed", lambda *args: 1e3 / 60)
+    with pytest.raises(BadOption, match=r"less than one step of \d+ examples"):
+        start_run(ground.config(tmp_path / "run", controller="wait", **length), registry=ground.registry())
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
 @pytest.mark.parametrize(("optimizer", "slots"), [("adamw", ["blocks.0", "blocks.0+1"]), ("muon", ["blocks.0"])])
 def test_the_heuristic_deepens_a_network_by_its_budget_alone(tmp_path, monkeypatch, optimizer, slots):
     monkeypatch.setattr(scaling, "NEED", {"adamw": 5.0, "muon": 13.0}[optimizer])
