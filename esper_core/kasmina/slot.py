@@ -95,6 +95,7 @@ class SeedSlot(nn.Module):
         alpha: 0-dim float buffer in [0, 1], so that a change needs no recompilation.
         seed: the module that maps `h` to `s`, or None.
         combination: the blend's module that maps (h, s, alpha) to the output, or None.
+        at_full: attached at alpha 1. A ramp may also end below it.
         whole: the seed returns a feature, not a delta.
         wants_call: the seed also takes the call of the host's block.
         writes: the seed writes to its input in place, so that it is given a copy.
@@ -117,6 +118,7 @@ class SeedSlot(nn.Module):
         self.mode = Mode.IDENTITY
         self.blueprint = ""
         self.blend = ""
+        self.at_full = False
         self.whole = False
         self.wants_call = False
         self.writes = False
@@ -154,12 +156,15 @@ class SeedSlot(nn.Module):
         """Enter `stage`; the plane has checked that the table allows it."""
         self.stage = stage
         self.mode = mode_of(stage) if self.fold is None else Mode.IDENTITY
+        # read here, since alphas of many slots are written together, past `set_alpha`
+        self.at_full = self.mode is Mode.ATTACHED and not self.alpha.is_meta and self.alpha.item() == 1.0
 
     def set_alpha(self, value: float) -> None:
         """Fill `alpha` with `value`, in place."""
         alpha = self._buffers["alpha"]  # looked up past nn.Module, since a plane may move a thousand in a step
         assert alpha is not None
         alpha.fill_(value)
+        self.at_full = self.mode is Mode.ATTACHED and value == 1.0
 
     def forward(self, h: Tensor, call: Call | None = None) -> Tensor:
         """The feature that is passed on to the host: same shape, dtype and device as `h`.
@@ -189,8 +194,7 @@ class SeedSlot(nn.Module):
                     call = call.mapped(self._silent)
             s = self._ask(given, call).to(h.dtype)
             alpha = self.alpha.to(h.dtype)
-            attached = self.mode is Mode.ATTACHED
-            out = at_one(self.combination, h, s, alpha) if attached else self.combination(h, s, alpha)
+            out = at_one(self.combination, h, s, alpha) if self.at_full else self.combination(h, s, alpha)
             out = out.to(h.dtype)
             if self.mode is Mode.RAMPING:
                 # alpha may be exactly zero, where even an infinite seed must not show

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol, TypeVar
 import attrs
 
 from esper_core.leyline.errors import RunFailed
+from esper_core.trials.attempt import Attempt
 from esper_core.trials.local_workers import LocalWorkers
 
 Job = TypeVar("Job")
@@ -23,22 +24,6 @@ GRACE: Final = 120.0
 """Seconds that jobs have to save and end, once they are asked to."""
 
 _POLL: Final = 0.25
-
-
-@attrs.frozen
-class Attempt:
-    """How an attempt at a job ended.
-
-    Attributes:
-        job: index of the job.
-        result: what the work returned. error: what it raised.
-        lost: how the worker ended, such as `SIGKILL`, where it ended before the job.
-    """
-
-    job: int
-    result: Any = None
-    error: Exception | None = None
-    lost: str = ""
 
 
 class Workers(Protocol):

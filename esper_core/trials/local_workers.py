@@ -18,11 +18,11 @@ import attrs
 
 from esper_core.leyline.errors import RunFailed
 from esper_core.registry.worker_process import end_with, safe_path
+from esper_core.trials.attempt import Attempt
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
-    from esper_core.trials.jobs import Attempt
 
 _CONTEXT: Final = multiprocessing.get_context("spawn")  # a forked torch keeps its parent's threads and locks
 _PATIENCE: Final = 10.0
@@ -75,8 +75,6 @@ class LocalWorkers:
 
     def wait(self, seconds: float) -> list[Attempt]:
         """The attempts that ended; waits for one, at most so long."""
-        from esper_core.trials.jobs import Attempt
-
         busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
         if not busy:
             time.sleep(seconds)

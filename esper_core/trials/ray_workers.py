@@ -21,7 +21,7 @@ from esper_core.leyline.errors import BadOption, MissingDependency, RunFailed
 from esper_core.leyline.files import typed
 
 if TYPE_CHECKING:
-    from esper_core.trials.jobs import Attempt
+    from esper_core.trials.attempt import Attempt
 
 _PROBE: Final = 120.0
 """Seconds that a machine of the cluster has to answer the first question; starting Python there is slow at times."""
@@ -142,7 +142,7 @@ class RayWorkers:
         """The attempts that ended; waits for one, at most so long."""
         import pickle
 
-        from esper_core.trials.jobs import Attempt
+        from esper_core.trials.attempt import Attempt
 
         if not self._running:
             time.sleep(seconds)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
+from esper_core.kasmina.slot import at_one
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.injection import InjectionSpec
 from esper_core.leyline.specs import BlendSpec
 from esper_core.testing.blueprint import disturb
 from esper_core.testing.cases import feature, installed, points
+from esper_plugins.blends.residual import Residual
 
 COMBINATIONS = [
     r.spec.name for r in installed().specs("blend") if isinstance(r.spec, BlendSpec) and r.spec.part == "combination"
@@ -75,3 +78,23 @@ def test_curves_differ_in_between() -> None:
         curve = installed().build("blend", name)
         assert curve(0.5) == pytest.approx(0.5)
         assert (curve(-1.0), curve(2.0)) == (0.0, 1.0)
+
+
+def test_a_blend_that_changes_another_is_asked_itself_at_one() -> None:
+
+    class Forward(Residual):
+        def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+            return super().forward(h, s, alpha) + 1
+
+    class Combined(Residual):
+        def combine(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+            return super().combine(h, s, alpha) + 2
+
+    class Both(Forward):
+        def combine(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+            return super().combine(h, s, alpha) + 2
+
+    h, s, one = torch.randn(2, 3), torch.randn(2, 3), torch.ones(())
+    for kind in (Residual, Forward, Combined, Both):
+        blend = kind(POINTS[0])
+        assert torch.equal(at_one(blend, h, s, one), blend(h, s, one)), kind

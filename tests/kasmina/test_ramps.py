@@ -99,3 +99,28 @@ def test_shares_ask_the_curve_once_a_step() -> None:
     shares = Shares(lambda progress: asked.append(progress) or progress, 4)
     assert [shares[1], shares[2], shares[1]] == [0.25, 0.5, 0.25]
     assert asked == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_cheaper_way_at_one_is_taken_only_at_one(together: bool) -> None:
+    plane = many_slots()
+    blend_all(plane)
+    for _ in range(8):
+        plane.step()
+    slot, h = plane.slots["l0"], torch.randn(2, 3, 4)
+    assert float(slot.alpha) == 1 and slot.at_full
+    with torch.no_grad():
+        s = slot.seed(h)
+        assert torch.equal(slot(h), h + s)
+        plane.wither("l0")
+        plane.step()
+        plane.revive("l0")
+        assert 0 < float(slot.alpha) < 1 and not slot.at_full
+        torch.testing.assert_close(slot(h), h + slot.alpha * s)
+        if together:
+            for _ in range(8):
+                plane.step()
+        else:
+            slot.set_alpha(1.0)
+            assert slot.at_full
+        assert torch.equal(slot(h), h + s)

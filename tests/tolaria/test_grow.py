@@ -284,9 +284,10 @@ class TestTransformers:
         data = [{"input_ids": part, "labels": part} for part in rows.split(8)]
         points = ["transformer.h.0", "transformer.h.1"]
         steps = [{"decision": 0, "op": "germinate", "slot": slot, "blueprint": "attention"} for slot in points]
+        plan = ground.schedule(tmp_path / "p.json", *steps)
         grow(
-            model, data, data, blueprints="attention", points=points, epochs=8, controller=ground.schedule(tmp_path / "p.json", *steps),
-            budget_params="", progress=False, out=str(tmp_path / "run"),
+            model, data, data, blueprints="attention", points=points, epochs=8, controller=plan, budget_params="",
+            progress=False, out=str(tmp_path / "run"),
         )  # fmt: skip
         measured = ground.events(tmp_path / "run", "counterfactual")
         assert {event["slot"] for event in measured} == set(points)

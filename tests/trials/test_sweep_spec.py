@@ -8,7 +8,7 @@ import pytest
 
 from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.tolaria.config import RunConfig
-from esper_core.trials.sweep.spec import MOST, Sweep, key_of, read_sweep
+from esper_core.trials.sweep.spec import MOST, Sweep, read_sweep, run_key
 
 
 def sweep(tmp_path: Path, text: str) -> Sweep:
@@ -86,7 +86,7 @@ def test_a_run_keeps_its_key_when_the_file_grows_and_a_default_that_is_written_o
     small = sweep(tmp_path, "[grid]\nseed = [1]")
     large = sweep(tmp_path, "[run]\nepochs = 20\n[grid]\nseed = [0, 1]\nlearning_rate = [0.002, 0.1]")
     assert small.runs[0].key in {run.key for run in large.runs}
-    assert key_of(RunConfig(out="somewhere")) == key_of(RunConfig()) != key_of(RunConfig(seed=1))
+    assert run_key(RunConfig(out="somewhere")) == run_key(RunConfig()) != run_key(RunConfig(seed=1))
     twice = sweep(tmp_path, "[grid]\nseed = [0, 0, 1]")
     assert len(twice.runs) == 2 and twice.repeated == 1
 

@@ -61,15 +61,15 @@ def shared(
 
 
 @attrs.frozen
-class _Packed:
+class _AsArray:
     """A tensor on its way: numpy's pickles are copies of memory, and torch's are archives."""
 
     values: NDArray[Any]
 
 
 def _packed(leaf: Any) -> Any:
-    return _Packed(leaf.detach().cpu().numpy()) if isinstance(leaf, Tensor) else leaf
+    return _AsArray(leaf.detach().cpu().numpy()) if isinstance(leaf, Tensor) else leaf
 
 
 def _unpacked(leaf: Any, device: torch.device | str) -> Any:
-    return torch.from_numpy(leaf.values).to(device) if isinstance(leaf, _Packed) else leaf
+    return torch.from_numpy(leaf.values).to(device) if isinstance(leaf, _AsArray) else leaf

@@ -272,14 +272,14 @@ def _config(options: Mapping[str, Any], base: Path | None) -> RunConfig:
 
 
 def _run(config: RunConfig, varied: Mapping[str, Any]) -> SweepRun:
-    key = key_of(config)
+    key = run_key(config)
     shown = {name: show_value(value) for name, value in varied.items()}
     words = [text if name in ("host", "task") else f"{name.rpartition('.')[2]}{text}" for name, text in shown.items()]
     stem = re.sub(r"[^A-Za-z0-9_.+]+", "-", "_".join(words)).strip("-._")[:100] or "run"
     return SweepRun(key, f"{stem}-{key}", config, shown)
 
 
-def key_of(config: RunConfig) -> str:
+def run_key(config: RunConfig) -> str:
     """Ten hexadecimal digits of the options that are not the default, the folder left out."""
     values, default = config.to_mapping(), RunConfig().to_mapping()
     told = {name: value for name, value in values.items() if name != "out" and value != default[name]}

@@ -6,6 +6,7 @@ Shapes: `h` is the host's feature and `s` the seed's delta, both NCHW, NHWC or N
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 
 class Combination(nn.Module, ABC):
     """Maps (h, s, alpha) to the slot's output; the identity at alpha 0, bit for bit, even when `s` is inf or NaN."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        """A class that changes what is computed, and not `at_one`, does not keep its parent's `at_one`."""
+        super().__init_subclass__(**given)
+        own = vars(cls)
+        if "at_one" not in own and not own.keys().isdisjoint(("forward", "combine")):
+            plain = cls.forward is Combination.forward
+            cls.at_one = Combination.at_one if plain else cls.forward  # type: ignore[method-assign]
 
     @abstractmethod
     def combine(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
