@@ -23,6 +23,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return trainings.train(str(tmp_path_factory.mktemp("one") / "training"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(one: dict[str, Any], tmp_path: Path) -> None:
     curriculum, folder = tmp_path / "tiny.toml", tmp_path / "two"
     curriculum.write_text(trainings.TOGETHER)
