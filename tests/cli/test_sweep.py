@@ -92,6 +92,7 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_failures_are_isolated_and_what_is_finished_is_never_repeated(home: Path) -> None:
     done = esper("sweep", "nets.toml", "--workers", "1", code=1)
     assert "failed: module-net.py-Fails_seed0" in done.output and "the tenth step" in done.output

@@ -41,6 +41,7 @@ def _plan(folder: Path, *more: dict[str, Any]) -> str:
     return f"schedule:{file}"
 
 
+@pytest.mark.slow
 def test_two_processes_with_ddp_train_what_one_does(tmp_path: Path) -> None:
     told = ("tests.distributed.loops:train", str(tmp_path), _plan(tmp_path))
     one = call(1, *told)[0]
