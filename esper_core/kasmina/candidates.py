@@ -98,7 +98,8 @@ class Candidates(Mapping[str, BlueprintSpec]):
             fitting = [
                 name
                 for name, spec in offered
-                if isinstance(spec, BlueprintSpec) and any(not misfit(spec, point) for point in points.values())
+                if isinstance(spec, BlueprintSpec) and "run" not in spec.wants  # which asks for more than a point
+                if any(not misfit(spec, point) for point in points.values())
             ]
             raise IllegalCommand(
                 f"none of {', '.join(self)} can grow in this host: {reasons[0]}",

@@ -95,7 +95,7 @@ class SeedSlot(nn.Module):
         alpha: 0-dim float buffer in [0, 1], so that a change needs no recompilation.
         seed: the module that maps `h` to `s`, or None.
         combination: the blend's module that maps (h, s, alpha) to the output, or None.
-        at_full: attached at alpha 1. A ramp may also end below it.
+        at_full: attached since alpha was 1; not where a revived seed's alpha rises in an attached stage.
         whole: the seed returns a feature, not a delta.
         wants_call: the seed also takes the call of the host's block.
         writes: the seed writes to its input in place, so that it is given a copy.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 _EVERY: Final = 1.0
@@ -30,14 +30,20 @@ def end_with(parent: int) -> None:
 
 
 @contextmanager
-def safe_path() -> Iterator[None]:
-    """A context in which new Python processes do not import modules from the working directory."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """A context in which new processes have these variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def safe_path() -> AbstractContextManager[None]:
+    """A context in which new Python processes do not import modules from the working directory."""
+    return environment({"PYTHONSAFEPATH": "1"})

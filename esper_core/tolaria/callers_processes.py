@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,13 +23,6 @@ from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.process_group import ProcessGroup
 
 WRAP: Final = "accompany(DistributedDataParallel(model), ...)"
-
-
-@attrs.frozen
-class Averaged:
-    """A model whose gradients the caller's library averages over all processes, by a wrapper that is not at hand."""
-
-    model: nn.Module
 
 
 class LoopProcesses(ProcessGroup):
@@ -92,14 +84,13 @@ class ReplicatedSeeds(Replicated):
         return list(running_statistics(self.plane.module.modules()))
 
 
-def meet(model: nn.Module | Averaged) -> tuple[nn.Module, Ranks]:
+def meet(model: nn.Module) -> tuple[nn.Module, Ranks]:
     """The model inside its wrappers, and the processes that train it; every one of them calls.
 
     Raises:
         EsperError: several processes are there and do not train one model with DDP, or something grows on it already.
     """
-    given = model.model if isinstance(model, Averaged) else model
-    wrappers = list(_layers(given))
+    wrappers = list(_layers(model))
     module, ddp = wrappers[-1], next((w for w in wrappers if isinstance(w, nn.parallel.DistributedDataParallel)), None)
     for wrapper in wrappers:
         refuse_wrapped(wrapper)
@@ -111,15 +102,14 @@ def meet(model: nn.Module | Averaged) -> tuple[nn.Module, Ranks]:
     if not met:
         raise EsperError(f"torchrun has started {count} processes, and they have not met",
                          "torch.distributed.init_process_group(), or one process", WRAP)  # fmt: skip
-    if ddp is None and not isinstance(model, Averaged):
+    if ddp is None:
         raise EsperError(f"{count} processes train together, and each would grow a different model",
                          "a model whose gradients are averaged over them", WRAP)  # fmt: skip
-    if ddp is not None and ddp.process_group.size() != count:
+    if ddp.process_group.size() != count:
         raise EsperError(f"DistributedDataParallel over {ddp.process_group.size()} of {count} processes",
                          "all of them", "DistributedDataParallel(model)")  # fmt: skip
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    level = ddp is None or bool(ddp.broadcast_buffers)
-    return module, LoopProcesses(device, module, level)
+    return module, LoopProcesses(device, module, bool(ddp.broadcast_buffers))
 
 
 def refuse_options(config: RunConfig, ranks: Ranks) -> None:

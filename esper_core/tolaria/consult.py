@@ -98,3 +98,19 @@ def plain_verdict(verdict: Verdict) -> dict[str, Any]:
 def _verdict_of(plain: Mapping[str, Any]) -> Verdict:
     read = {key: Interval(**plain[key]) if plain[key] is not None else None for key in ("churn", "worth")}
     return Verdict(**{**plain, **read, "verdict": Op(plain["verdict"])})
+
+
+def controller_state(controller: Any) -> Mapping[str, Any]:
+    """The controller's state, with that of the one inside it where it is an overseer.
+
+    Raises:
+        TypeError: a state is no mapping: it could be saved, and not be loaded again.
+    """
+    state = controller.state_dict()
+    said: Any = state
+    while controller is not None:
+        if not isinstance(said, Mapping):
+            name = type(controller).__name__
+            raise TypeError(f"the state of controller {name} is a {type(said).__name__}, expected a mapping")
+        controller, said = getattr(controller, "inner", None), said.get("inner", {})
+    return state  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ from esper_core.tolaria.caller_options import (
     split_sinks,
 )
 from esper_core.tolaria.callers_loop import CallersLoop
-from esper_core.tolaria.callers_processes import Averaged, LoopProcesses, ReplicatedSeeds, meet, refuse_options
+from esper_core.tolaria.callers_processes import LoopProcesses, ReplicatedSeeds, meet, refuse_options
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.foreign import alone, as_it_was, untouched_if_refused
 from esper_core.tolaria.grown import Grown
@@ -290,7 +290,7 @@ def _composed(plane: Plane) -> nn.Module | EsperError:
 
 @hints_in_python()
 def accompany(
-    model: nn.Module | Averaged,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     sample: Any,
     *,

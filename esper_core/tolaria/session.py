@@ -38,7 +38,14 @@ from esper_core.nissa.host_sensors import EXAMPLES, read_host
 from esper_core.nissa.sensors import SensorArray
 from esper_core.nissa.trees import tree_readings
 from esper_core.tolaria.callers_loop import CallersLoop, mean_loss
-from esper_core.tolaria.consult import command_of, compare_processes, consult, plain_command, plain_verdict
+from esper_core.tolaria.consult import (
+    command_of,
+    compare_processes,
+    consult,
+    controller_state,
+    plain_command,
+    plain_verdict,
+)
 from esper_core.tolaria.ending import resolve
 from esper_core.tolaria.faults import PART_FAULTS, Evidence, GuardedBatches
 from esper_core.tolaria.finite import find_not_finite, model_is_finite
@@ -420,8 +427,7 @@ class Tolaria:
     def _waiting_losses(self) -> list[float]:
         """Losses of all processes; those of a caller's loop have been averaged at each step."""
         losses = self._losses[: self._waiting]
-        whole: list[float] = (losses if self.loop is not None else self.plane.ranks.add_up(losses)).tolist()
-        return whole
+        return list((losses if self.loop is not None else self.plane.ranks.add_up(losses)).tolist())
 
     def _read_sensors(self) -> None:
         if self.sensors is None:
@@ -566,7 +572,7 @@ class Tolaria:
         return {
             "clock": attrs.asdict(self.clock),
             "governor": self.governor.state_dict(),
-            "controller": self._controller_state(),
+            "controller": controller_state(self.controller),
             "sensors": self.sensors.state_dict() if self.sensors is not None else {},
             "waiting": self._waiting_losses() if self._waiting else [],
             **self.books.state_dict(),
@@ -574,18 +580,6 @@ class Tolaria:
             "probe_flops": [[list(paths), flops] for paths, flops in self.probe_flops.items()],
             "snapshot": {"plain": self.snapshot.plain, "step": self.snapshot.step},
         }
-
-    def _controller_state(self) -> Mapping[str, Any]:
-        """The controller's state, with that of the one inside it where it is an overseer."""
-        state = self.controller.state_dict()
-        said: Any = state
-        controller: Any = self.controller
-        while controller is not None:
-            if not isinstance(said, Mapping):  # it could be saved, and not be loaded again
-                name = type(controller).__name__
-                raise TypeError(f"the state of controller {name} is a {type(said).__name__}, expected a mapping")
-            controller, said = getattr(controller, "inner", None), said.get("inner", {})
-        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`, after the plane was rebuilt; the snapshot's tensors are loaded apart."""

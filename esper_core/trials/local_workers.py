@@ -8,8 +8,8 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from esper_core.leyline.errors import RunFailed
-from esper_core.registry.worker_process import end_with, safe_path
+from esper_core.registry.worker_process import end_with, environment, safe_path
 from esper_core.trials.attempt import Attempt
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class LocalWorkers:
         if len(self._gpus) > 1:
             told["CUDA_VISIBLE_DEVICES"] = self._gpus[place % len(self._gpus)]
         process = _CONTEXT.Process(target=_serve, args=(there, os.getpid()))
-        with safe_path(), _environment(told):
+        with safe_path(), environment(told):
             process.start()
         there.close()
         worker = _Worker(process, here, place)
@@ -196,18 +196,3 @@ def _serve(pipe: Connection, parent: int) -> None:
             pipe.send_bytes(answer)
         except (EOFError, OSError):  # nobody has jobs any more
             return
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """A context in which new processes have these variables."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

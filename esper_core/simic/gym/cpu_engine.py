@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing as processes
 
 from esper_core.leyline.errors import EsperError
-from esper_core.registry.worker_process import end_with
+from esper_core.registry.worker_process import end_with, environment
 
 WORKER_ENVIRONMENT: Final[Mapping[str, str]] = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
@@ -34,17 +34,6 @@ class WorkerFailed(EsperError):
     """A worker process raised or died."""
 
     exit_code = 1
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _serve(pipe: Connection, parent: int) -> None:
@@ -80,7 +69,7 @@ class WorkerPool:
         context = processes.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        with _environment(WORKER_ENVIRONMENT):
+        with environment(WORKER_ENVIRONMENT):
             for _ in range(workers or len(os.sched_getaffinity(0))):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
