@@ -1,11 +1,12 @@
 """Training on a lent GPU in calls of a few minutes: smoke, training, contests; resumable between calls.
 
-    python -m benchmarks.device_training --out FOLDER [--limit 550] [--arms scaled,plain] [--resume TAR | --base AGENT]
+    python -m benchmarks.device_training --out FOLDER [--limit 550] [--arms taught] [--resume TAR | --base AGENT]
 
 It ends by itself within `--limit` seconds whatever happens, and keeps `FOLDER/simic.tar` up to date all the time:
 
 - `log.txt`: what happened when. `smoke.json`: every pair of host and task of the curriculum by itself on the device.
-- `ARM/`: the training of each arm, as `esper tamiyo resume` continues it; `imitated.safetensors`: its core before PPO.
+- `ARM/`: the training of each arm, as `esper tamiyo resume` continues it; `imitated.safetensors`: its core before PPO;
+  `after-N.safetensors`: its core after so many iterations.
 - `contests-SEED.jsonl`: contests, three of four on held-out worlds, one a line; `contests-SEED.json`: their summary.
 
 Arms are trainings that differ in one setting and share workers and device. A second call takes the tar of the first.
@@ -48,14 +49,16 @@ from esper_core.tamiyo.learned import load_agent  # noqa: E402
 from esper_core.tolaria.config import RunConfig  # noqa: E402
 
 ARMS: Final[Mapping[str, tuple[str, str]]] = {
-    "scaled": ("", ""),
-    "plain": ("group_scale = 0.02", "group_scale = 0.0"),
+    "taught": ("", ""),
+    "proposed": ("[imitation]\niterations = 2", "[imitation]\niterations = 0"),
 }
 """What each arm replaces in the curriculum's text."""
 _SMOKE_S: Final = 80.0
 _EVAL_S: Final = 100.0
 _END_S: Final = 20.0
-"""Seconds for the smoke pieces, for contests, and kept for the end."""
+"""Seconds for the smoke pieces, for contests unless told otherwise, and kept for the end."""
+_KEPT_EVERY: Final = 4
+"""Iterations between cores that are kept."""
 _LOST: Final = 3
 """Exit code of an arm that can use the device no more."""
 
@@ -66,7 +69,7 @@ class _Called:
     def __init__(self, work: Path, out: Path, limit: float) -> None:
         self.work, self.out, self.began, self.limit = work, out, _BEGAN, limit
         self.base: Path | None = None
-        self.seed, self.at_once = 1, 4
+        self.seed, self.at_once, self.drawn = 1, 4, True
         self.shared: dict[str, str] = {}
         self.started: list[subprocess.Popen[str]] = []
         self._lock = threading.Lock()
@@ -236,6 +239,8 @@ def arm(folder: Path, workers: int, seconds: float) -> None:
             print(text, flush=True)
         if training.done == keep and training.product.exists():
             (folder / "imitated.safetensors").write_bytes(training.product.read_bytes())
+        elif training.done % _KEPT_EVERY == 0 and training.product.exists():
+            (folder / f"after-{training.done}.safetensors").write_bytes(training.product.read_bytes())
         if any("CUDA error" in text for text in failed):
             raise _DeviceLost
         if time.monotonic() + 1.2 * slowest > end:
@@ -335,15 +340,15 @@ def stop_sharing(call: _Called) -> None:
 
 
 def contenders(call: _Called, arms: Sequence[str]) -> dict[str, PackedCore]:
-    """The shipped core, each arm's newest as it would be used and drawn from, and one after imitation."""
-    found = {"core_v1": PackedCore.pack(load_agent(""))}
+    """The first shipped core, each arm's newest as it would be used and drawn from, and one after imitation."""
+    found = {"core_v1": PackedCore.pack(load_agent("core_v1"))}
     for one in arms:
         for file, name in (("agent", one), ("imitated", f"{one}-imitated")):
             path = call.work / one / f"{file}.safetensors"
             if path.exists() and (file == "agent" or one == arms[0]):
                 packed = PackedCore.pack(TamiyoCore.load(path))
                 found[name] = packed
-                if file == "agent":
+                if file == "agent" and call.drawn:
                     found[f"{name}-drawn"] = attrs.evolve(packed, sample=True)
     return found
 
@@ -422,7 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--limit", type=float, default=550.0)
-    parser.add_argument("--arms", default="scaled,plain")
+    parser.add_argument("--arms", default="taught")
     parser.add_argument("--resume", type=Path, help="the tar of an earlier call")
     parser.add_argument("--base", type=Path, help="an agent to go on from, without imitation")
     parser.add_argument("--seed", type=int, default=1)
@@ -431,7 +436,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--contest-seed", type=int, default=7101)
+    parser.add_argument("--contest-seconds", type=float, default=_EVAL_S, help="for contests, after training")
+    parser.add_argument("--likeliest", action="store_true", help="no contender whose commands are drawn")
     parser.add_argument("--no-smoke", action="store_true")
+    parser.add_argument("--no-train", action="store_true", help="contests alone")
     parser.add_argument("--arm", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     told_ = parser.parse_args()
@@ -473,8 +481,11 @@ def main() -> None:
             call.pack()
         if told_.device == "cuda":
             sharing.join(timeout=60.0)
-        judging = min(_EVAL_S, told_.limit / 4)
-        train(call, arms, text, told_.curriculum, told_.device, workers, call.left - judging - 2 * _END_S)
+        call.drawn = not told_.likeliest
+        judging = min(told_.contest_seconds, told_.limit - 2 * _END_S)
+        if not told_.no_train:
+            seconds = call.left - judging - 2 * _END_S
+            train(call, arms, text, told_.curriculum, told_.device, workers, seconds)
         stop_sharing(call)
         judge(call, curriculum, arms, workers, told_.contest_seed, call.left - 1.5 * _END_S)
     except Exception:  # noqa: BLE001 - what there is goes back

@@ -186,7 +186,7 @@ def detach(core: TamiyoCore, domain: str | None = None) -> None:
 def merge_adapter(core: TamiyoCore, domain: str) -> TamiyoCore:
     """A core of its own with the domain's adapter written into its weights; its lineage names both parents."""
     adapter = core.adapters[domain]
-    merged = type(core)(core.config)
+    merged = type(core)(core.config, features=core.features)
     merged.load_state_dict(core.state_dict())
     merged.lineage = {**copy.deepcopy(core.lineage), "merged": {"core": core.fingerprint, "domain": domain,
                                                                 "adapter": adapter.lineage}}  # fmt: skip

@@ -23,7 +23,7 @@ Core = TypeVar("Core", bound="TamiyoCore")
 
 def fingerprint_of(core: TamiyoCore) -> str:
     """SHA-256 over configuration, names, shapes and bytes; cores with equal fingerprints decide equally."""
-    digest = hashlib.sha256(json.dumps([attrs.asdict(core.config), core.features]).encode())
+    digest = hashlib.sha256(json.dumps([core.config.to_dict(), core.features]).encode())
     for name, tensor in sorted(core.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -33,7 +33,7 @@ def fingerprint_of(core: TamiyoCore) -> str:
 def save_core(core: TamiyoCore, path: str | Path) -> None:
     """Write the core, without adapters; see the module's docstring."""
     header = {
-        "format": FORMAT, "config": attrs.asdict(core.config), "features": core.features, "lineage": core.lineage,
+        "format": FORMAT, "config": core.config.to_dict(), "features": core.features, "lineage": core.lineage,
         "fingerprint": core.fingerprint,
     }  # fmt: skip
     write_tensor_file(path, core.state_dict(), header)
@@ -63,7 +63,9 @@ def load_core(cls: type[Core], config_class: type[CoreConfig], path: str | Path)
     tensors, header = read_agent(path)
     try:
         config = config_class(**header["config"])
-        if not all(isinstance(v, int) and 0 < v <= 4096 for v in attrs.astuple(config)):
+        sizes = [value for name, value in attrs.asdict(config).items() if name != "advised"]
+        fits = all(isinstance(v, int) and 0 < v <= 4096 for v in sizes) and isinstance(config.advised, bool)
+        if not fits:
             raise ValueError(header["config"])
         core = cls(config, features=header["features"])
         core.load_state_dict(tensors)

@@ -21,6 +21,7 @@ from esper_core.leyline.stages import Op
 from esper_core.tamiyo.agent_file import fingerprint_of, load_core, save_core
 from esper_core.tamiyo.features import TABLES, schema, select_features
 from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Normaliser, ObservationBatch
+from esper_core.tamiyo.proposals import TRUST, Proposals, followed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,12 +37,22 @@ _NEVER: Final = -1e9
 
 @attrs.frozen
 class CoreConfig:
-    """Shape of a core. width: D. layers: set-attention blocks. heads: attention heads. commands: K."""
+    """Shape of a core.
+
+    Attributes:
+        width: D. layers: set-attention blocks. heads: attention heads. commands: K.
+        advised: it reads what the heuristic would do (`tamiyo.advice`) and begins by doing it.
+    """
 
     width: int = 96
     layers: int = 2
     heads: int = 4
     commands: int = 4
+    advised: bool = False
+
+    def to_dict(self) -> dict[str, int]:
+        """Fields as in an agent file: without `advised` where it is false, as in files of before it."""
+        return {name: value for name, value in attrs.asdict(self).items() if name != "advised" or value}
 
 
 class SetBlock(nn.Module):
@@ -92,6 +103,7 @@ class Decision:
         asked: head → (N,) in how many commands it chose.
         value: (N,) estimate of the return from here.
         hidden: (N, D) memory after this decision.
+        agreement: (N,) log-probability of doing what was proposed; None where it was not asked for.
     """
 
     actions: Tensor
@@ -100,6 +112,7 @@ class Decision:
     asked: Mapping[str, Tensor]
     value: Tensor
     hidden: Tensor
+    agreement: Tensor | None = None
 
 
 class TamiyoCore(nn.Module):
@@ -107,7 +120,8 @@ class TamiyoCore(nn.Module):
 
     Args:
         config: its shape. seed: of its initial weights.
-        features: names of the features that it reads, as `features.schema()` gives them; None for all of them.
+        features: names of the features that it reads, as `features.schema()` gives them; None for all of them, those of
+            advice only if it is advised.
 
     Raises:
         EsperError: a feature that this version does not have.
@@ -118,7 +132,7 @@ class TamiyoCore(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config or CoreConfig()
-        self.features = list(schema() if features is None else features)
+        self.features = list(schema(advised=self.config.advised) if features is None else features)
         self.lineage: dict[str, Any] = {}
         self.adapters: dict[str, Adapter] = {}
         self.adapter_handles: list[RemovableHandle] = []
@@ -149,6 +163,11 @@ class TamiyoCore(nn.Module):
         for head in (self.op_head, self.tempo_head, self.slot_query, self.choice_query, self.blend_query):
             nn.init.orthogonal_(head.weight, 0.1)
             nn.init.zeros_(head.bias)
+        if self.config.advised:
+            self.trust = nn.Linear(width, len(FIELDS))
+            nn.init.zeros_(self.trust.weight)
+            with torch.no_grad():
+                self.trust.bias.copy_(torch.tensor(TRUST))
 
     def initial(self, environments: int) -> Tensor:
         """Memory before the first decision: (N, D) zeros."""
@@ -211,8 +230,16 @@ class TamiyoCore(nn.Module):
         for k in range(self.config.commands if commands is None else commands):
             heads.chances = None if chances is None else chances[:, k]
             heads.command(None if actions is None else actions[:, k])
-        value = self.value_head(hidden).squeeze(-1)
+        value: Tensor = self.value_head(hidden).squeeze(-1)
         return Decision(torch.stack(heads.rows, 1), heads.log_prob, heads.entropy, heads.asked, value, hidden)
+
+    def agreement(self, batch: ObservationBatch, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """(N,) log-probability of doing what is proposed, up to K commands; arguments as in `answer`.
+
+        0 where an environment has no advice.
+        """
+        asked = self.answer(batch, tokens, hidden, actions=followed(batch, self.config.commands))
+        return torch.where(batch.advised, asked.log_prob, 0.0)
 
     def wishes(self, batch: ObservationBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The wish to germinate: how it is spread over the slots, and how strong it is beside the wish to wait.
@@ -227,6 +254,14 @@ class TamiyoCore(nn.Module):
         context = self.memory(summary, hidden)
         pointers, op_logits, _ = self.weigh(context, self.slot_key(tokens), batch.legal)
         legal = batch.legal[..., _GERMINATE]
+        if self.config.advised:
+            trust, proposed = self.trust(context), Proposals(batch)
+            germinate = torch.full_like(batch.advised, _GERMINATE, dtype=torch.int64)
+            slots = proposed.slot(germinate)
+            pointers[:, _GERMINATE] += trust[:, 1:2] * slots
+            wanted = slots.any(-1)
+            op_logits[:, _GERMINATE] += trust[:, 0] * wanted
+            op_logits[:, WAIT_INDEX] += trust[:, 0] * (batch.advised & ~wanted)
         spread = pointers[:, _GERMINATE].masked_fill(~legal, _NEVER).softmax(-1) * legal
         drive = torch.sigmoid(op_logits[:, _GERMINATE] - op_logits[:, WAIT_INDEX]) * legal.any(-1)
         return spread, drive
@@ -300,6 +335,7 @@ class _Heads:
         self.asked = {name: hidden.new_zeros(n) for name in FIELDS}
         self.legal = batch.legal  # (N, S, O)
         self.going = torch.ones(n, dtype=torch.bool, device=device)
+        self.proposals = Proposals(batch) if core.config.advised else None
         self.keys = core.slot_key(tokens)  # (N, S, D)
         self.lanes = torch.arange(n, device=device)
         self.slots = torch.arange(self.legal.shape[1], device=device)
@@ -313,11 +349,17 @@ class _Heads:
             self.rows.append(row)
             return
         pointers, op_logits, possible = core.weigh(self.context, self.keys, self.legal)
-        legal = self.legal.transpose(1, 2)  # (N, O, S)
+        legal, proposed = self.legal.transpose(1, 2), self.proposals  # (N, O, S)
+        trust = core.trust(self.context) if proposed else self.context  # (N, 5) where there are proposals
+        if proposed:
+            op_logits = op_logits + trust[:, 0, None] * proposed.op()
         op = self._choose("op", op_logits, possible, self.going, given)
         acting = self.going & (op != WAIT_INDEX)
 
-        slot = self._choose("slot", pointers[self.lanes, op], legal[self.lanes, op], acting, given)
+        pointer = pointers[self.lanes, op]
+        if proposed:
+            pointer = pointer + trust[:, 1, None] * proposed.slot(op)
+        slot = self._choose("slot", pointer, legal[self.lanes, op], acting, given)
         token = self.tokens[self.lanes, slot]
         context = torch.cat([self.context + core.ops(op), token], -1)  # (N, 2D)
         blueprint, blend, tempo = torch.zeros_like(op), torch.zeros_like(op), torch.zeros_like(op)
@@ -325,14 +367,21 @@ class _Heads:
         if growing.any():
             described = core.embed_raw("blueprints", self.batch.blueprints[self.lanes, slot])
             choice = torch.einsum("nd,nbd->nb", core.choice_query(context), core.blueprint_key(described)) / scale
+            if proposed:
+                choice = choice + trust[:, 2, None] * proposed.blueprint(op, slot)
             blueprint = self._choose("blueprint", choice, self.batch.grows[self.lanes, slot], growing, given)
         blending = acting & (op == _ADVANCE) & self.batch.blending[self.lanes, slot]
         if blending.any():
             described = core.embed_raw("blends", self.batch.blends)
             choice = torch.einsum("nd,ncd->nc", core.blend_query(context), core.blend_key(described)) / scale
-            blend = self._choose("blend", choice, self.batch.blend_present, blending, given)
             tempi = core.tempo_head(context)
+            if proposed:
+                choice = choice + trust[:, 3, None] * proposed.blend(op, slot)
+                tempi = tempi + trust[:, 4, None] * proposed.tempo(op, slot)
+            blend = self._choose("blend", choice, self.batch.blend_present, blending, given)
             tempo = self._choose("tempo", tempi, torch.ones_like(tempi, dtype=torch.bool), blending, given)
+        if proposed:
+            proposed.take(acting, slot)
 
         self.rows.append(torch.stack([op, slot, blueprint, blend, tempo], -1))
         # A slot takes one command a decision, and the next command knows of this one.

@@ -13,10 +13,12 @@ from typing import Any, Final
 
 import attrs
 
+from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.stages import STAGES, Op, Stage
 from esper_core.leyline.tags import TAGS
 from esper_core.leyline.view import BlueprintView, Interval, RunView, SlotView
+from esper_core.tamiyo.advice import Advice, advice_of
 
 FAMILIES: Final = (
     "convolution",
@@ -123,6 +125,82 @@ def _families(read: Callable[..., str], prefix: str = "") -> tuple[Feature, ...]
     return (*map(known, FAMILIES), other)
 
 
+def _advised(s: SlotView, r: RunView) -> Command | None:
+    advice = advice_of(r)
+    return advice.command_at(s.path) if advice else None
+
+
+def _advised_op(op: Op) -> Feature:
+    def read(s: SlotView, r: RunView) -> bool:
+        command = _advised(s, r)
+        return command is not None and command.op is op
+
+    return Feature(f"advised_{op}", f"the adviser would {op.name} here", FLAG, read)
+
+
+def _advised_blueprint(s: SlotView, r: RunView) -> BlueprintView | None:
+    command = _advised(s, r)
+    return next((b for b in s.blueprints if command and b.name == command.blueprint), None)
+
+
+def _of_advised(read: Callable[[BlueprintView, SlotView, RunView], float | None]) -> Callable[..., float | None]:
+    def found(s: SlotView, r: RunView) -> float | None:
+        blueprint = _advised_blueprint(s, r)
+        return None if blueprint is None else read(blueprint, s, r)
+
+    return found
+
+
+def _advised_family(s: SlotView, r: RunView) -> str:
+    blueprint = _advised_blueprint(s, r)
+    return "" if blueprint is None else blueprint.family
+
+
+def _rent_of(params: int, r: RunView) -> float:
+    return r.rent * params / max(r.host_params, 1)
+
+
+def _expected(b: BlueprintView, s: SlotView, r: RunView) -> float | None:
+    advice = advice_of(r)
+    return advice.gains.get((s.path, b.name)) if advice else None
+
+
+def _less_rent(gain: float | None, params: int, r: RunView) -> float | None:
+    return None if gain is None else gain - _rent_of(params, r)
+
+
+def _outlook(name: str, meaning: str, read: Callable[[Advice, str], float | None]) -> Feature:
+    def found(s: SlotView, r: RunView) -> float | None:
+        advice = advice_of(r)
+        return _less_rent(read(advice, s.path), s.tree_params, r) if advice else None
+
+    return Feature(name, f"{meaning}, less the rent (nats)", SIGNED, found)
+
+
+def _end(read: Callable[[Interval], float]) -> Callable[[Advice, str], float | None]:
+    def found(advice: Advice, path: str) -> float | None:
+        pooled = advice.pooled(path)
+        return None if pooled is None else read(pooled)
+
+    return found
+
+
+SLOT_ADVICE: Final[tuple[Feature, ...]] = (
+    *map(_advised_op, (op for op in Op if op is not Op.WAIT)),
+    Feature("advised_gain", "gain (nats) that the adviser expects of what it would plant here", SIGNED,
+            _of_advised(_expected)),
+    Feature("advised_rent", "rent of what it would plant here", SIGNED,
+            _of_advised(lambda b, s, r: _rent_of(b.params, r))),
+    Feature("advised_ratio", "its parameters over the host's", LOG,
+            _of_advised(lambda b, s, r: b.params / max(r.host_params, 1))),
+    *_families(_advised_family, "advised_"),
+    _outlook("pooled_gain", "the adviser's mean of the seed's later measurements", _end(lambda i: i.mean)),
+    _outlook("pooled_low", "the lower end of its interval", _end(lambda i: i.low)),
+    _outlook("pooled_high", "the upper end of its interval", _end(lambda i: i.high)),
+    _outlook("prospect", "the most that the adviser thinks the seed can gain by the end", Advice.prospect),
+)  # fmt: skip
+"""Known only to a core that is advised (`tamiyo.advice`)."""
+
 SLOT_FEATURES: Final[tuple[Feature, ...]] = (
     *map(_stage, Stage),
     *map(_legal, (op for op in Op if op is not Op.WAIT)),
@@ -173,6 +251,7 @@ SLOT_FEATURES: Final[tuple[Feature, ...]] = (
     _reading("need", "nats that the best small change could gain here, relative to the feature's size", LOG),
     _reading("layer_loss", "what the layers before the slot do to the loss, to first order (nats)", SIGNED),
     _reading("attention_entropy", "mean entropy of the seed's own attention (nats)", COUNT),
+    *SLOT_ADVICE,
 )  # fmt: skip
 
 
@@ -198,6 +277,24 @@ def _share(stage: Stage) -> Feature:
 def _governor(state: str) -> Feature:
     return Feature(f"governor_{state}", f"the governor is {state}", FLAG, lambda r: r.governor == state)
 
+
+def _advised_total(r: RunView) -> float | None:
+    advice = advice_of(r)
+    if advice is None:
+        return None
+    planted = [_advised_blueprint(s, r) for s in r.slots]
+    return _rent_of(sum(b.params for b in planted if b is not None), r)
+
+
+GLOBAL_ADVICE: Final[tuple[Feature, ...]] = (
+    Feature("advised", "there is an adviser", FLAG, lambda r: advice_of(r) is not None),
+    Feature("advised_commands", "commands that it would give", COUNT,
+            lambda r: len(advice.commands) if (advice := advice_of(r)) else None),
+    Feature("advised_rent", "rent of all that it would plant now", SIGNED, _advised_total),
+    Feature("record", "share of the gains that it expected so far that came true", SHARE,
+            lambda r: advice.record if (advice := advice_of(r)) else None),
+)  # fmt: skip
+"""Known only to a core that is advised."""
 
 GLOBAL_FEATURES: Final[tuple[Feature, ...]] = (
     Feature("progress", "decision step over decision steps in the run", SHARE,
@@ -242,6 +339,7 @@ GLOBAL_FEATURES: Final[tuple[Feature, ...]] = (
             lambda r: r.targets / max(r.host_params, 1)),
     Feature("flops_budget_left", "share of the run's budget of FLOPs that is not spent", SHARE,
             lambda r: None if r.course is None else max(0.0, 1.0 - r.course.share)),
+    *GLOBAL_ADVICE,
 )  # fmt: skip
 
 
@@ -254,6 +352,19 @@ def _average(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
 
+
+def _is_advised(b: BlueprintView, s: SlotView, r: RunView) -> bool:
+    command = _advised(s, r)
+    return command is not None and command.op is Op.GERMINATE and command.blueprint == b.name
+
+
+BLUEPRINT_ADVICE: Final[tuple[Feature, ...]] = (
+    Feature("advised", "the adviser would plant it here", FLAG, _is_advised),
+    Feature("expected_gain", "gain (nats) that the adviser expects of it here", SIGNED, _expected),
+    Feature("expected_surplus", "the same less its rent", SIGNED,
+            lambda b, s, r: _less_rent(_expected(b, s, r), b.params, r)),
+)  # fmt: skip
+"""Known only to a core that is advised."""
 
 BLUEPRINT_FEATURES: Final[tuple[Feature, ...]] = (
     Feature("rent", "what it would cost a decision here", SIGNED,
@@ -277,6 +388,7 @@ BLUEPRINT_FEATURES: Final[tuple[Feature, ...]] = (
             lambda b, s, r: sum(slot.culled.get(b.name, 0) for slot in r.slots)),
     *_families(lambda b, s, r: b.family),
     *(_tagged(tag, f"the blueprint: {text}", lambda b, s, r: b.tags) for tag, text in TAGS.items()),
+    *BLUEPRINT_ADVICE,
 )  # fmt: skip
 
 BLEND_FEATURES: Final[tuple[Feature, ...]] = (
@@ -306,9 +418,17 @@ RETIRED: Final = frozenset(f"slots.{feature.name}" for feature in _families(lamb
 """Features that were 0 in every view before `seed_family` was delivered. Cores trained then still read 0 there."""
 
 
-def schema() -> list[str]:
-    """Names of all features in order. An agent file carries the schema that its core was trained with."""
-    return [f"{kind}.{feature.name}" for kind, table in TABLES.items() for feature in table]
+_ADVICE: Final = {"slots": SLOT_ADVICE, "run": GLOBAL_ADVICE, "blueprints": BLUEPRINT_ADVICE}
+
+
+def schema(*, advised: bool = True) -> list[str]:
+    """Names of all features in order. An agent file carries the schema that its core was trained with.
+
+    Args:
+        advised: with those that only a core that is advised knows.
+    """
+    return [f"{kind}.{feature.name}" for kind, table in TABLES.items() for feature in table
+            if advised or feature not in _ADVICE.get(kind, ())]  # fmt: skip
 
 
 def select_features(names: Sequence[str], kind: str) -> tuple[list[Feature], list[int]]:
@@ -347,7 +467,10 @@ An agent file lists by name the features that its core was trained with, and the
 core keeps deciding as it did when features are added here. Before `seed_family` and `seed_tags` were delivered, the
 features `family_*` of a slot were 0 in every view, and `tag_*` showed the tags of the point alone. They are retired:
 a core that was trained with them, such as the shipped `core_v1`, still reads 0 there, so its decisions have not
-changed, and it does not see what grows in a slot. A core that is trained now does (`seed_family_*`, `seed_tag_*`)."""
+changed, and it does not see what grows in a slot. A core that is trained now does (`seed_family_*`, `seed_tag_*`).
+
+The features of advice (`advised*`, `pooled_*`, `prospect`, `record`, `expected_*`) are known only to a core that is
+advised: the heuristic then says at each decision what it would do, and the core may do otherwise."""
 
 
 def observation_document() -> str:

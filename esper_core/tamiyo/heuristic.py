@@ -75,6 +75,20 @@ class Offer:
         return self.gain - price * self.blueprint.params / max(host_params, 1)
 
 
+@attrs.frozen
+class Outlook:
+    """What the heuristic makes of a seed.
+
+    Attributes:
+        pooled: its gain (nats) over its later measurements at full alpha; None while there is none.
+        prospect: the largest gain (nats) by the end of the run that is left open for it, which may be infinite; None
+            while nothing is measured.
+    """
+
+    pooled: Interval | None
+    prospect: float | None
+
+
 def choose(offers: Sequence[Offer], view: RunView, room: int) -> list[Offer]:
     """At most one offer a slot and `room` in all, within the budgets, of the greatest surplus over the rent.
 
@@ -174,6 +188,22 @@ class HeuristicController:
         shares = {name: value for name, value in efficiency.items() if value is not None}
         earns = not shares or max(shares.values()) > view.rent
         return Investment(None if earns else view.seed_params, shares)
+
+    def outlook(self, slot: SlotView, view: RunView) -> Outlook | None:
+        """What it makes of the seed in `slot`, once it has decided on `view`; None where nothing grows or is measured.
+
+        It changes nothing, and so does `expectations`.
+        """
+        if begins_blending(slot.stage):
+            return Outlook(None, isolated_prospect(slot, view))
+        if slot.counterfactual is None or not self._measured.get(slot.path):
+            return None
+        pooled = self._pool(slot.path, slot.counterfactual)
+        return Outlook(pooled, measured_prospect(self._measured[slot.path], pooled, slot, view))
+
+    def expectations(self, view: RunView) -> dict[tuple[str, str], float]:
+        """(slot, blueprint) to the gain (nats) that it expects of each germination on offer."""
+        return {(offer.slot.path, offer.blueprint.name): offer.gain for offer in self._offers(view)}
 
     def state_dict(self) -> dict[str, object]:
         """Measured and expected gains, failures, the seeds of the last decision, and the number of germinations."""
@@ -318,7 +348,7 @@ class HeuristicController:
         open_slots = [slot for slot in view.slots if Op.GERMINATE in slot.legal]
         measured = {slot.path: measured_need(slot) for slot in open_slots}
         typical = median([need for need in measured.values() if need is not None] or [1.0]) or 1.0
-        records = self._records(view)
+        records = self.records(view)
         offers = []
         for slot in open_slots:
             need = measured[slot.path]
@@ -335,7 +365,7 @@ class HeuristicController:
                 offers.append(Offer(slot, blueprint, gain * math.pow(self.config.failure_factor, failures)))
         return offers
 
-    def _records(self, view: RunView) -> dict[str, float]:
+    def records(self, view: RunView) -> dict[str, float]:
         """How far expected gains came true, by region where regions have budgets of their own, and else in the run."""
         found = {born: gain for gains in self._gains.values() for born, gain in gains.items()}
         regions = {slot.path: _region_of(slot, view) for slot in view.slots}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from esper_core.leyline.stages import Op
 from esper_core.leyline.view import RunView
 from esper_core.registry import Registry, load_registry
 from esper_core.tamiyo.adapter import AdapterFile, load_adapter
+from esper_core.tamiyo.advice import Adviser
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, collate, observe
@@ -113,6 +115,7 @@ class LearnedController:
         self.generator = torch.Generator().manual_seed(seed) if sample else None
         self.commands = commands
         self.hidden = self.core.initial(1)
+        self._adviser = Adviser() if self.core.config.advised else None
         self._probe = BlendProbe(registry or load_registry())
 
     @torch.no_grad()
@@ -120,7 +123,8 @@ class LearnedController:
         """See `Controller.decide`. It waits at the last decision of a run, which has no effect."""
         if view.decision + 1 >= view.decisions:
             return ()
-        seen = observe(view, self._probe.descriptors(view.blends))
+        advised = view if self._adviser is None else self._adviser.advise(view)
+        seen = observe(advised, self._probe.descriptors(view.blends))
         most = self.commands or max(self.core.config.commands, math.ceil(len(view.slots) / _SLOTS_A_COMMAND))
         decision = self.core.decide(collate([seen]), self.hidden, generator=self.generator, commands=most)
         self.hidden = decision.hidden
@@ -135,7 +139,9 @@ class LearnedController:
         The total is what has grown, and of the rest of the run's budget the share by which the core would rather
         germinate than wait; None in a run without a budget.
         """
-        spread, drive = self.core.wishes(collate([observe(view, self._probe.descriptors(view.blends))]), self.hidden)
+        # A copy is asked: this is no decision yet, and the view at the decision may be narrower.
+        advised = view if self._adviser is None else copy.deepcopy(self._adviser).advise(view)
+        spread, drive = self.core.wishes(collate([observe(advised, self._probe.descriptors(view.blends))]), self.hidden)
         shares = dict.fromkeys(efficiency, 0.0)
         for slot, wish in zip(view.slots, spread[0].tolist(), strict=True):
             shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish
@@ -148,9 +154,10 @@ class LearnedController:
         return Investment(total, weighed if any(weighed.values()) else shares)
 
     def state_dict(self) -> dict[str, object]:
-        """Memory, and the generator's state if it draws."""
+        """Memory, the generator's state if it draws, and the adviser's if it is advised."""
         random = self.generator.get_state().tolist() if self.generator is not None else []
-        return {"fingerprint": self.core.fingerprint, "hidden": self.hidden[0].tolist(), "random": random}
+        state = {"fingerprint": self.core.fingerprint, "hidden": self.hidden[0].tolist(), "random": random}
+        return state if self._adviser is None else {**state, "adviser": self._adviser.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -161,5 +168,7 @@ class LearnedController:
         if state["fingerprint"] != self.core.fingerprint:
             raise BadOption(f"the run was decided by core {str(state['fingerprint'])[:12]}", "the same agent file")
         self.hidden = torch.tensor([state["hidden"]], dtype=self.hidden.dtype)
+        if self._adviser is not None:
+            self._adviser.load_state_dict(state["adviser"])
         if self.generator is not None:
             self.generator.set_state(torch.tensor(state["random"], dtype=torch.uint8))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from esper_core.leyline.actions import RAMPED, Command
 from esper_core.leyline.stages import Op, begins_blending
 from esper_core.leyline.view import RunView
+from esper_core.tamiyo.advice import advice_of
 from esper_core.tamiyo.features import (
     BLEND_FEATURES,
     BLUEPRINT_FEATURES,
@@ -33,6 +34,8 @@ WAIT_INDEX: Final = OPS.index(Op.WAIT)
 FIELDS: Final = ("op", "slot", "blueprint", "blend", "tempo")
 """The heads, in the order in which they choose; an action row holds one index for each."""
 
+_NOTHING: Final = np.full((0, len(FIELDS)), WAIT_INDEX, np.int64)  # WAIT's index is what `collate` pads with: 0
+
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
@@ -46,6 +49,7 @@ class Observation:
         legal: (S, O) operations that a command may ask for. grows: (S, B) blueprints that may germinate.
         blending: (S,) slots in which ADVANCE begins to blend, so that blend and tempo matter.
         paths, names, blend_names: what the indices stand for in a command.
+        proposals: (P, 5) rows of what the view's advice proposes, in its order; None without advice.
     """
 
     slots: Array
@@ -58,6 +62,7 @@ class Observation:
     paths: tuple[str, ...] = ()
     names: tuple[tuple[str, ...], ...] = ()
     blend_names: tuple[str, ...] = ()
+    proposals: NDArray[np.int64] | None = None
 
     def command(self, row: Sequence[int], source: str, reason: str = "") -> Command:
         """The command that an action row (indices in the order of `FIELDS`) stands for; never WAIT."""
@@ -69,9 +74,31 @@ class Observation:
             return Command(OPS[op], self.paths[slot], "", name, TEMPOS[tempo], source, reason)
         return Command(OPS[op], self.paths[slot], source=source, reason=reason)
 
+    def row(self, command: Command) -> tuple[int, ...] | None:
+        """The action row of a command, the inverse of `command`; None where the heads cannot say it, as with WAIT.
+
+        A blend that is not on offer is the first.
+        """
+        if command.op is Op.WAIT or command.slot not in self.paths:
+            return None
+        op, slot = OPS.index(command.op), self.paths.index(command.slot)
+        if not self.legal[slot, op]:
+            return None
+        if command.op is Op.GERMINATE:
+            names = self.names[slot]
+            return (op, slot, names.index(command.blueprint), 0, 0) if command.blueprint in names else None
+        if command.op is Op.ADVANCE and self.blending[slot]:
+            blend = self.blend_names.index(command.blend) if command.blend in self.blend_names else 0
+            return (op, slot, 0, blend, TEMPOS.index(command.tempo)) if command.tempo in TEMPOS else None
+        return op, slot, 0, 0, 0
+
 
 def observe(view: RunView, blends: Sequence[Sequence[float]]) -> Observation:
-    """Encode `view`. `blends`: a descriptor of each of `view.blends` (see `tamiyo.blend_probe`)."""
+    """Encode `view`, with the advice beside it if there is any (see `tamiyo.advice`).
+
+    Args:
+        blends: a descriptor of each of `view.blends` (see `tamiyo.blend_probe`).
+    """
     widest = max((len(s.blueprints) for s in view.slots), default=0)
     descriptors = np.full((len(view.slots), widest, len(BLUEPRINT_FEATURES)), np.nan, np.float32)
     grows = np.zeros((len(view.slots), widest), np.bool_)
@@ -82,7 +109,7 @@ def observe(view: RunView, blends: Sequence[Sequence[float]]) -> Observation:
             grows[i, j] = True
         for j, op in enumerate(OPS):
             legal[i, j] = op in slot.legal and op is not Op.WAIT and (op is not Op.GERMINATE or bool(slot.blueprints))
-    return Observation(
+    seen = Observation(
         _rows([read_features(SLOT_FEATURES, slot, view) for slot in view.slots], SLOT_FEATURES),
         np.array(read_features(GLOBAL_FEATURES, view), np.float32),
         descriptors,
@@ -94,6 +121,17 @@ def observe(view: RunView, blends: Sequence[Sequence[float]]) -> Observation:
         tuple(tuple(b.name for b in slot.blueprints) for slot in view.slots),
         tuple(view.blends),
     )
+    advice = advice_of(view)
+    return seen if advice is None else attrs.evolve(seen, proposals=_proposals(advice.commands, seen))
+
+
+def _proposals(commands: Sequence[Command], seen: Observation) -> NDArray[np.int64]:
+    """(P, 5) rows of what the heads can say of `commands`, one a slot."""
+    rows: dict[str, tuple[int, ...]] = {}
+    for command in commands:
+        if command.slot not in rows and (row := seen.row(command)) is not None:
+            rows[command.slot] = row
+    return np.array(list(rows.values()), np.int64).reshape(len(rows), len(FIELDS))
 
 
 def _rows(rows: list[list[float]], table: Sequence[Feature]) -> Array:
@@ -104,7 +142,8 @@ def _rows(rows: list[list[float]], table: Sequence[Feature]) -> Array:
 class ObservationBatch:
     """N observations padded to the same numbers of slots, blueprints and blends; see `Observation`.
 
-    `present` (N, S) and `blend_present` (N, C) tell real entries from padding.
+    `present` (N, S) and `blend_present` (N, C) tell real entries from padding. `proposals` (N, P, 5) are padded with
+    WAIT; `advised` (N,) tells where there is advice at all.
     """
 
     slots: Tensor
@@ -116,6 +155,8 @@ class ObservationBatch:
     blending: Tensor
     present: Tensor
     blend_present: Tensor
+    proposals: Tensor
+    advised: Tensor
 
     def to(self, device: object) -> ObservationBatch:
         """The same on a device."""
@@ -125,7 +166,7 @@ class ObservationBatch:
 def collate(observations: Sequence[Observation]) -> ObservationBatch:
     """Pad and stack; a padded entry is never legal."""
 
-    def stack(arrays: Sequence[Array | Mask]) -> Tensor:
+    def stack(arrays: Sequence[Array | Mask | NDArray[np.int64]]) -> Tensor:
         shape = tuple(max(sizes) for sizes in zip(*(a.shape for a in arrays), strict=True))
         out = np.zeros((len(arrays), *(max(size, 1) for size in shape)), arrays[0].dtype)
         for i, array in enumerate(arrays):
@@ -142,6 +183,8 @@ def collate(observations: Sequence[Observation]) -> ObservationBatch:
         stack([o.blending for o in observations]),
         stack([np.ones(len(o.slots), np.bool_) for o in observations]),
         stack([np.ones(len(o.blends), np.bool_) for o in observations]),
+        stack([_NOTHING if o.proposals is None else o.proposals for o in observations]),
+        torch.tensor([o.proposals is not None for o in observations]),
     )
 
 

@@ -13,7 +13,7 @@ from esper_core.leyline.stages import Op, Stage
 from esper_core.simic.learning.curriculum import parse_curriculum
 from esper_core.simic.learning.imitation import ImitationConfig, Scribe, demonstration_weights, imitate
 from esper_core.simic.learning.ppo import CorePolicy, Episode
-from esper_core.simic.learning.rollout import demonstrate
+from esper_core.simic.learning.rollout import PackedCore, demonstrate, rollout
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
 from esper_core.tamiyo.observation import OPS, WAIT_INDEX, Observation, observe
 
@@ -95,7 +95,7 @@ def test_imitation_learns_what_was_demonstrated() -> None:
 def test_a_demonstration_carries_out_what_it_writes() -> None:
     plan = parse_curriculum(TOML, "tiny")
     _, run = plan.draw(0, 0, 0)
-    ((played, outcomes),) = demonstrate({}, plan.imitation, 4, [run], 2, [5])
+    ((played, outcomes),) = demonstrate({}, plan.imitation, CoreConfig(), [run], 2, [5])
     assert [e.group for e in played] == [5, 5] and all(len(e.rewards) == 7 for e in played)
     for episode, outcome in zip(played, outcomes, strict=True):
         written = sum(OPS[row[0]] is not Op.WAIT for rows in episode.actions for row in rows)
@@ -115,6 +115,22 @@ def test_who_waits_is_demonstrated_beside_who_plants() -> None:
     plan = parse_curriculum(TOML, "tiny")
     imitation = attrs.evolve(plan.imitation, variants=({"teacher": "wait"}, {"teacher": "planter"}))
     _, run = plan.draw(0, 0, 0)
-    ((episodes_, (waiter, planter)),) = demonstrate({}, imitation, 4, [run], 2, [0])
+    ((episodes_, (waiter, planter)),) = demonstrate({}, imitation, CoreConfig(), [run], 2, [0])
     assert waiter.total == 0.0 and not waiter.commands and not np.any(episodes_[0].actions[..., 0] != WAIT_INDEX)
     assert planter.commands["germinate"] >= 1 and len(planter.grown) == 1
+
+
+def test_an_advised_core_begins_as_the_heuristic_in_demonstrations_and_rollouts() -> None:
+    plan = parse_curriculum(TOML, "tiny")
+    core = TamiyoCore(CoreConfig(width=16, layers=1, heads=2, advised=True), seed=0)
+    with torch.no_grad():
+        core.trust.bias.fill_(30.0)  # every draw is what is proposed
+    imitation = attrs.evolve(plan.imitation, variants=({"start": 0.0},))
+    _, run = plan.draw(0, 0, 0)
+    ((shown, taught),) = demonstrate({}, imitation, core.config, [run], 1, [0])
+    ((played, own),) = rollout({}, PackedCore.pack(core), [run], 1, [0], [0])
+    assert all(seen.proposals is not None for seen in (*shown[0].observations, *played[0].observations))
+    assert own[0].total == taught[0].total != 0.0
+    for one, other in zip(shown[0].actions, played[0].actions, strict=True):
+        mine, theirs = ({tuple(row[:3]) for row in rows if row[0] != WAIT_INDEX} for rows in (one, other))
+        assert mine == theirs

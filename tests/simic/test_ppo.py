@@ -15,6 +15,7 @@ from torch import nn
 from esper_core.leyline.stages import Stage
 from esper_core.simic.learning import ppo
 from esper_core.simic.learning.ppo import CorePolicy, Episode, PPOConfig
+from esper_core.tamiyo.advice import Adviser
 from esper_core.tamiyo.core import CoreConfig, Decision, TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, Observation, collate, observe
 
@@ -254,3 +255,29 @@ def test_differences_below_the_floor_stay_small_and_one_death_drowns_nobody() ->
     rest = [np.array([0.1, -0.1], np.float32) for _ in range(7)]
     found = ppo.rescaled([np.array([-5.0, -5.0], np.float32), *rest], [0] * 8, 0.02)
     assert found[0].tolist() == [-4.0, -4.0] and found[1][0] > 0.8
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_an_anchor_draws_an_advised_core_back_to_what_is_proposed(anchor: float) -> None:
+    core = TamiyoCore(CoreConfig(width=32, layers=1, heads=2, advised=True), seed=0)
+    with torch.no_grad():
+        core.trust.bias.fill_(0.5)
+    seen = [observe(Adviser().advise(make_view(key, 4)), BLENDS) for key in range(8)]
+    policy = CorePolicy(core, anchored=anchor > 0)
+    decision = core.decide(collate(seen), core.initial(8), generator=torch.Generator().manual_seed(0))
+    zeros = np.zeros(1, np.float32)
+    episodes = [Episode([one], rows[None].numpy(), decision.log_prob.detach()[k : k + 1].numpy(), zeros, zeros, k)
+                for k, (one, rows) in enumerate(zip(seen, decision.actions, strict=True))]  # fmt: skip
+    config = PPOConfig(anchor=anchor, entropy_weights=(0.0,) * 5, epochs=20, together=True, target_kl=9.0)
+
+    def agreement() -> float:
+        tokens, summary = core.perceive(collate(seen))
+        found = core.agreement(collate(seen), tokens, core.memory(summary, core.initial(8)))
+        return found.mean().item()
+
+    before = agreement()
+    notes = ppo.update(policy, torch.optim.Adam(policy.parameters(), 1e-2), episodes, config, torch.Generator())
+    if anchor:
+        assert before < notes["agreement"] < agreement() < 0 and agreement() - before > 0.5
+    else:
+        assert notes["agreement"] == 0.0 and agreement() - before < 0.5

@@ -18,6 +18,7 @@ from esper_core.leyline.tags import AROUND_TAGS, LAYOUT_TAGS, TAGS
 from esper_core.leyline.view import RunView
 from esper_core.registry import load_registry
 from esper_core.tamiyo import features
+from esper_core.tamiyo.advice import Adviser
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
 from esper_core.tamiyo.learned import load_agent
@@ -39,6 +40,9 @@ SILENT = {
     **dict.fromkeys(f"blueprints.tag_{tag}" for tag in TAGS.keys() - _SEED_TAGS),
     # Roles of other hosts: timm's stages, an MLP's layers.
     "slots.role_stage": None, "slots.role_layer": None,
+    # The heuristic revives nothing, and of what these runs offer it plants no such family; advice is always there.
+    "slots.advised_revive": None, "run.advised": None,
+    **dict.fromkeys(f"slots.advised_family_{family}" for family in ("adapter", "routing", "identity")),
 }  # fmt: skip
 """Features that do not vary in the recorded runs, with the reason above each."""
 
@@ -54,7 +58,8 @@ def seen() -> dict[str, set[float | None]]:
             values[f"{kind}.{feature.name}"].add(value if value == value else None)
 
     probe = BlendProbe(load_registry())
-    for view in (view for name in RUNS for view in recorded_views(name)):
+    advisers = {name: Adviser() for name in RUNS}
+    for view in (advisers[name].advise(view) for name in RUNS for view in recorded_views(name)):
         take("run", view)
         for slot in view.slots:
             take("slots", slot, view)

@@ -21,7 +21,7 @@ from esper_core.leyline.actions import Command, Tempo
 from esper_core.leyline.stages import Op
 from esper_core.simic.learning.ppo import CorePolicy, Episode, Policy, of_one_length, split
 from esper_core.simic.learning.sharing import shared
-from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Observation
+from esper_core.tamiyo.observation import FIELDS, WAIT_INDEX, Observation
 
 
 @attrs.frozen
@@ -81,22 +81,11 @@ class Scribe:
         return rows
 
     def _row(self, command: Command, seen: Observation) -> tuple[int, ...] | None:
-        if command.op is Op.WAIT or command.slot not in seen.paths:
-            return None
-        op, slot = OPS.index(command.op), seen.paths.index(command.slot)
-        if not seen.legal[slot, op]:
-            return None
-        if command.op is Op.GERMINATE:
-            if command.blueprint not in seen.names[slot]:
-                return None
+        if command.op is Op.GERMINATE and seen.row(command) is not None:
             self._born[command.slot] = command
-            return op, slot, seen.names[slot].index(command.blueprint), 0, 0
-        if command.op is Op.ADVANCE and seen.blending[slot]:
-            born = self._born.get(command.slot, command)
-            blend = command.blend or born.blend
-            tempo = born.tempo if command.tempo is Tempo.STANDARD else command.tempo
-            return op, slot, 0, seen.blend_names.index(blend) if blend in seen.blend_names else 0, TEMPOS.index(tempo)
-        return op, slot, 0, 0, 0
+        born = self._born.get(command.slot, command)
+        tempo = born.tempo if command.tempo is Tempo.STANDARD else command.tempo
+        return seen.row(attrs.evolve(command, blend=command.blend or born.blend, tempo=tempo))
 
 
 def demonstration_weights(episodes: Sequence[Episode], sharpness: float) -> list[float]:

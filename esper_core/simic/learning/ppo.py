@@ -44,6 +44,7 @@ class PPOConfig:
     reward_scale: float = 1.0
     group_baseline: bool = False  # subtract what the other environments of the group got at the same decision
     group_scale: float = 0.0  # nats; divide a group's advantages by this plus their own spread; 0: one scale for all
+    anchor: float = 0.0  # weight of the log-probability of what an advised core is proposed: it departs where that pays
     together: bool = False  # score a minibatch as one and bound its gradient as a whole: what a GPU is fast at
     final_rate: float = 1.0  # learning rate of the last iteration over that of the first; linear between
 
@@ -81,10 +82,13 @@ class Policy(Protocol):
 
 
 class CorePolicy:
-    """A Tamiyo core over whole episodes: the slots of all decisions at once, then the memory through time."""
+    """A Tamiyo core over whole episodes: the slots of all decisions at once, then the memory through time.
 
-    def __init__(self, core: TamiyoCore) -> None:
-        self.core = core
+    `anchored`: scores tell, too, how likely it is that the core does what it was proposed.
+    """
+
+    def __init__(self, core: TamiyoCore, *, anchored: bool = False) -> None:
+        self.core, self.anchored = core, anchored
 
     def parameters(self) -> list[nn.Parameter]:
         """The core's own, or those of its active adapters when the core is frozen."""
@@ -105,7 +109,11 @@ class CorePolicy:
             hidden = self.core.memory(now, hidden)
             memories.append(hidden)
         actions = torch.from_numpy(np.concatenate([episode.actions for episode in episodes])).to(device)
-        return self.core.answer(batch, tokens, torch.stack(memories, 1).flatten(0, 1), actions=actions)
+        memory = torch.stack(memories, 1).flatten(0, 1)
+        decision = self.core.answer(batch, tokens, memory, actions=actions)
+        if not self.anchored:
+            return decision
+        return attrs.evolve(decision, agreement=self.core.agreement(batch, tokens, memory))
 
 
 def advantages(rewards: NDArray[Any], values: NDArray[Any], discount: float, gae_lambda: float) -> NDArray[np.float32]:
@@ -282,7 +290,10 @@ def _notes(sums: Mapping[str, float], dropped: float) -> dict[str, float]:
 
 @attrs.frozen
 class _Losses:
-    """Of some decisions: their ratio and its logarithm (T,), and the terms of the loss, 0-dim."""
+    """Of some decisions: their ratio and its logarithm (T,), and the terms of the loss, 0-dim.
+
+    `bonus` is for entropy, and for agreement with what was proposed.
+    """
 
     ratio: Tensor
     log_ratio: Tensor
@@ -303,11 +314,13 @@ def _losses(
         weight * decision.entropy[head].sum() / decision.asked[head].sum().clamp(min=1)
         for head, weight in zip(FIELDS, config.entropy_weights, strict=True)
     ]).sum()  # fmt: skip
+    if decision.agreement is not None:
+        bonus = bonus + config.anchor * decision.agreement.mean()
     policy_loss = -surrogate(ratio, better, config.clip).mean()
     return _Losses(ratio, log_ratio, policy_loss, (decision.value - aim).square().mean(), bonus)
 
 
-_MEANS: Final = ("policy_loss", "value_loss", "clipped")
+_MEANS: Final = ("policy_loss", "value_loss", "clipped", "agreement")
 
 
 @torch.no_grad()
@@ -318,6 +331,7 @@ def _figures(losses: _Losses, decision: Decision, config: PPOConfig, decisions: 
         # Schulman's k3 estimate of KL(old, new): unbiased and never negative
         (losses.ratio - 1 - losses.log_ratio).sum(), losses.policy, losses.value,
         ((losses.ratio - 1).abs() > config.clip).float().mean(),
+        losses.ratio.new_zeros(()) if decision.agreement is None else decision.agreement.mean(),
         *(decision.entropy[head].sum() for head in FIELDS), *(decision.asked[head].sum() for head in FIELDS),
     ]).tolist()  # fmt: skip
     found = dict(zip(names, values, strict=True))

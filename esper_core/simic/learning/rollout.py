@@ -32,6 +32,7 @@ from esper_core.simic.learning.curriculum import OWN, World
 from esper_core.simic.learning.imitation import ImitationConfig, Scribe
 from esper_core.simic.learning.ppo import Episode
 from esper_core.tamiyo.adapter import build_adapter
+from esper_core.tamiyo.advice import Adviser
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import CoreConfig, TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, Observation, collate, observe
@@ -191,11 +192,14 @@ def _play(
     numbers: Sequence[int],
     choose: _Choice,
     device: str | None = None,
+    *,
+    advised: bool = False,
 ) -> list[GroupPlayed]:
     """One episode of `size` environments of each run. One that fails ends early.
 
     Args:
-        numbers: of the groups, for their episodes. device: where all are computed as one; None: on the CPU, one run.
+        numbers: of the groups, for their episodes. advised: observations hold advice.
+        device: where all are computed as one; None: on the CPU, one run.
     """
     clock = time.perf_counter()
     grounds = [_ground(state, run) for run in runs]
@@ -204,6 +208,7 @@ def _play(
     probe: BlendProbe = state.setdefault("probe", None) or BlendProbe(registry)
     state["probe"] = probe
     diaries = [_Diary() for _ in group.cohort.members]
+    advisers = [Adviser() for _ in group.cohort.members] if advised else []
     spent: dict[str, float] = state.setdefault("spent", defaultdict(float))
     clock = time.perf_counter()
 
@@ -217,7 +222,8 @@ def _play(
         views, _ = group.advance()
         note("advance")
         while not group.done:
-            seen = [observe(view, probe.descriptors(view.blends)) for view in views]
+            shown = [one.advise(view) for one, view in zip(advisers, views, strict=True)] if advised else views
+            seen = [observe(view, probe.descriptors(view.blends)) for view in shown]
             note("observe")
             chosen = choose(views, seen)
             note("choose")
@@ -299,13 +305,13 @@ def rollout(
         actions = decision.actions.cpu().numpy()
         return list(zip(actions, decision.log_prob.tolist(), decision.value.tolist(), strict=True))
 
-    return _play(state, runs, size, numbers, choose, device)
+    return _play(state, runs, size, numbers, choose, device, advised=core.config.advised)
 
 
 def demonstrate(
     state: dict[str, Any],
     config: ImitationConfig,
-    commands: int,
+    shape: CoreConfig,
     runs: Sequence[RunConfig],
     size: int,
     numbers: Sequence[int],
@@ -313,18 +319,18 @@ def demonstrate(
 ) -> list[GroupPlayed]:
     """One episode of `size` environments of each run under a teacher; the k-th takes the k-th variant of its options.
 
-    What is carried out is what the core's heads can say of the teacher's commands, `commands` a decision at most.
+    What is carried out is what the heads of a core of this `shape` can say of the teacher's commands.
     """
     if _unstackable(state, runs, device):
         each = zip(runs, numbers, strict=True)
-        return [demonstrate(state, config, commands, [run], size, [number])[0] for run, number in each]
+        return [demonstrate(state, config, shape, [run], size, [number])[0] for run, number in each]
     registry = _registry(state)
     teachers: list[Controller] = []
     for run in runs:
         for k in range(size):
             teacher, options = config.demonstrator(k)
             teachers.append(registry.build("controller", *split_reference(teacher), seed=run.seed, options=options))
-    scribes = [Scribe(commands) for _ in teachers]
+    scribes = [Scribe(shape.commands) for _ in teachers]
 
     def choose(
         views: Sequence[RunView], seen: Sequence[Observation]
@@ -332,7 +338,7 @@ def demonstrate(
         told = [teacher.decide(view) for teacher, view in zip(teachers, views, strict=True)]
         return [(s.write(t, o), 0.0, 0.0) for s, t, o in zip(scribes, told, seen, strict=True)]
 
-    return _play(state, runs, size, numbers, choose, device)
+    return _play(state, runs, size, numbers, choose, device, advised=shape.advised)
 
 
 def contest(

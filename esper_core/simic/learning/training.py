@@ -124,7 +124,7 @@ class Training:
         self._registry = gym_registry()
         self.core, self.adapter = self._network()
         self.core.to(self.device)
-        self.policy = CorePolicy(self.core)
+        self.policy = CorePolicy(self.core, anchored=self.core.config.advised and self.ppo.anchor > 0)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), eps=1e-5)
 
     _work: Task = staticmethod(told)
@@ -305,7 +305,7 @@ class Training:
         for part in parts:
             some, device = [runs[g] for g in part], self.device if stacked else None
             if teaching:
-                more = (plan.imitation, self.core.config.commands, some, self.group_size, part, device)
+                more = (plan.imitation, self.core.config, some, self.group_size, part, device)
                 jobs.append((self._work, (demonstrate, *more)))
             else:
                 jobs.append(
