@@ -17,7 +17,7 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.view import Interval, RunView
 from esper_core.tamiyo.heuristic import HeuristicController, Outlook
 
-ADVISER: Final = {"start": 0.0}
+ADVISER: Final[Mapping[str, Any]] = {"start": 0.0}
 """Options of the heuristic that advises: it may plant at the first decision."""
 
 

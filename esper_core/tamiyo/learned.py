@@ -156,8 +156,9 @@ class LearnedController:
     def state_dict(self) -> dict[str, object]:
         """Memory, the generator's state if it draws, and the adviser's if it is advised."""
         random = self.generator.get_state().tolist() if self.generator is not None else []
-        state = {"fingerprint": self.core.fingerprint, "hidden": self.hidden[0].tolist(), "random": random}
-        return state if self._adviser is None else {**state, "adviser": self._adviser.state_dict()}
+        adviser = {} if self._adviser is None else {"adviser": self._adviser.state_dict()}
+        memory = {"fingerprint": self.core.fingerprint, "hidden": self.hidden[0].tolist(), "random": random}
+        return {**memory, **adviser}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
