@@ -13,10 +13,11 @@ from esper_core.tamiyo.observation import FIELDS, OPS, TEMPOS, WAIT_INDEX, Obser
 
 _OP, _SLOT, _BLUEPRINT, _BLEND, _TEMPO = range(len(FIELDS))
 
-TRUST = (4.0, 4.0, 4.0, 3.0, 3.0)
+TRUST = (4.0, 3.0, 2.0, 3.0, 2.0)
 """Logits by which each head favours what is proposed before it has learnt anything, in the order of `FIELDS`.
 
-The likeliest commands are then the proposed ones, and among five choices one in twelve draws is another."""
+The likeliest commands are then the proposed ones. Draws depart most from the proposed blueprint (one in three among
+five), since the heuristic knows least of that, and least from whether to do anything at all (one in twelve)."""
 
 
 class Proposals:
