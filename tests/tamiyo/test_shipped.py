@@ -14,7 +14,7 @@ from esper_core.cli.main import cli
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView
-from esper_core.tamiyo.adapter import load_adapter
+from esper_core.tamiyo.adapter import load_adapter, merge_adapter
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tamiyo.learned import SHIPPED, SHIPPED_ADAPTERS, SHIPPED_CORES, LearnedController, load_agent
 from esper_core.tamiyo.observation import OPS
@@ -52,6 +52,13 @@ def test_shipped_adapters_belong_to_it_and_leave_no_trace(path: Path) -> None:
     )
     core.detach()
     assert core.fingerprint == before and file.base == before
+
+
+def test_a_shipped_adapter_merges_into_its_core() -> None:
+    core = load_agent("")
+    core.attach(load_adapter(ADAPTERS[0]))
+    merged = merge_adapter(core, ADAPTERS[0].stem)
+    assert merged.features == core.features and merged.fingerprint != core.fingerprint
 
 
 def test_a_shipped_adapter_goes_by_its_domain() -> None:
