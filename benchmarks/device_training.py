@@ -50,7 +50,7 @@ from esper_core.tolaria.config import RunConfig  # noqa: E402
 
 ARMS: Final[Mapping[str, tuple[str, str]]] = {
     "taught": ("", ""),
-    "proposed": ("[imitation]\niterations = 2", "[imitation]\niterations = 0"),
+    "proposed": ("[imitation]\niterations = 1", "[imitation]\niterations = 0"),
 }
 """What each arm replaces in the curriculum's text."""
 _SMOKE_S: Final = 80.0
