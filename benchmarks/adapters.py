@@ -20,7 +20,7 @@ from esper_core.simic.learning.evaluation import EvaluationPlan, evaluate
 from esper_core.storage.tensor_file import write_json_file
 from esper_core.tamiyo.adapter import load_adapter
 from esper_core.tamiyo.core import TamiyoCore
-from esper_core.tamiyo.learned import load_agent
+from esper_core.tamiyo.learned import ADAPTED_CORE, load_agent
 from esper_core.trials.intervals import paired_interval
 
 BAR = 0.95
@@ -29,10 +29,10 @@ BAR = 0.95
 
 def contenders(adapters: Sequence[str], agents: Sequence[str]) -> dict[str, TamiyoCore]:
     """Cores by name: the one that ships, alone and under each adapter, and the agents."""
-    cores = {"core": load_agent("")}
+    cores = {"core": load_agent(ADAPTED_CORE)}
     for file in adapters:
         name = f"adapter {_name(file)}"
-        cores[name] = load_agent("")
+        cores[name] = load_agent(ADAPTED_CORE)
         cores[name].attach(load_adapter(file))
     return cores | {f"full {_name(file)}": load_agent(file) for file in agents}
 

@@ -217,9 +217,9 @@ def show(file: str, as_json: bool) -> None:
 def merge(adapter: str, base: str, out: str) -> None:
     """Write ADAPTER into the weights of its core: one agent file that needs no adapter."""
     from esper_core.tamiyo.adapter import merge_adapter
-    from esper_core.tamiyo.learned import load_agent, open_adapter
+    from esper_core.tamiyo.learned import core_for, load_agent, open_adapter
 
-    core, file = load_agent(base), open_adapter(adapter)
+    core, file = load_agent(core_for(base, adapter)), open_adapter(adapter)
     core.attach(file, "merged")
     merge_adapter(core, "merged").save(out)
     say(out)
@@ -291,13 +291,13 @@ def _carry_on(training: Training, workers: int, quiet: bool, json_lines: bool) -
 
 def _contenders(files: Sequence[str], adapters: Sequence[str]) -> dict[str, TamiyoCore]:
     """Cores by the name that the table gives them."""
-    from esper_core.tamiyo.learned import load_agent, open_adapter
+    from esper_core.tamiyo.learned import SHIPPED_CORES, core_for, load_agent, open_adapter
 
     cores: dict[str, TamiyoCore] = {}
     for file in files or ("",):
-        cores[_unused(Path(file).stem if file else "core_v1", cores)] = load_agent(file)
+        cores[_unused(Path(file).stem if file else SHIPPED_CORES[-1], cores)] = load_agent(file)
     for file in adapters:
-        core = load_agent(files[0] if files else "")
+        core = load_agent(core_for(files[0] if files else "", file))
         adapter = core.attach(open_adapter(file))
         cores[_unused(f"+{adapter.domain or Path(file).stem}", cores)] = core
     return cores

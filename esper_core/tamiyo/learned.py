@@ -24,12 +24,14 @@ from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, collate, observe
 
-SHIPPED = "core_v1.safetensors"
-"""The core that comes with the package, used when no file is named."""
 SHIPPED_CORES = ("core_v1",)
-"""Cores that come with the package, by the name that `agent:NAME` takes."""
+"""Cores that come with the package, by the name that `agent:NAME` takes; the last is used when no file is named."""
+SHIPPED = f"{SHIPPED_CORES[-1]}.safetensors"
+"""The file of the core that is used when no file is named."""
 SHIPPED_ADAPTERS = ("language", "vision")
 """Domains whose adapters come with the package."""
+ADAPTED_CORE = "core_v1"
+"""The core that these belong to: it is used when one of them is named, and no core."""
 
 _SLOTS_A_COMMAND: Final = 4
 """Slots of a run for each command of a decision, where that is more than the core was trained with."""
@@ -63,6 +65,12 @@ def load_agent(path: str) -> TamiyoCore:
         return TamiyoCore.load(file)
 
 
+def core_for(path: str, adapter: str) -> str:
+    """The core to load for an adapter: `path`, or where it is empty and a shipped adapter is named, the adapter's."""
+    shipped = adapter in SHIPPED_ADAPTERS and not Path(adapter).exists()
+    return ADAPTED_CORE if shipped and not path else path
+
+
 def open_adapter(name: str) -> AdapterFile:
     """The adapter in the file `name`, or the shipped one of the domain `name` where there is no such file.
 
@@ -85,7 +93,8 @@ class LearnedController:
     """Decides with a trained core; the same view and memory give the same commands.
 
     Args:
-        argument: path of an agent file, or the name of a shipped core; empty for the one that is used by default.
+        argument: path of an agent file, or the name of a shipped core; empty for the one that is used by default, or
+            for the core of `adapter`.
         seed: of the draws, with `sample`.
         sample: draw from the policy instead of taking its likeliest command.
         adapter: path of an adapter file for this domain, or the domain of a shipped one, or empty.
@@ -108,7 +117,7 @@ class LearnedController:
         commands: int = 0,
         registry: Registry | None = None,
     ) -> None:
-        self.core = core or load_agent(argument)
+        self.core = core or load_agent(core_for(argument, adapter))
         self.core.eval()
         if adapter:
             self.core.attach(open_adapter(adapter))

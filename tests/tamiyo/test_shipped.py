@@ -16,7 +16,14 @@ from esper_core.leyline.stages import Op, Stage
 from esper_core.leyline.view import BlueprintView
 from esper_core.tamiyo.adapter import load_adapter, merge_adapter
 from esper_core.tamiyo.core import TamiyoCore
-from esper_core.tamiyo.learned import SHIPPED, SHIPPED_ADAPTERS, SHIPPED_CORES, LearnedController, load_agent
+from esper_core.tamiyo.learned import (
+    ADAPTED_CORE,
+    SHIPPED,
+    SHIPPED_ADAPTERS,
+    SHIPPED_CORES,
+    LearnedController,
+    load_agent,
+)
 from esper_core.tamiyo.observation import OPS
 
 from .views import make_view
@@ -44,7 +51,7 @@ def test_a_shipped_core_goes_by_its_name(name: str) -> None:
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
 def test_shipped_adapters_belong_to_it_and_leave_no_trace(path: Path) -> None:
-    core, file = load_agent(""), load_adapter(path)
+    core, file = load_agent(ADAPTED_CORE), load_adapter(path)
     before = core.fingerprint
     adapter = core.attach(file)
     assert adapter.domain == path.stem and sum(p.numel() for p in adapter.parameters()) <= 0.02 * sum(
@@ -55,7 +62,7 @@ def test_shipped_adapters_belong_to_it_and_leave_no_trace(path: Path) -> None:
 
 
 def test_a_shipped_adapter_merges_into_its_core() -> None:
-    core = load_agent("")
+    core = load_agent(ADAPTED_CORE)
     core.attach(load_adapter(ADAPTERS[0]))
     merged = merge_adapter(core, ADAPTERS[0].stem)
     assert merged.features == core.features and merged.fingerprint != core.fingerprint
@@ -63,7 +70,9 @@ def test_a_shipped_adapter_merges_into_its_core() -> None:
 
 def test_a_shipped_adapter_goes_by_its_domain() -> None:
     assert {path.stem for path in ADAPTERS} == set(SHIPPED_ADAPTERS)
-    assert list(LearnedController(adapter="language").core.adapters) == ["language"]
+    controller = LearnedController(adapter="language")  # with the core that it belongs to
+    assert list(controller.core.adapters) == ["language"]
+    assert controller.core.fingerprint == load_agent(ADAPTED_CORE).fingerprint
     with pytest.raises(BadOption, match=r"no adapter 'visoin'.*language, vision; did you mean vision"):
         LearnedController(adapter="visoin")
     with pytest.raises(BadOption, match="no adapter 'core_v1'"):
