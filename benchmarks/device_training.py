@@ -50,7 +50,7 @@ from esper_core.tolaria.config import RunConfig  # noqa: E402
 
 ARMS: Final[Mapping[str, tuple[str, str]]] = {
     "taught": ("", ""),
-    "proposed": ("[imitation]\niterations = 1", "[imitation]\niterations = 0"),
+    "proposed": ("[imitation]\niterations = 2", "[imitation]\niterations = 0"),
 }
 """What each arm replaces in the curriculum's text."""
 _SMOKE_S: Final = 80.0
@@ -69,7 +69,7 @@ class _Called:
     def __init__(self, work: Path, out: Path, limit: float) -> None:
         self.work, self.out, self.began, self.limit = work, out, _BEGAN, limit
         self.base: Path | None = None
-        self.seed, self.at_once, self.drawn = 1, 4, True
+        self.seed, self.at_once, self.drawn, self.retold = 1, 4, True, False
         self.shared: dict[str, str] = {}
         self.started: list[subprocess.Popen[str]] = []
         self._lock = threading.Lock()
@@ -274,6 +274,10 @@ def train(call: _Called, arms: Sequence[str], text: str, name: str, device: str,
             manifest = new_manifest(name, seed=call.seed, backend="stacked", device=device, worlds_at_once=call.at_once)
             text_ = text.replace(*ARMS[one]) if ARMS[one][0] else text
             Training.start(folder, attrs.evolve(manifest, text=text_), call.base)
+        elif call.retold:
+            about = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            call.log(one, "goes on under another curriculum" if about["text"] != text else "keeps its curriculum")
+            call.write(f"{one}/training.json", {**about, "text": text})
     environment = {**os.environ, **call.shared}
     processes = {one: _start(call, one, workers // len(arms), end, environment) for one in arms}
     packed = time.monotonic()
@@ -439,6 +443,7 @@ def main() -> None:
     parser.add_argument("--contest-seconds", type=float, default=_EVAL_S, help="for contests, after training")
     parser.add_argument("--likeliest", action="store_true", help="no contender whose commands are drawn")
     parser.add_argument("--no-smoke", action="store_true")
+    parser.add_argument("--retold", action="store_true", help="go on under the curriculum as it is now")
     parser.add_argument("--no-train", action="store_true", help="contests alone")
     parser.add_argument("--arm", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -481,7 +486,7 @@ def main() -> None:
             call.pack()
         if told_.device == "cuda":
             sharing.join(timeout=60.0)
-        call.drawn = not told_.likeliest
+        call.drawn, call.retold = not told_.likeliest, told_.retold
         judging = min(told_.contest_seconds, told_.limit - 2 * _END_S)
         if not told_.no_train:
             seconds = call.left - judging - 2 * _END_S
