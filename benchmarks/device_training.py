@@ -57,6 +57,8 @@ _SMOKE_S: Final = 80.0
 _EVAL_S: Final = 100.0
 _END_S: Final = 20.0
 """Seconds for the smoke pieces, for contests unless told otherwise, and kept for the end."""
+_LONG_S: Final = 70.0
+"""Seconds that the longest contests take."""
 _KEPT_EVERY: Final = 4
 """Iterations between cores that are kept."""
 _LOST: Final = 3
@@ -397,7 +399,7 @@ def judge(call: _Called, curriculum: Curriculum, arms: Sequence[str], workers: i
                     done.append(row)
                     with open(path, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-                if time.monotonic() < end - 30.0:
+                if time.monotonic() < end - min(_LONG_S, seconds / 3):  # so that long ones are not those that are lost
                     hand_out(worker)
         call.log(f"{len(done)} contests, {len(busy)} not ended")
     finally:
