@@ -72,6 +72,7 @@ class _Called:
         self.work, self.out, self.began, self.limit = work, out, _BEGAN, limit
         self.base: Path | None = None
         self.seed, self.at_once, self.drawn, self.retold = 1, 4, True, False
+        self.held_out_alone = False
         self.shared: dict[str, str] = {}
         self.started: list[subprocess.Popen[str]] = []
         self._lock = threading.Lock()
@@ -279,7 +280,7 @@ def train(call: _Called, arms: Sequence[str], text: str, name: str, device: str,
         elif call.retold:
             about = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             call.log(one, "goes on under another curriculum" if about["text"] != text else "keeps its curriculum")
-            call.write(f"{one}/training.json", {**about, "text": text})
+            call.write(f"{one}/training.json", {**about, "text": text, "worlds_at_once": call.at_once})
     environment = {**os.environ, **call.shared}
     processes = {one: _start(call, one, workers // len(arms), end, environment) for one in arms}
     packed = time.monotonic()
@@ -351,7 +352,7 @@ def contenders(call: _Called, arms: Sequence[str]) -> dict[str, PackedCore]:
     for one in arms:
         for file, name in (("agent", one), ("imitated", f"{one}-imitated")):
             path = call.work / one / f"{file}.safetensors"
-            if path.exists() and (file == "agent" or one == arms[0]):
+            if path.exists() and (file == "agent" or (one == arms[0] and not call.held_out_alone)):
                 packed = PackedCore.pack(TamiyoCore.load(path))
                 found[name] = packed
                 if file == "agent" and call.drawn:
@@ -372,7 +373,7 @@ def judge(call: _Called, curriculum: Curriculum, arms: Sequence[str], workers: i
 
     def hand_out(worker: int) -> None:
         number = next(numbers)
-        held_out = number % 4 != 3
+        held_out = call.held_out_alone or number % 4 != 3
         world, run = plan.draw(seed, 0, number * curriculum.alike, held_out=held_out)  # one a structure
         busy[worker] = (world, run, held_out)
         pool.send(worker, contest, world, run, controllers, cores)
@@ -445,6 +446,7 @@ def main() -> None:
     parser.add_argument("--contest-seconds", type=float, default=_EVAL_S, help="for contests, after training")
     parser.add_argument("--likeliest", action="store_true", help="no contender whose commands are drawn")
     parser.add_argument("--no-smoke", action="store_true")
+    parser.add_argument("--held-out-alone", action="store_true", help="no contests on worlds of the training")
     parser.add_argument("--retold", action="store_true", help="go on under the curriculum as it is now")
     parser.add_argument("--no-train", action="store_true", help="contests alone")
     parser.add_argument("--arm", type=Path, help=argparse.SUPPRESS)
@@ -489,6 +491,7 @@ def main() -> None:
         if told_.device == "cuda":
             sharing.join(timeout=60.0)
         call.drawn, call.retold = not told_.likeliest, told_.retold
+        call.held_out_alone = told_.held_out_alone
         judging = min(told_.contest_seconds, told_.limit - 2 * _END_S)
         if not told_.no_train:
             seconds = call.left - judging - 2 * _END_S
