@@ -82,7 +82,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
 def region_of(slot: str) -> int:
     """The region of a slot of either host, from 0: eight points in depth order, two behind each of 32 sublayers."""
     name = slot.split("/", 1)[0].split("+", 1)[0]
-    return int(name.removeprefix("block").removeprefix("behind")) // 4
+    return int(name.removeprefix("block").removeprefix("behind").split("_")[0]) // 4
 
 
 def judge(rows: Sequence[Mapping[str, Any]], rent: float = 0.05) -> dict[str, Any]:

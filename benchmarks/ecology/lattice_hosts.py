@@ -45,7 +45,7 @@ def resnet_host(
         layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], width, 3, padding=1))
         for index in range(32):
             layers[f"block{index}"] = Pointwise(width, {8: 4, 16: 2}.get(index, 1))
-            layers[f"behind{index}"] = nn.Identity()
+            layers |= {f"behind{index}.{k}".replace(".","_"): nn.Identity() for k in range(int(argument or 2) - 1)}
         layers |= OrderedDict(
             norm=nn.GroupNorm(1, width), act=nn.ReLU(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
             head=nn.Linear(width, outputs or 10),
@@ -114,7 +114,7 @@ def transformer_host(
             if index == 8:
                 layers["mean"] = Mean()
             layers[f"block{index}"] = FeedForward(width) if index % 2 else Attention(width)
-            layers[f"behind{index}"] = nn.Identity()
+            layers |= {f"behind{index}.{k}".replace(".","_"): nn.Identity() for k in range(int(argument or 2) - 1)}
         layers |= OrderedDict(norm=nn.LayerNorm(width), flat=nn.Flatten(), head=nn.Linear(width, outputs or 10))
         model = nn.Sequential(layers)
     points = [name for name in layers if name.startswith(("block", "behind"))]

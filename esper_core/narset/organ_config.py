@@ -21,4 +21,7 @@ class OrganConfig:
         0.55, "share of the run up to which regions above their budgets give seeds on trial back to better regions",
         0.0, 1.0,
     )  # fmt: skip
+    patience: int = option_field(
+        2, "decisions without a new seed after which a region lends what it has left to regions that grow", 1
+    )
     size: int = option_field(0, "points of a region; 0: the host's own regions, or chosen", 0)

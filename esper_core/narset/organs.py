@@ -60,8 +60,12 @@ _DEFAULTS = OrganConfig()
 _REMOVING: Final = (Op.WITHER, Op.CULL, Op.REVIVE)
 
 
-def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None) -> dict[str, OrganBudget]:
+def allot(
+    view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None, resting: Set[str] = frozenset()
+) -> dict[str, OrganBudget]:
     """Every region with its budget; an `investor` sets the total and the shares.
+
+    Regions that are `resting` lend what they have left to the others, as long as those can use it.
 
     The floor is split equally; the rest in proportion to the marginal gain per parameter measured in each region,
     shrunk towards the common one where few parameters were measured. A region that only costs gets its floor. Until
@@ -99,28 +103,34 @@ def allot(view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | N
     best = max(organs, key=lambda name: merits[name])
     lost = math.floor(total + 1e-9) - sum(organ.budget for organ in organs.values())  # by rounding down
     organs[best] = attrs.evolve(organs[best], budget=organs[best].budget + max(0, lost))
-    _pool(organs, regions, merits)
+    _pool(organs, regions, merits, resting)
     return organs
 
 
 def _pool(
-    organs: dict[str, OrganBudget], regions: Mapping[str, Sequence[SlotView]], merits: Mapping[str, float]
-) -> None:
-    """Move the budget that no slot of a region can use to the best regions with open slots.
+    organs: dict[str, OrganBudget], regions: Mapping[str, Sequence[SlotView]], merits: Mapping[str, float],
+    resting: Set[str],
+) -> None:  # fmt: skip
+    """Move the budget that no slot of a region can use, or that rests, to the best regions with open slots.
 
     A better region keeps it while its seeds are on trial: each may free its slot, or have another put upon it.
     """
     offers = {name: [slot for slot in members if Op.GERMINATE in slot.legal] for name, members in regions.items()}
     prices = {name: {b.params for slot in offers[name] for b in slot.blueprints} for name in regions}
-    wanting = [name for name in organs if prices[name]]
-    idle = {name: _idle(organs[name].left, prices[name], len(offers[name])) for name in organs}
+    if all(name in resting for name in organs if prices[name]):
+        resting = frozenset()  # nobody would borrow
+    wanting = [name for name in organs if prices[name] and name not in resting]
+    idle = {
+        name: organs[name].left if name in resting else _idle(organs[name].left, prices[name], len(offers[name]))
+        for name in organs
+    }
     if not wanting or not any(idle.values()):
         return
     best = max(wanting, key=lambda name: (organs[name].left >= min(prices[name]), merits[name]))
     tried = {name for name, members in regions.items() if any(slot.stage.spec.growing for slot in members)}
     spare = 0
     for name, unused in idle.items():
-        if name != best and (name not in tried or merits[name] <= merits[best]):
+        if name != best and (name in resting or name not in tried or merits[name] <= merits[best]):
             organs[name] = attrs.evolve(organs[name], budget=organs[name].budget - unused)
             spare += unused
     for name in sorted(wanting, key=lambda name: (name != best, -merits[name])):
@@ -208,11 +218,13 @@ class OrganManager:
         self.announce: Callable[[Mapping[str, OrganBudget]], None] | None = None
         self._investor = _find_investor(inner)
         self._reclaimed: dict[str, bool] = {}  # slot → whether its seed still withers; False: it came back
+        self._rest: dict[str, int] = {}  # region → decisions in which a seed could have been planted, and none was
 
     def decide(self, view: RunView) -> Sequence[Command]:
         """The inner controller's commands that the organs' budgets allow."""
         slots, regions = {slot.path: slot for slot in view.slots}, regions_of(view, self.config)
-        organs = allot(view, self.config, self._investor)
+        resting = {name for name, decisions in self._rest.items() if decisions >= self.config.patience}
+        organs = allot(view, self.config, self._investor, resting)
         if self.announce is not None:
             self.announce(organs)
         left: dict[str, tuple[float, float]] = {name: (organ.left, organ.flops_left) for name, organ in organs.items()}
@@ -229,16 +241,27 @@ class OrganManager:
         for command in said:
             if held.isdisjoint(command.slots) and _spend(command, slots, regions, left):
                 commands.append(command)
+        self._note_rest(narrowed, commands, regions)
         return commands
 
     def state_dict(self) -> dict[str, object]:
-        """The inner controller's state and the seeds that give their budget back; budgets follow from the view."""
-        return {"inner": self.inner.state_dict(), "reclaimed": dict(self._reclaimed)}
+        """The inner controller's state, the seeds that give their budget back, and which regions rest."""
+        return {"inner": self.inner.state_dict(), "reclaimed": dict(self._reclaimed), "rest": dict(self._rest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.inner.load_state_dict(state["inner"])
         self._reclaimed = dict(state.get("reclaimed", {}))  # runs of before kept none
+        self._rest = dict(state.get("rest", {}))
+
+    def _note_rest(self, offered: RunView, commands: Sequence[Command], regions: Mapping[str, str]) -> None:
+        """Count for every region the decisions in a row in which a seed could have been planted there and none was."""
+        grew = {regions[path] for command in commands if command.op is Op.GERMINATE for path in command.slots}
+        could = {regions[slot.path] for slot in offered.slots if Op.GERMINATE in slot.legal}
+        self._rest = {
+            name: 0 if name in grew else self._rest.get(name, 0) + (name in could)
+            for name in dict.fromkeys(regions.values())
+        }  # fmt: skip
 
     def _reclaim(
         self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str], removing: Set[str]

@@ -173,6 +173,7 @@ class HeuristicController:
         self._failures: dict[str, int] = {}  # "slot blueprint" → how often such a seed was lost
         self._alive: dict[str, str] = {}  # slot → blueprint, at the last decision
         self._withering: set[str] = set()  # what it withered itself; an auditor's seeds are the auditor's
+        self._slow: set[str] = set()  # isolated seeds that fell short of their rent at the last decision
         self._planted = 0
 
     def decide(self, view: RunView) -> Sequence[Command]:
@@ -214,6 +215,7 @@ class HeuristicController:
             "failures": self._failures,
             "alive": self._alive,
             "withering": sorted(self._withering),
+            "slow": sorted(self._slow),
             "planted": self._planted,
         }
 
@@ -224,6 +226,7 @@ class HeuristicController:
         self._measured = {path: list(gains) for path, gains in state["measured"].items()}
         self._failures, self._alive = dict(state["failures"]), dict(state["alive"])
         self._withering, self._planted = set(state["withering"]), int(state["planted"])
+        self._slow = set(state.get("slow", ()))
 
     def _remember(self, view: RunView) -> None:
         alive = {slot.path: slot.blueprint for slot in view.slots if STAGES[slot.stage].occupied}
@@ -232,6 +235,7 @@ class HeuristicController:
                 key = f"{path} {blueprint}"
                 self._failures[key] = self._failures.get(key, 0) + 1
         self._alive = alive
+        self._slow &= {slot.path for slot in view.slots if slot.stage.spec.isolated}
         self._withering &= {slot.path for slot in view.slots if slot.stage.spec.leaving}
         self._measured = {path: gains for path, gains in self._measured.items() if path in alive}
         for slot in view.slots:
@@ -255,8 +259,12 @@ class HeuristicController:
     def _end_isolation(self, slot: SlotView, view: RunView) -> Command | None:
         isolation = self.config.isolation * view.decisions
         rent = view.rent * slot.tree_params / max(view.host_params, 1)
-        prospect = isolated_prospect(slot, view)
+        prospect, again = isolated_prospect(slot, view), slot.path in self._slow
+        self._slow.discard(slot.path)
         if prospect is not None and prospect < rent and Op.CULL in slot.legal:
+            if not again:  # isolated seeds see the same batches, so one bad reading condemns them all at once
+                self._slow.add(slot.path)
+                return None
             self._gains.setdefault(slot.blueprint, {})[f"{slot.path}@{view.decision - slot.age}"] = max(prospect, 0.0)
             return self._command(Op.CULL, slot, f"at its pace {prospect:.3g} by the end, against rent {rent:.3g}")
         if Op.ADVANCE in slot.legal and slot.stage_age >= isolation:

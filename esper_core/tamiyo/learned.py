@@ -125,6 +125,7 @@ class LearnedController:
         self.commands = commands
         self.hidden = self.core.initial(1)
         self._adviser = Adviser() if self.core.config.advised else None
+        self._wished = 0  # parameters of all seeds: the most that `invest` has asked for
         self._probe = BlendProbe(registry or load_registry())
 
     @torch.no_grad()
@@ -146,7 +147,8 @@ class LearnedController:
         """For Narset: shares by where the core wishes to germinate, times what each region has earned.
 
         The total is what has grown, and of the rest of the run's budget the share by which the core would rather
-        germinate than wait; None in a run without a budget.
+        germinate than wait; None in a run without a budget. It never falls: that the core waits now is a matter of this
+        decision, and what it wished to spend earlier is not withdrawn.
         """
         # A copy is asked: this is no decision yet, and the view at the decision may be narrower.
         advised = view if self._adviser is None else copy.deepcopy(self._adviser).advise(view)
@@ -155,7 +157,10 @@ class LearnedController:
         for slot, wish in zip(view.slots, spread[0].tolist(), strict=True):
             shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish
         left = view.params_left
-        total = None if left is None else view.seed_params + math.ceil(drive.item() * max(left, 0))
+        total = None
+        if left is not None:
+            self._wished = max(self._wished, view.seed_params + math.ceil(drive.item() * max(left, 0)))
+            total = self._wished
         if not any(shares.values()):
             return Investment(total)
         earned = {region: 1.0 if value is None else max(0.0, value) for region, value in efficiency.items()}
@@ -167,7 +172,7 @@ class LearnedController:
         random = self.generator.get_state().tolist() if self.generator is not None else []
         adviser = {} if self._adviser is None else {"adviser": self._adviser.state_dict()}
         memory = {"fingerprint": self.core.fingerprint, "hidden": self.hidden[0].tolist(), "random": random}
-        return {**memory, **adviser}
+        return {**memory, **adviser, "wished": self._wished}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -180,5 +185,6 @@ class LearnedController:
         self.hidden = torch.tensor([state["hidden"]], dtype=self.hidden.dtype)
         if self._adviser is not None:
             self._adviser.load_state_dict(state["adviser"])
+        self._wished = int(state.get("wished", 0))  # runs of before kept none
         if self.generator is not None:
             self.generator.set_state(torch.tensor(state["random"], dtype=torch.uint8))

@@ -115,19 +115,15 @@ def test_budgets_never_exceed_the_whole_and_commands_never_exceed_budgets(
     lab.blueprints = (CONV, NORM)
     table = {slot.path: gains[i] for i, slot in enumerate(lab.slots)}
     lab.gain = lambda s, b: table[s]
-    config = OrganConfig(floor=floor, total=0.5)
-
-    def build() -> OrganManager:
-        return OrganManager(inner=HeuristicController(), floor=floor, total=0.5)
-
-    manager = build()
+    manager, told = OrganManager(inner=HeuristicController(), floor=floor, total=0.5), []
+    manager.announce = told.append
     whole = 500 if budget is None else budget
     while lab.decision < lab.decisions:
         view = lab.view()
-        allotted = allot(view, config)
-        assert sum(o.budget for o in allotted.values()) <= whole + 1e-6 or view.seed_params > whole
         for command in manager.decide(view):
             lab.apply(command)
+        allotted = told[-1]
+        assert sum(o.budget for o in allotted.values()) <= whole + 1e-6 or view.seed_params > whole
         after = spent(lab)
         for name, organ in allotted.items():
             assert after[name] <= max(organ.budget, organ.used)

@@ -234,3 +234,27 @@ def test_a_seed_whose_loss_was_read_before_its_first_step_is_not_judged_by_it() 
     read = lambda loss: isolated_prospect(attrs.evolve(slot, readings={"proxy_loss": loss}), view)  # noqa: E731
     assert read(0.0) is None and read(-0.0) is None
     assert read(1e-6) is not None and read(-1e-6) is not None
+
+
+def test_one_reading_that_turned_for_every_isolated_seed_at_once_culls_none_of_them() -> None:
+    """52 seeds see the same batches: a step of the host that was too long raised the loss of all, and all were culled."""
+    lab = Lab(lambda s, b: 0.2, {f"s{i}": 1.0 for i in range(6)}, 40, budget=600, learns=lambda name: False)
+    controller = HeuristicController()
+    while not any(slot.stage is Stage.TRAINING for slot in lab.slots):
+        for command in controller.decide(lab.view()):
+            lab.apply(command)
+        lab.tick()
+
+    def decide(loss: float, error: float) -> list[Op]:
+        view = lab.view()
+        readings = {"proxy_loss": loss, "proxy_error": error}
+        slots = tuple(
+            attrs.evolve(slot, readings=readings) if slot.stage is Stage.TRAINING else slot for slot in view.slots
+        )
+        return [c.op for c in controller.decide(attrs.evolve(view, slots=slots)) if c.op is not Op.WAIT]
+
+    assert Op.CULL not in decide(0.0004, 0.0003)  # the interval holds an earning seed
+    assert Op.CULL not in decide(0.0004, 0.0001)  # certain, but once
+    assert Op.CULL not in decide(-0.0004, 0.0001)
+    assert Op.CULL not in decide(0.0004, 0.0001)
+    assert decide(0.0004, 0.0001).count(Op.CULL) == len([s for s in lab.slots if s.stage is Stage.TRAINING]) > 1
