@@ -1,4 +1,4 @@
-"""Two hosts of 64 points that lack something which seeds can give, and only early ones can.
+"""Two hosts of 64 points or more that lack something which seeds can give, and only early ones can.
 
 The residual network has 1×1 convolutions alone: it sees how much ink there is, not where. Its map has 8×8 positions in
 a quarter of its blocks, 2×2 in the next, and then one. The transformer has no positions: it sees a bag of patches, of
@@ -38,14 +38,18 @@ class Pointwise(nn.Module):
 def resnet_host(
     argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
 ) -> ModuleHost:
-    """A residual network of 32 blocks of width 8, two points behind each: at the block, and at an identity."""
+    """A residual network of 32 blocks of width 8, two points behind each: at the block, and at an identity.
+
+    Args:
+        argument: points behind each block, in place of two.
+    """
     shape, width = tuple(input_shape or (1, 8, 8)), 8
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(shape[0], width, 3, padding=1))
         for index in range(32):
             layers[f"block{index}"] = Pointwise(width, {8: 4, 16: 2}.get(index, 1))
-            layers |= {f"behind{index}.{k}".replace(".","_"): nn.Identity() for k in range(int(argument or 2) - 1)}
+            layers |= {f"behind{index}_{k}": nn.Identity() for k in range(int(argument or 2) - 1)}
         layers |= OrderedDict(
             norm=nn.GroupNorm(1, width), act=nn.ReLU(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
             head=nn.Linear(width, outputs or 10),
@@ -105,7 +109,11 @@ class Mean(nn.Module):
 def transformer_host(
     argument: str = "", *, outputs: int | None = None, input_shape: tuple[int, ...] | None = None, seed: int = 0
 ) -> ModuleHost:
-    """A vision transformer of 16 blocks of width 12, two points behind each of their sublayers, likewise."""
+    """A vision transformer of 16 blocks of width 12, two points behind each of their sublayers, likewise.
+
+    Args:
+        argument: points behind each sublayer, in place of two.
+    """
     shape, width = tuple(input_shape or (1, 8, 8)), 12
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -114,7 +122,7 @@ def transformer_host(
             if index == 8:
                 layers["mean"] = Mean()
             layers[f"block{index}"] = FeedForward(width) if index % 2 else Attention(width)
-            layers |= {f"behind{index}.{k}".replace(".","_"): nn.Identity() for k in range(int(argument or 2) - 1)}
+            layers |= {f"behind{index}_{k}": nn.Identity() for k in range(int(argument or 2) - 1)}
         layers |= OrderedDict(norm=nn.LayerNorm(width), flat=nn.Flatten(), head=nn.Linear(width, outputs or 10))
         model = nn.Sequential(layers)
     points = [name for name in layers if name.startswith(("block", "behind"))]

@@ -21,7 +21,13 @@ class OrganConfig:
         0.55, "share of the run up to which regions above their budgets give seeds on trial back to better regions",
         0.0, 1.0,
     )  # fmt: skip
+    memory: float = option_field(
+        0.8, "factor on what regions earned before, at each decision; 0: the latest measurement alone counts", 0.0, 1.0
+    )
+    optimism: float = option_field(
+        1.0, "standard deviations of a region's gains, from decision to decision, that are added to their mean", 0.0
+    )
     patience: int = option_field(
-        2, "decisions without a new seed after which a region lends what it has left to regions that grow", 1
+        6, "decisions without a new seed after which a region lends what it has left to those that are short of it", 1
     )
     size: int = option_field(0, "points of a region; 0: the host's own regions, or chosen", 0)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
@@ -15,6 +16,7 @@ from esper_core.leyline.errors import BadOption
 from esper_core.leyline.investment import Investor
 from esper_core.leyline.stages import EMPTY, Op
 from esper_core.leyline.view import Controller, RunView, SlotView
+from esper_core.narset.earnings import Earnings, merits_of
 from esper_core.narset.organ_config import OrganConfig
 from esper_core.narset.regions import chart
 
@@ -61,30 +63,34 @@ _REMOVING: Final = (Op.WITHER, Op.CULL, Op.REVIVE)
 
 
 def allot(
-    view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None, resting: Set[str] = frozenset()
-) -> dict[str, OrganBudget]:
+    view: RunView, config: OrganConfig = _DEFAULTS, investor: Investor | None = None, *,
+    earned: Mapping[str, Earnings] | None = None, resting: Set[str] = frozenset(),
+) -> dict[str, OrganBudget]:  # fmt: skip
     """Every region with its budget; an `investor` sets the total and the shares.
 
     Regions that are `resting` lend what they have left to the others, as long as those can use it.
 
-    The floor is split equally; the rest in proportion to the marginal gain per parameter measured in each region,
-    shrunk towards the common one where few parameters were measured. A region that only costs gets its floor. Until
-    half of what grew is at full strength and some of it is measured, only `stake` of the total may be spent.
+    The floor is split equally; the rest in proportion to the marginal gain per parameter measured in each region, see
+    `merits_of`. A region that only costs gets its floor. Until half of what grew is at full strength and some of it is
+    measured, only `stake` of the total may be spent.
+
+    Args:
+        earned: region to what was measured there so far; None for what the view shows.
     """
     names = regions_of(view, config)
     regions = _members(view, names)
     left = view.params_left
     total = config.total * view.host_params if left is None else left + view.seed_params
-    merits, sums = _merits(view, names, config)
-    mass = math.fsum(weight for _, weight in sums.values())
+    earned = _earned(view, regions, config) if earned is None else earned
+    merits, measured = merits_of(earned, config), any(one.mass for one in earned.values())
     if investor is not None:
         investment = investor.invest(
-            _charted(view, names), {name: merit if mass else None for name, merit in merits.items()}
+            _charted(view, names), {name: merit if measured else None for name, merit in merits.items()}
         )
         total = total if investment.total is None else min(total, investment.total)
         merits = {name: max(0.0, investment.shares.get(name, merit)) for name, merit in merits.items()}
     strong = sum(slot.params for slot in view.slots if slot.alpha >= 1.0)
-    if not mass or strong < 0.5 * view.seed_params:
+    if not measured or strong < 0.5 * view.seed_params:
         total = config.stake * total
     flops_total = None if view.flops_left is None else view.flops_left + view.seed_flops
     whole = math.fsum(merits.values())
@@ -92,10 +98,9 @@ def allot(
     for name, members in regions.items():
         merit = merits[name] / whole if whole > 0 else 1 / len(regions)
         share = config.floor / len(regions) + (1 - config.floor) * merit
-        gain, weight = sums[name]
         used = sum(slot.params for slot in members)
         organs[name] = OrganBudget(
-            name, used, math.floor(share * total), gain / weight if weight else None,
+            name, used, math.floor(share * total), earned[name].efficiency,
             sum(slot.flops for slot in members),
             None if flops_total is None else math.floor(share * flops_total),
             len(members), sum(bool(slot.blueprint) for slot in members),
@@ -171,19 +176,15 @@ def _waiting(view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[
     return {name: min(organs[name].left, count * fmean(sizes)) for name, count in empty.items() if organs[name].left}
 
 
-def _merits(
-    view: RunView, names: Mapping[str, str], config: OrganConfig
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Region to nats gained for a host of parameters, shrunk towards the common figure; and to what was measured."""
-    regions = _members(view, names)
-    sums = {name: _measured(members, view.host_params) for name, members in regions.items()}
-    mass = math.fsum(weight for _, weight in sums.values())
-    common = math.fsum(gain for gain, _ in sums.values()) / mass if mass else 0.0
-    merits = {
-        name: max(0.0, (gain + common * config.prior_params) / (weight + config.prior_params))
-        for name, (gain, weight) in sums.items()
+def _earned(
+    view: RunView, regions: Mapping[str, Sequence[SlotView]], config: OrganConfig,
+    before: Mapping[str, Earnings] = MappingProxyType({}),
+) -> dict[str, Earnings]:  # fmt: skip
+    """Region to what was measured there, with the latest measurement."""
+    return {
+        name: before.get(name, Earnings()).then(members, view.host_params, config.memory)
+        for name, members in regions.items()
     }
-    return merits, sums
 
 
 def _members(view: RunView, names: Mapping[str, str]) -> dict[str, list[SlotView]]:
@@ -193,19 +194,13 @@ def _members(view: RunView, names: Mapping[str, str]) -> dict[str, list[SlotView
     return regions
 
 
-def _measured(members: Sequence[SlotView], host_params: int) -> tuple[float, float]:
-    """Summed gain (nats) and summed mass (in hosts) of the seeds of a region that are measured at full strength."""
-    seeds = [slot for slot in members if slot.counterfactual is not None and slot.params > 0 and slot.alpha >= 1.0]
-    gain = math.fsum(slot.counterfactual.mean for slot in seeds if slot.counterfactual)
-    return gain, sum(slot.params for slot in seeds) / max(host_params, 1)
-
-
 class OrganManager:
     """Narset around another controller: its view offers only what its organs can afford.
 
     A region that holds more than its budget gives seeds back where a better region waits for budget: those on trial
     that are measured to earn less for their parameters than seeds there do, the worst first. They wither and are
-    culled. A seed that comes back, since a rollback returned it, is left alone. Permanent seeds are Emrakul's.
+    culled. A seed that comes back, since a rollback returned it, is left alone. Permanent seeds are Emrakul's, so as
+    long as budget may move, a seed that would be given back is not made permanent either.
 
     Raises:
         BadOption: there is no `inner` controller.
@@ -218,13 +213,15 @@ class OrganManager:
         self.announce: Callable[[Mapping[str, OrganBudget]], None] | None = None
         self._investor = _find_investor(inner)
         self._reclaimed: dict[str, bool] = {}  # slot → whether its seed still withers; False: it came back
+        self._earned: dict[str, Earnings] = {}
         self._rest: dict[str, int] = {}  # region → decisions in which a seed could have been planted, and none was
 
     def decide(self, view: RunView) -> Sequence[Command]:
         """The inner controller's commands that the organs' budgets allow."""
         slots, regions = {slot.path: slot for slot in view.slots}, regions_of(view, self.config)
         resting = {name for name, decisions in self._rest.items() if decisions >= self.config.patience}
-        organs = allot(view, self.config, self._investor, resting)
+        self._earned = _earned(view, _members(view, regions), self.config, self._earned)
+        organs = allot(view, self.config, self._investor, earned=self._earned, resting=resting)
         if self.announce is not None:
             self.announce(organs)
         left: dict[str, tuple[float, float]] = {name: (organ.left, organ.flops_left) for name, organ in organs.items()}
@@ -237,29 +234,44 @@ class OrganManager:
         said = list(read_commands(self.inner.decide(narrowed)))
         removing = {path for command in said if command.op in _REMOVING for path in command.slots}
         commands = self._reclaim(view, organs, regions, removing)
+        waits = self._hold(view, organs, regions, said)
+        said = [command for command in said if command not in waits]
+        if waits:
+            reason = f"{len(waits)} seeds stay on trial, as more is earned elsewhere"
+            commands.append(Command(Op.WAIT, source="narset", reason=reason))
         held = {command.slot for command in commands} | {path for path, leaves in self._reclaimed.items() if leaves}
         for command in said:
             if held.isdisjoint(command.slots) and _spend(command, slots, regions, left):
                 commands.append(command)
-        self._note_rest(narrowed, commands, regions)
+        self._note_rest(view, narrowed, commands, regions)
         return commands
 
     def state_dict(self) -> dict[str, object]:
-        """The inner controller's state, the seeds that give their budget back, and which regions rest."""
-        return {"inner": self.inner.state_dict(), "reclaimed": dict(self._reclaimed), "rest": dict(self._rest)}
+        """The inner controller's state, the seeds that give their budget back, what regions earned, and which rest."""
+        return {
+            "inner": self.inner.state_dict(), "reclaimed": dict(self._reclaimed), "rest": dict(self._rest),
+            "earned": {name: list(attrs.astuple(one)) for name, one in self._earned.items()},
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.inner.load_state_dict(state["inner"])
         self._reclaimed = dict(state.get("reclaimed", {}))  # runs of before kept none
         self._rest = dict(state.get("rest", {}))
+        self._earned = {name: Earnings(*sums) for name, sums in state.get("earned", {}).items()}
 
-    def _note_rest(self, offered: RunView, commands: Sequence[Command], regions: Mapping[str, str]) -> None:
-        """Count for every region the decisions in a row in which a seed could have been planted there and none was."""
+    def _note_rest(
+        self, view: RunView, offered: RunView, commands: Sequence[Command], regions: Mapping[str, str]
+    ) -> None:
+        """Count for every region the decisions in a row in which a seed could have been planted there and none was.
+
+        Only those count in which another region is short: its slots are open, and its budget is spent.
+        """
         grew = {regions[path] for command in commands if command.op is Op.GERMINATE for path in command.slots}
         could = {regions[slot.path] for slot in offered.slots if Op.GERMINATE in slot.legal}
+        short = {regions[slot.path] for slot in view.slots if Op.GERMINATE in slot.legal} - could
         self._rest = {
-            name: 0 if name in grew else self._rest.get(name, 0) + (name in could)
+            name: 0 if name in grew else self._rest.get(name, 0) + (name in could and bool(short))
             for name in dict.fromkeys(regions.values())
         }  # fmt: skip
 
@@ -285,13 +297,28 @@ class OrganManager:
             return commands
         return commands + self._wither(view, organs, regions, removing)
 
+    def _hold(
+        self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str], said: Sequence[Command]
+    ) -> list[Command]:
+        """Of `said`, what would make seeds permanent whose region is above its budget, and which earn too little."""
+        if view.params_left is None or view.decision >= self.config.reclaim * view.decisions:
+            return []
+        slots, merits = {slot.path: slot for slot in view.slots}, merits_of(self._earned, self.config)
+        worth = max((merits[name] for name in _waiting(view, organs, regions)), default=0.0)
+        return [
+            command for command in said
+            if command.op is Op.ADVANCE and (slot := slots.get(command.slot)) is not None and slot.stage.spec.on_trial
+            and organs[regions[slot.path]].used > organs[regions[slot.path]].budget
+            and _efficiency(slot, view.host_params) < worth
+        ]  # fmt: skip
+
     def _wither(
         self, view: RunView, organs: Mapping[str, OrganBudget], regions: Mapping[str, str], removing: Set[str]
     ) -> list[Command]:
         """Wither seeds of regions that are over their budgets."""
         if view.params_left is None:
             return []  # nothing waits
-        merits, _ = _merits(view, regions, self.config)
+        merits = merits_of(self._earned, self.config)
         hosts = max(view.host_params, 1)
         waiting = _waiting(view, organs, regions)
         held = {name: organ.used for name, organ in organs.items()}
@@ -306,6 +333,8 @@ class OrganManager:
             wanted = sum(params for other, params in waiting.items() if merits[other] > best)
             if best >= worth or free >= wanted or math.isinf(best):
                 break  # the others earn more
+            if merits[name] >= worth:
+                continue  # it has a bad day in a good region
             if held[name] - slot.tree_params < organs[name].budget or slot.path in {*self._reclaimed, *removing}:
                 continue
             if Op.WITHER not in slot.legal or not slot.stage.spec.on_trial:

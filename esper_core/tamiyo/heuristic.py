@@ -42,6 +42,8 @@ _CERTAIN: Final = 3
 """Measurements from which on a seed's harm can be certain."""
 _FEW: Final = 8
 """Seeds that may be alive and not yet fossilised on a host of at most twice as many slots."""
+_TOGETHER: Final = 2
+"""Seeds that may leave at once in any case."""
 _SETTLING: Final = 3
 """Decisions from the end of blending to fossilisation: one in shadow, two in probation."""
 
@@ -180,6 +182,7 @@ class HeuristicController:
         """Commands for every slot that needs one, and germinations within the budgets."""
         self._remember(view)
         commands = [command for slot in view.slots if (command := self._tend(slot, view)) is not None]
+        commands = self._in_portions(commands, view)
         if view.governor != "recovering":
             commands += self._plant(view)
         return commands
@@ -288,8 +291,7 @@ class HeuristicController:
         young = slot.stage_age < self.config.trial * view.decisions and not last
         uncertain = pooled.high > rent and view.decision < self.config.verdict * view.decisions and not last
         reason = f"gain {pooled.mean:.4g} [{pooled.low:.4g}, {pooled.high:.4g}] against rent {rent:.3g}"
-        certain = len(self._measured.get(slot.path, ())) >= _CERTAIN
-        harms = certain and max(pooled.high, gain.high) < -rent - self.config.harm  # the latest says so by itself
+        harms = self._harms(slot, pooled, view)
         prospect = measured_prospect(self._measured.get(slot.path, []), pooled, slot, view)
         hopeless = not last and prospect < rent
         if hopeless:
@@ -297,7 +299,6 @@ class HeuristicController:
         if harms or hopeless or (pooled.mean <= rent and not young and not uncertain):
             if Op.WITHER not in slot.legal:
                 return None
-            self._withering.add(slot.path)
             return attrs.evolve(self._command(Op.WITHER, slot, reason), gain=pooled)
         if Op.ADVANCE in slot.legal and pooled.mean > rent and (pooled.low > 0 or not young):
             reason += "" if pooled.low > rent else ", undecided"
@@ -319,6 +320,31 @@ class HeuristicController:
         half = max(half / root, spread)
         return Interval(mean, mean - half, mean + half, latest.count)
 
+    def _in_portions(self, commands: Sequence[Command], view: RunView) -> list[Command]:
+        """`commands` with so few removals that a quarter of what contributes leaves at a time, the worst first.
+
+        Each counterfactual is that of one seed while all others stay. Where many do the same thing, each is worth
+        nothing beside the others, and the last ones a lot; where they overshoot together, each harms until some have
+        left. What certainly harms by itself does not wait.
+        """
+        slots = {slot.path: slot for slot in view.slots}
+        leaving = sum(slot.stage.spec.leaving for slot in view.slots)
+        room = max(_TOGETHER, sum(slot.stage.spec.contributes for slot in view.slots) // 4) - leaving
+        removals = [command for command in commands if command.op is Op.WITHER and command.gain is not None]
+        removals.sort(key=lambda c: (not self._harms(slots[c.slot], c.gain, view), c.gain.mean if c.gain else 0.0))
+        for command in removals[max(0, room) :]:
+            if not self._harms(slots[command.slot], command.gain, view):
+                commands = [other for other in commands if other is not command]
+        self._withering |= {command.slot for command in commands if command.op is Op.WITHER}
+        return list(commands)
+
+    def _harms(self, slot: SlotView, pooled: Interval | None, view: RunView) -> bool:
+        """Whether the seed certainly does harm: by all of its later measurements, and by the latest by itself."""
+        if pooled is None or slot.counterfactual is None or len(self._measured.get(slot.path, ())) < _CERTAIN:
+            return False
+        rent = view.rent * slot.tree_params / max(view.host_params, 1)
+        return max(pooled.high, slot.counterfactual.high) < -rent - self.config.harm
+
     # New seeds
 
     def _plant(self, view: RunView) -> Iterator[Command]:
@@ -330,8 +356,7 @@ class HeuristicController:
             return
         if plan:
             yield attrs.evolve(WAIT, source="heuristic", reason=plan)
-        at_once = config.at_once or max(_FEW, len(view.slots) // 2)
-        room = at_once - sum(slot.stage.spec.growing for slot in view.slots)
+        room = self._room(view)
         if room <= 0 or not self._may_plant(view):
             return
         for offer in choose_by_region(self._offers(view), view, room):
@@ -341,6 +366,11 @@ class HeuristicController:
                 Op.GERMINATE, offer.slot.path, offer.blueprint.name, view.blends[0] if view.blends else "",
                 self._tempo(view), source="heuristic", reason=self._why(offer),
             )  # fmt: skip
+
+    def _room(self, view: RunView) -> int:
+        """How many seeds may still be planted, as far as their number is limited."""
+        at_once = self.config.at_once or max(_FEW, len(view.slots) // 2)
+        return at_once - sum(slot.stage.spec.growing for slot in view.slots)
 
     def _may_plant(self, view: RunView) -> bool:
         """Whether a new seed would have readings now, and time to blend and fossilise before the end."""
@@ -356,7 +386,7 @@ class HeuristicController:
         open_slots = [slot for slot in view.slots if Op.GERMINATE in slot.legal]
         measured = {slot.path: measured_need(slot) for slot in open_slots}
         typical = median([need for need in measured.values() if need is not None] or [1.0]) or 1.0
-        records = self.records(view)
+        records, here = self.records(view), self._found_by_region(view)
         offers = []
         for slot in open_slots:
             need = measured[slot.path]
@@ -364,14 +394,28 @@ class HeuristicController:
             for blueprint in slot.blueprints:
                 if blueprint.family == FAMILY and view.course is not None:
                     continue  # depth goes by the plan
-                gain = (
-                    records[_region_of(slot, view)]
-                    * self.expected_gain(blueprint, slot, view)
-                    * math.pow(relative, self.config.need_power)
-                )
+                region = _region_of(slot, view)
+                gain = records[region] * self.expected_gain(blueprint, slot, view)
+                found = here.get((region, blueprint.name), [])
+                weight = self.config.prior_weight
+                gain = (weight * gain + math.fsum(found)) / max(weight + len(found), 1e-9) if found else gain
+                gain *= math.pow(relative, self.config.need_power)
                 failures = self._failures.get(f"{slot.path} {blueprint.name}", 0)
                 offers.append(Offer(slot, blueprint, gain * math.pow(self.config.failure_factor, failures)))
         return offers
+
+    def _found_by_region(self, view: RunView) -> dict[tuple[str, str], list[float]]:
+        """(region, blueprint) to the gains measured there, nats; empty where regions have no budgets of their own.
+
+        What a blueprint gained in a region says more about its next seed there than what it gained in the whole run.
+        """
+        found: dict[tuple[str, str], list[float]] = {}
+        regions = {slot.path: slot.spec.region for slot in view.slots} if view.regions else {}
+        for name, gains in self._gains.items():
+            for born, gain in gains.items():
+                if (region := regions.get(born.rsplit("@", 1)[0])) is not None:
+                    found.setdefault((region, name), []).append(gain)
+        return found
 
     def records(self, view: RunView) -> dict[str, float]:
         """How far expected gains came true, by region where regions have budgets of their own, and else in the run."""

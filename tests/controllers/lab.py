@@ -125,6 +125,8 @@ class Lab:
         )
 
     def apply(self, command: Command) -> None:
+        if command.op is Op.WAIT:
+            return
         slot = next(s for s in self.slots if s.path == command.slot)
         assert command.op in self.legal(slot), (command, slot)
         transition = find_transition(slot.stage, command.op)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 
 import attrs
 import pytest
@@ -237,7 +238,7 @@ def test_a_seed_whose_loss_was_read_before_its_first_step_is_not_judged_by_it() 
 
 
 def test_one_reading_that_turned_for_every_isolated_seed_at_once_culls_none_of_them() -> None:
-    """52 seeds see the same batches: a step of the host that was too long raised the loss of all, and all were culled."""
+    """Seeds see the same batches: one step of the host that was too long raised the loss of all 52, and all were lost."""
     lab = Lab(lambda s, b: 0.2, {f"s{i}": 1.0 for i in range(6)}, 40, budget=600, learns=lambda name: False)
     controller = HeuristicController()
     while not any(slot.stage is Stage.TRAINING for slot in lab.slots):
@@ -258,3 +259,18 @@ def test_one_reading_that_turned_for_every_isolated_seed_at_once_culls_none_of_t
     assert Op.CULL not in decide(-0.0004, 0.0001)
     assert Op.CULL not in decide(0.0004, 0.0001)
     assert decide(0.0004, 0.0001).count(Op.CULL) == len([s for s in lab.slots if s.stage is Stage.TRAINING]) > 1
+
+
+def test_seeds_that_do_the_same_thing_leave_in_portions_and_the_last_ones_stay() -> None:
+    """Each of sixteen is worth nothing beside the others; all were withered at once, and what they did was lost."""
+    paths = [f"s{i}" for i in range(16)]
+    lab = Lab(lambda s, b: worth(), dict.fromkeys(paths, 1.0), 60, budget=None, blueprints=(CONV,))
+
+    def worth() -> float:
+        working = sum(s.blueprint is not None and s.stage is not Stage.WITHERING for s in lab.slots)
+        return 0.2 if working <= 4 else -0.004
+
+    lab.run(HeuristicController(at_once=16))
+    withered = Counter(decision for decision, command in lab.log if command.op is Op.WITHER)
+    assert max(withered.values()) == 4
+    assert list(lab.stages().values()).count(Stage.FOSSILIZED) >= 2
