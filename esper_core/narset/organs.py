@@ -59,6 +59,8 @@ def regions_of(view: RunView, config: OrganConfig) -> dict[str, str]:
 
 
 _DEFAULTS = OrganConfig()
+_NEARLY: Final = 0.5
+"""Share of the best region's merit from which a region gives nothing back to it."""
 _REMOVING: Final = (Op.WITHER, Op.CULL, Op.REVIVE)
 
 
@@ -131,7 +133,13 @@ def _pool(
     }
     if not wanting or not any(idle.values()):
         return
-    best = max(wanting, key=lambda name: (organs[name].left >= min(prices[name]), merits[name]))
+    lacking = {name: max(0, organ.used - organ.budget) for name, organ in organs.items()}  # held above its budget
+
+    def buys(name: str) -> bool:
+        others = sum(idle.values()) - idle[name] - lacking[name]
+        return organs[name].left + others >= min(prices[name])
+
+    best = max(wanting, key=lambda name: (buys(name), merits[name]))
     tried = {name for name, members in regions.items() if any(slot.stage.spec.growing for slot in members)}
     spare = 0
     for name, unused in idle.items():
@@ -139,7 +147,7 @@ def _pool(
             organs[name] = attrs.evolve(organs[name], budget=organs[name].budget - unused)
             spare += unused
     for name in sorted(wanting, key=lambda name: (name != best, -merits[name])):
-        room = len(offers[name]) * max(prices[name]) - organs[name].left
+        room = len(offers[name]) * max(prices[name]) - organs[name].left + lacking[name]
         given = min(spare, max(0, room))
         organs[name] = attrs.evolve(organs[name], budget=organs[name].budget + given)
         spare -= given
@@ -333,8 +341,8 @@ class OrganManager:
             wanted = sum(params for other, params in waiting.items() if merits[other] > best)
             if best >= worth or free >= wanted or math.isinf(best):
                 break  # the others earn more
-            if merits[name] >= worth:
-                continue  # it has a bad day in a good region
+            if merits[name] >= _NEARLY * worth:
+                continue  # it has a bad day in a good region, and a move costs what the next seed must learn again
             if held[name] - slot.tree_params < organs[name].budget or slot.path in {*self._reclaimed, *removing}:
                 continue
             if Op.WITHER not in slot.legal or not slot.stage.spec.on_trial:

@@ -159,6 +159,11 @@ def _or_all(limit: int | None) -> float:
     return math.inf if limit is None else limit
 
 
+def _later(gains: Sequence[float]) -> Sequence[float]:
+    """The later half of a seed's measurements, and never fewer than three: a young seed still learns."""
+    return gains[-max(_CERTAIN, len(gains) // 2) :]
+
+
 class HeuristicController:
     """Decides by measured need, expected gain per rent, and intervals.
 
@@ -246,7 +251,7 @@ class HeuristicController:
                 gains = self._measured.setdefault(slot.path, [])
                 gains.append(slot.counterfactual.mean)
                 born = f"{slot.path}@{view.decision - slot.age}"
-                self._gains.setdefault(slot.blueprint, {})[born] = fmean(gains)
+                self._gains.setdefault(slot.blueprint, {})[born] = fmean(_later(gains))
 
     # Seeds that live already
 
@@ -310,11 +315,9 @@ class HeuristicController:
 
         The interval of one measurement is over examples, not over the weights of nearby steps: while the
         learning rate is high, the gain of the very same seed swings by many such intervals from one decision to the
-        next. So the pooled interval is no narrower than the measurements' own spread. A young seed still learns, so
-        the later half of its measurements counts, and never fewer than three.
+        next. So the pooled interval is no narrower than the measurements' own spread.
         """
-        gains = self._measured.get(path, [latest.mean])
-        gains = gains[-max(_CERTAIN, len(gains) // 2) :]
+        gains = _later(self._measured.get(path, [latest.mean]))
         mean, half, root = fmean(gains), (latest.high - latest.low) / 2, math.sqrt(len(gains))
         spread = 2.0 * stdev(gains) / root if len(gains) > 1 else half
         half = max(half / root, spread)
@@ -407,14 +410,15 @@ class HeuristicController:
     def _found_by_region(self, view: RunView) -> dict[tuple[str, str], list[float]]:
         """(region, blueprint) to the gains measured there, nats; empty where regions have no budgets of their own.
 
-        What a blueprint gained in a region says more about its next seed there than what it gained in the whole run.
+        What a blueprint gained in a region says more about its next seed there than what it gained in the whole run. A
+        seed that harmed counts as nothing: so would the next one, since it would be removed.
         """
         found: dict[tuple[str, str], list[float]] = {}
         regions = {slot.path: slot.spec.region for slot in view.slots} if view.regions else {}
         for name, gains in self._gains.items():
             for born, gain in gains.items():
                 if (region := regions.get(born.rsplit("@", 1)[0])) is not None:
-                    found.setdefault((region, name), []).append(gain)
+                    found.setdefault((region, name), []).append(max(gain, 0.0))
         return found
 
     def records(self, view: RunView) -> dict[str, float]:
@@ -432,7 +436,8 @@ class HeuristicController:
         config, gains = self.config, self._gains.get(blueprint.name, {}).values()
         tenths = 10.0 * blueprint.params / max(view.host_params, 1)
         guess = config.prior_gain * prior(blueprint.family, slot) * math.pow(tenths, config.elasticity)
-        return (config.prior_weight * guess + math.fsum(gains)) / max(config.prior_weight + len(gains), 1e-9)
+        found = math.fsum(max(gain, 0.0) for gain in gains)  # what harms is removed
+        return (config.prior_weight * guess + found) / max(config.prior_weight + len(gains), 1e-9)
 
     # Words and pace
 

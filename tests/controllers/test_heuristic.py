@@ -238,7 +238,7 @@ def test_a_seed_whose_loss_was_read_before_its_first_step_is_not_judged_by_it() 
 
 
 def test_one_reading_that_turned_for_every_isolated_seed_at_once_culls_none_of_them() -> None:
-    """Seeds see the same batches: one step of the host that was too long raised the loss of all 52, and all were lost."""
+    """Seeds see the same batches: one step of the host that was too long raised the loss of all, and all were lost."""
     lab = Lab(lambda s, b: 0.2, {f"s{i}": 1.0 for i in range(6)}, 40, budget=600, learns=lambda name: False)
     controller = HeuristicController()
     while not any(slot.stage is Stage.TRAINING for slot in lab.slots):
