@@ -23,7 +23,7 @@ from esper_core.leyline.errors import RunFailed
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.run import start_run
 
-RUNS: Final = {"early": (100, 12, 14), "agent": (100, 10, 14), "heuristic": (100, 10, 14)}
+RUNS: Final = {"early": (100, 12, 14), "agent": (100, 8, 14), "heuristic": (100, 8, 14)}
 """First seed, seeds and epochs of each controller. Seeds below 100 were used to choose the recipe."""
 LIVE: Final = 50
 HOSTS: Final = {
@@ -51,17 +51,15 @@ NAMES: Final = {"early": "heuristic"}
 def jobs(seeds: int | None, small: bool) -> list[dict[str, Any]]:
     """One job a run, the arms of a pair side by side; `small` has four epochs.
 
-    The controllers take turns, so that a protocol that is cut off has pairs of each.
+    The controllers take turns, so that a protocol that is cut off has about the same share of the pairs of each.
     """
-    most = max(count for _, count, _ in RUNS.values())
     pairs = [
-        (controller, first + number, epochs)
-        for number in range(seeds or most)
-        for controller, (first, count, epochs) in RUNS.items() if seeds or number < count
+        ((number + 0.5) / (seeds or count), controller, first + number, epochs)
+        for controller, (first, count, epochs) in RUNS.items() for number in range(seeds or count)
     ]  # fmt: skip
     return [
         {"host": host, "controller": controller, "arm": arm, "seed": seed, "epochs": 4 if small else epochs}
-        for controller, seed, epochs in pairs for host in HOSTS for arm in ARMS
+        for _, controller, seed, epochs in sorted(pairs, key=lambda pair: pair[0]) for host in HOSTS for arm in ARMS
     ]  # fmt: skip
 
 
