@@ -22,7 +22,7 @@ from esper_core.tamiyo.adapter import AdapterFile, load_adapter
 from esper_core.tamiyo.advice import Adviser
 from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import TamiyoCore
-from esper_core.tamiyo.observation import FIELDS, OPS, collate, observe
+from esper_core.tamiyo.observation import FIELDS, OPS, ObservationBatch, collate, observe
 
 SHIPPED_CORES = ("core_v1",)
 """Cores that come with the package, by the name that `agent:NAME` takes; the last is used when no file is named."""
@@ -135,7 +135,7 @@ class LearnedController:
             return ()
         advised = view if self._adviser is None else self._adviser.advise(view)
         seen = observe(advised, self._probe.descriptors(view.blends))
-        most = self.commands or max(self.core.config.commands, math.ceil(len(view.slots) / _SLOTS_A_COMMAND))
+        most = self._most(view)
         decision = self.core.decide(collate([seen]), self.hidden, generator=self.generator, commands=most)
         self.hidden = decision.hidden
         reason = f"expected return from here {decision.value.item():+.3f}"
@@ -146,16 +146,23 @@ class LearnedController:
     def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
         """For Narset: shares by where the core wishes to germinate, times what each region has earned.
 
+        The wish is that of a first command, and those of the commands that it would give if regions had no budgets: the
+        later ones know of the earlier ones, and may go elsewhere.
+
         The total is what has grown, and of the rest of the run's budget the share by which the core would rather
         germinate than wait; None in a run without a budget. It never falls: that the core waits now is a matter of this
         decision, and what it wished to spend earlier is not withdrawn.
         """
         # A copy is asked: this is no decision yet, and the view at the decision may be narrower.
         advised = view if self._adviser is None else copy.deepcopy(self._adviser).advise(view)
-        spread, drive = self.core.wishes(collate([observe(advised, self._probe.descriptors(view.blends))]), self.hidden)
-        shares = dict.fromkeys(efficiency, 0.0)
-        for slot, wish in zip(view.slots, spread[0].tolist(), strict=True):
-            shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish
+        seen = collate([observe(advised, self._probe.descriptors(view.blends))])
+        spread, drive = self.core.wishes(seen, self.hidden)
+        wishes = spread[0].tolist()
+        for slot in self._planned(seen, self._most(view)):
+            wishes[slot] += 1.0
+        shares, whole = dict.fromkeys(efficiency, 0.0), math.fsum(wishes) or 1.0
+        for slot, wish in zip(view.slots, wishes, strict=True):
+            shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish / whole
         left = view.params_left
         total = None
         if left is not None:
@@ -166,6 +173,19 @@ class LearnedController:
         earned = {region: 1.0 if value is None else max(0.0, value) for region, value in efficiency.items()}
         weighed = {region: share * earned.get(region, 1.0) for region, share in shares.items()}
         return Investment(total, weighed if any(weighed.values()) else shares)
+
+    def _most(self, view: RunView) -> int:
+        """Most commands of a decision."""
+        return self.commands or max(self.core.config.commands, math.ceil(len(view.slots) / _SLOTS_A_COMMAND))
+
+    def _planned(self, seen: ObservationBatch, most: int) -> list[int]:
+        """Slots at which it would germinate now. Memory and generator stay as they are."""
+        generator = None
+        if self.generator is not None:
+            generator = torch.Generator()
+            generator.set_state(self.generator.get_state())
+        rows = self.core.decide(seen, self.hidden, generator=generator, commands=most).actions[0].tolist()
+        return [row[FIELDS.index("slot")] for row in rows if OPS[row[FIELDS.index("op")]] is Op.GERMINATE]
 
     def state_dict(self) -> dict[str, object]:
         """Memory, the generator's state if it draws, and the adviser's if it is advised."""
