@@ -16,7 +16,6 @@ Arms are trainings that differ in one setting and share workers and device. A se
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import multiprocessing.connection
@@ -39,6 +38,7 @@ _BEGAN = time.monotonic()  # loading what follows takes its share of the call
 import attrs  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.device_sharing import share_devices, stop_sharing  # noqa: E402
 from esper_core.simic.gym.cpu_engine import WorkerPool  # noqa: E402
 from esper_core.simic.learning.curriculum import Curriculum, World, curriculum_text, parse_curriculum  # noqa: E402
 from esper_core.simic.learning.evaluation import summarise_contests  # noqa: E402
@@ -318,29 +318,7 @@ def _start(call: _Called, one: str, workers: int, end: float, environment: Mappi
 
 def share_device(call: _Called) -> None:
     """Let kernels of several processes run at once, where the driver's daemon for it can be started."""
-    folder = tempfile.mkdtemp(prefix="mps-")
-    wanted = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-    try:
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **wanted}, check=True, timeout=10.0,
-                       capture_output=True)  # fmt: skip
-        test = (
-            "import torch; print(float((torch.ones(64, 64, device='cuda') @ torch.ones(64, 64, device='cuda')).sum()))"
-        )
-        subprocess.run([sys.executable, "-c", test], env={**os.environ, **wanted}, check=True, timeout=40.0,
-                       capture_output=True)  # fmt: skip
-    except (OSError, subprocess.SubprocessError) as error:
-        call.log(f"processes take turns on the device: {error}")
-        return
-    call.log("processes share the device")
-    call.shared = wanted
-
-
-def stop_sharing(call: _Called) -> None:
-    """End the daemon that `share_device` started."""
-    if call.shared:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(["nvidia-cuda-mps-control"], env={**os.environ, **call.shared}, input=b"quit\n", timeout=5.0,
-                           capture_output=True)  # fmt: skip
+    call.shared = share_devices(call.log)
 
 
 # --- Contests ---
@@ -496,7 +474,7 @@ def main() -> None:
         if not told_.no_train:
             seconds = call.left - judging - 2 * _END_S
             train(call, arms, text, told_.curriculum, told_.device, workers, seconds)
-        stop_sharing(call)
+        stop_sharing(call.shared)
         judge(call, curriculum, arms, workers, told_.contest_seed, call.left - 1.5 * _END_S)
     except Exception:  # noqa: BLE001 - what there is goes back
         call.log(traceback.format_exc())

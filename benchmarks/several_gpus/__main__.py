@@ -41,7 +41,7 @@ PIECES: Final = {
     "agreement": Piece("agreement", 100, alone=True),
     "scaling": Piece("scaling", 190),
     "billion": Piece("billion", 260),
-    "simic": Piece("simic", 120, alone=True),
+    "simic": Piece("simic", 200, alone=True),
 }
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import sysconfig
 import time
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,22 @@ def parts() -> Registry:
         for name in _PLUGINS:
             registry.register(importlib.import_module(name), name=name)
     return registry
+
+
+def installed_in(folder: Path) -> dict[str, str]:
+    """What new processes need in their environment to find this repository's plugins without an installation.
+
+    Args:
+        folder: gets the metadata of a package.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    about = folder / f"esper_core-{project['version']}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: esper-core\nVersion: {project['version']}\n")
+    entries = "".join(f"{name} = {module}\n" for name, module in project["entry-points"]["esper_core"].items())
+    (about / "entry_points.txt").write_text(f"[esper_core]\n{entries}")
+    places = [*(str(ROOT / part) for part in ("", "hosts", "blueprints", "plugins")), str(folder)]
+    return {"PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
 
 
 def tell(**values: Any) -> None:

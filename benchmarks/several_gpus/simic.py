@@ -1,12 +1,15 @@
-"""Environment steps a second of Tamiyo's training on one GPU and on all: `esper tamiyo train`, as one types it.
+"""Environment steps a second of Tamiyo's training on one GPU and on all, in one run.
 
-Both train on the same worlds; each process has as many workers. The rate is over the iterations after the first two.
+Every process starts its workers, one a core of its share, as `benchmarks.device_training` does on one GPU: kernels of
+several processes run at once through CUDA's multi-process service. Then the first process trains alone while the
+others wait, and then all train together, on the same worlds. The first iteration of each training is not counted.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,30 +17,40 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.several_gpus.shared import ROOT, on_gpu, tell
+from benchmarks.device_sharing import share_devices, stop_sharing
+from benchmarks.several_gpus.shared import ROOT, device_name, installed_in, on_gpu, tell
+from esper_core.kasmina.ranks import ALONE, Ranks
+from esper_core.registry import load_registry
+from esper_core.simic.gym.cpu_engine import WorkerPool, one_thread
+from esper_core.simic.learning.rollout import occupy
+from esper_core.simic.learning.training import Manifest, Record, Training
+from esper_core.tolaria.processes import join_to_play, leave, own_device
 
+AT_ONCE = 2
+"""Groups in one stack."""
+ITERATIONS = 3
+"""Of each training, the first of which is not counted."""
 CURRICULUM = """
 name = "several-gpus"
 summary = "cnns on textures, for timing"
-iterations = 5
+iterations = {iterations}
 groups = {groups}
-group_size = {size}
-checkpoint_every = 5
+group_size = 8
+alike = {alike}
+checkpoint_every = 100
 rewards = ["loss=1", "rent=0.1"]
 [ppo]
 epochs = 2
-minibatch = 16
+minibatch = 64
+together = true
 group_baseline = true
-[imitation]
-iterations = 1
-epochs = 1
 [run]
 host = "cnn"
 task = "synthetic:texture"
-epochs = {epochs}
-steps_per_epoch = 40
+epochs = 2
+steps_per_epoch = {steps}
 decisions_per_epoch = 2
-batch_size = 64
+batch_size = {batch}
 decision_examples = 256
 learning_rate = 2e-3
 budget_params = ""
@@ -51,46 +64,120 @@ run = {{ blueprints = {{ pool = ["conv", "depthwise", "norm", "bottleneck", "noo
 
 
 def simic(limit: float, quick: bool, processes: int) -> None:
-    """Train twice, by one process and by all."""
-    until = time.monotonic() + limit
-    rates: dict[int, float] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "several.toml"
-        file.write_text(CURRICULUM.format(groups=2 if quick else 8, size=2 if quick else 32, epochs=1 if quick else 4))
-        for count in (1, processes):
-            left = until - time.monotonic()
-            found = _train(Path(temporary), file, count, left if count > 1 else left / 2, quick)
-            tell(stage="simic", processes=count, **found)
-            if found.get("steps_a_second"):
-                rates[count] = found["steps_a_second"]
-    if len(rates) == 2:
-        tell(stage="simic", times_as_fast=rates[processes] / rates[1])
-
-
-def _train(folder: Path, file: Path, count: int, limit: float, quick: bool) -> dict[str, Any]:
-    out = folder / f"by-{count}"
-    device = "cuda" if on_gpu() else "cpu"
-    workers = 1 if quick else max(1, (os.cpu_count() or 2) // 4)
-    command = [
-        sys.executable, "-m", "esper_core", "tamiyo", "train", "--curriculum", str(file), "--out", str(out),
-        "--backend", "stacked", "--device", device, "--workers", str(workers), "--worlds-at-once", "1", "--quiet",
-        *(["--devices", str(count)] if count > 1 else []),
-    ]  # fmt: skip
-    with (folder / f"{count}.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    """Start the processes that train; rows come from the first of them."""
+    began = time.monotonic()
+    shared = share_devices(lambda told: tell(stage="simic", told=told)) if on_gpu() else {}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_CUDA_ALLOC_CONF"}  # as on one GPU
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes), **shared,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        if not load_registry().specs("blueprint"):
+            environment |= installed_in(Path(folder))
+        command = [sys.executable, "-m", "benchmarks.several_gpus.simic", folder, str(limit), str(int(quick))]
+        started = [
+            subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(processes)
+        ]
         try:
-            code: int | None = process.wait(max(1.0, limit))
+            codes: list[int | None] = [
+                process.wait(max(1.0, limit - (time.monotonic() - began))) for process in started
+            ]
         except subprocess.TimeoutExpired:
-            process.terminate()
-            code = None
-    curves = out / "curves.jsonl"
-    rows = [json.loads(line) for line in curves.read_text().splitlines()] if curves.exists() else []
-    found: dict[str, Any] = {"exit_code": code, "iterations": len(rows), "workers_of_each": workers}
-    if len(rows) >= 3:
-        steps = rows[-1]["environment_steps"] - rows[1]["environment_steps"]
-        seconds = rows[-1]["seconds"]["total"] - rows[1]["seconds"]["total"]
-        found |= {"steps_a_second": steps / seconds, "seconds": [row["seconds"] for row in rows],
-                  "environment_steps": steps}  # fmt: skip
-    if code != 0:
-        found["end_of_output"] = (folder / f"{count}.log").read_text(errors="replace")[-800:]
-    return found
+            codes = [process.poll() for process in started]
+            tell(stage="simic", told="the time is up")
+        finally:
+            for process in started:
+                process.kill()
+            stop_sharing(shared)
+    if any(codes):
+        sys.exit(f"exit codes {codes}")
+
+
+class _Pace:
+    """Tells how long each iteration of a training took, and remembers those that count."""
+
+    def __init__(self, processes: int, until: float) -> None:
+        self.processes, self.until = processes, until
+        self.counted: dict[int, float] = {}
+        self._began, self._steps = time.monotonic(), 0
+
+    def __call__(self, record: Record) -> None:
+        took, steps = time.monotonic() - self._began, record["environment_steps"] - self._steps
+        self._began, self._steps = time.monotonic(), record["environment_steps"]
+        if record["iteration"]:
+            self.counted[record["iteration"]] = steps / took
+        parts = {name: round(seconds, 2) for name, seconds in record["seconds"].items() if name != "total"}
+        tell(stage="simic iteration", processes=self.processes, iteration=record["iteration"], seconds=took,
+             environment_steps=steps, steps_a_second=steps / took, parts=parts)  # fmt: skip
+        if self.counted and time.monotonic() + took > self.until:
+            raise _Enough
+
+
+class _Enough(Exception):
+    """Another iteration would take too long."""
+
+
+def be_one(folder: Path, limit: float, quick: bool) -> None:
+    """One process: its workers, then both measurements."""
+    began = time.monotonic()
+    ranks = join_to_play("the measurement again")
+    device = own_device("cuda" if on_gpu() else "cpu")
+    workers = 1 if quick else max(1, len(os.sched_getaffinity(0)) // ranks.size)
+    stacks = ranks.size * (1 if quick else 2 * workers)  # two for each worker where all train, and more for one alone
+    text = CURRICULUM.format(
+        iterations=ITERATIONS, groups=AT_ONCE * stacks, alike=AT_ONCE, steps=4 if quick else 40,
+        batch=16 if quick else 64,
+    )  # fmt: skip
+    manifest = Manifest(
+        curriculum="several-gpus", text=text, backend="stacked", device="cuda" if on_gpu() else "cpu",
+        worlds_at_once=AT_ONCE, group_size=2 if quick else 0, pieces=ranks.size,
+    )  # fmt: skip
+    with one_thread(), WorkerPool(workers) as pool:
+        pool.everywhere(_wake, device)
+        ranks.gather([0.0])  # until all are ready
+        tell(stage="simic ready", seconds=time.monotonic() - began, workers_of_each=workers, stacks=stacks,
+             processes=ranks.size, device=device_name())  # fmt: skip
+        alone, together = _Pace(1, began + 0.55 * limit), _Pace(ranks.size, float("inf"))
+        if ranks.first:
+            _train(folder / "alone", manifest, ALONE, pool, alone)
+        ranks.gather([0.0])  # the others wait
+        together._began = time.monotonic()
+        _train(folder / "together", manifest, ranks, pool, together)
+        same = alone.counted.keys() & together.counted.keys()
+        if same:
+            rates = {pace.processes: _mean([pace.counted[n] for n in same]) for pace in (alone, together)}
+            tell(stage="simic", steps_a_second=rates, iterations=sorted(same),
+                 times_as_fast=rates[ranks.size] / rates[1])  # fmt: skip
+    leave()
+
+
+def _train(folder: Path, manifest: Manifest, ranks: Ranks, pool: WorkerPool, pace: _Pace) -> None:
+    training = Training.start(folder, manifest, ranks=ranks)
+    with contextlib.suppress(_Enough):
+        training.run(notify=pace, pool=pool)
+    tell(stage="simic", processes=pace.processes, told=sorted(training.notices))
+
+
+def _mean(rates: list[float]) -> float:
+    """Of equally long pieces of work: the harmonic mean."""
+    return len(rates) / sum(1.0 / rate for rate in rates)
+
+
+def _wake(state: dict[str, Any], device: str) -> None:
+    """Load what a worker needs, and begin to use its device."""
+    import torch
+
+    from esper_core.simic.gym.planted import gym_registry
+
+    occupy(device)
+    torch.ones(1, device=device).sum().item()
+    state["registry"] = gym_registry()
+
+
+if __name__ == "__main__":
+    be_one(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "1")

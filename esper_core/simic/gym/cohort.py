@@ -43,6 +43,10 @@ class Population(Protocol):
     def broken(self) -> set[int]:
         """See the class."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of how they were computed."""
+
     def step(self, batches: Sequence[Batch], rate: float) -> None:
         """Every environment trains on its group's batch at the host's learning rate `rate`."""
 
@@ -88,6 +92,11 @@ class Cohort:
     def broken(self) -> set[int]:
         """Empty."""
         return set()
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Empty."""
+        return ()
 
     def step(self, batches: Sequence[Batch], rate: float) -> None:
         """Trunk and members train on the one batch at the host's learning rate `rate`."""

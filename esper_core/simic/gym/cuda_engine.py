@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -32,6 +31,7 @@ from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.host import Batch, HostProtocol
 from esper_core.leyline.objective import Objective
+from esper_core.simic.gym.captured_steps import CapturedSteps
 from esper_core.simic.gym.stacked_frames import StackFrame
 from esper_core.simic.gym.stacked_sensors import StackedSensors
 from esper_core.simic.gym.stacked_slots import AlphaCourse, Bucket, Flags, LaneCall, Point, StackedConvolution, vmapped
@@ -40,8 +40,6 @@ from esper_core.simic.gym.stacks import BLEND, Arena, Stack, StackedAdamW, Stack
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 _Place = tuple[int, str]
 _ADAMW = StackedAdamW()
-_WARM: Final = 1
-"""Steps of one shape that are computed before they are captured."""
 _ROWS: Final = 1 << 18
 """Examples of all environments and masks together in one pass over the validation split."""
 
@@ -108,6 +106,7 @@ class StackedPopulation:
     Attributes:
         losses: (history, N) on the device; step t's are at t % history.
         live: called with the number of steps that planes have not taken yet; by default it steps them.
+        captured: steps as graphs; None where they are launched one by one from the start.
         rows: (N, points) row of each seed among all lanes, plus one; 0 where a slot is empty.
 
     Raises:
@@ -137,7 +136,8 @@ class StackedPopulation:
                 raise EsperError("planes that merge fossilised seeds", "merge=False")
         self.planes, self.objective, self.device = list(planes), objective, torch.device(device)
         self.bucket, self.convolution, self.precision = bucket, convolution, precision
-        self.capture = self.device.type == "cuda" if capture is None else capture
+        wanted = self.device.type == "cuda" if capture is None else capture
+        self.captured = CapturedSteps(self.device) if wanted else None
         self.learning_rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self.losses = torch.zeros(history, len(planes), device=self.device)
         self.sees = torch.tensor(sees, device=self.device) if sees else None
@@ -146,10 +146,6 @@ class StackedPopulation:
         self.sensors: StackedSensors | None = None
         self._cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.steps = self._unsynced = 0
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Batch]] = {}
-        self._warm: Counter[Any] = Counter()
-        self._side = torch.cuda.Stream(self.device) if self.capture else None  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
         self._lanes: dict[_Place, tuple[Bucket, int]] = {}
         self._changed: dict[_Place, None] = {}
         self._births: dict[_Place, int] = {}
@@ -192,33 +188,10 @@ class StackedPopulation:
         batch = batches if isinstance(batches, Batch) else stacked(batches)
         self.learning_rate.fill_(learning_rate)
         key = (sample, *((tuple(t.shape), t.dtype) for t in batch.tensors()))
-        if not self.capture:
+        if self.captured is None:
             self._advance(batch.to(self.device, non_blocking=True), sample)
-        elif self._warm[key] < _WARM:  # libraries choose their kernels before the capture, on a stream of its own
-            self._warm[key] += 1
-            assert self._side is not None
-            self._side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._side):
-                self._advance(batch.to(self.device, non_blocking=True), sample)
-            torch.cuda.current_stream().wait_stream(self._side)
         else:
-            if key not in self._graphs:
-                try:
-                    self._graphs[key] = self._record(batch, sample)
-                except (
-                    RuntimeError
-                ) as error:  # some host waits for the device in its forward pass; nothing was computed
-                    self.capture = False
-                    warnings.warn(
-                        f"steps are launched one by one, since they cannot be captured: {error}", stacklevel=2
-                    )
-            if key in self._graphs:
-                graph, static = self._graphs[key]
-                for target, source in zip(static.tensors(), batch.tensors(), strict=True):
-                    target.copy_(source, non_blocking=True)
-                graph.replay()
-            else:
-                self._advance(batch.to(self.device, non_blocking=True), sample)
+            self.captured.step(key, batch, lambda batch: self._advance(batch, sample))
         self.steps += 1
         self._unsynced += 1
 
@@ -271,15 +244,6 @@ class StackedPopulation:
         """Training loss (N,) of each environment; their sum's gradient keeps them apart."""
         losses: Tensor = torch.vmap(self.objective.loss, in_dims=(0, None if shared else 0))(logits, targets)
         return losses
-
-    def _record(self, batch: Batch, sample: bool) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        """Capture forward, backward, optimizer and ramps for batches shaped like this one; nothing is computed."""
-        static = batch.to(self.device, non_blocking=True, copy=True)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
-            self._advance(static, sample)
-        return graph, static
 
     # --- Decisions ---
 
@@ -517,8 +481,8 @@ class StackedPopulation:
         self.flags = Flags.make(len(self.arena.age), ramp, self.device)
         for path, point in self.points.items():
             point.rebuild(stacks[path], self.flags)
-        self._graphs.clear()
-        self._warm.clear()
+        if self.captured is not None:
+            self.captured.forget()
         if self.sensors is not None:
             self.sensors.resize()
         for place in places:

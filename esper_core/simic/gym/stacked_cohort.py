@@ -259,6 +259,12 @@ class StackedCohort:
         self._check, self._batch_size, self._rate = check, 0, 0.0
 
     @property
+    def notes(self) -> Sequence[str]:
+        """See `Population`."""
+        captured = self.population.captured
+        return [captured.refusal] if captured is not None and captured.refusal else []
+
+    @property
     def trunk(self) -> Member:
         """The twin of the first group."""
         return self.trunks[0]

@@ -239,12 +239,20 @@ def _play(
                 diaries[k].ledger.take(paid[k])
     except RunFailed:
         return [([], []) for _ in runs]
+    finally:
+        state.setdefault("notes", []).extend(group.cohort.notes)
     answers: list[GroupPlayed] = []
     for g, number in enumerate(numbers):
         mine = range(0) if g in group.broken else range(g * size, (g + 1) * size)
         episodes = [diaries[k].close(number) for k in mine if diaries[k].seen]
         answers.append((episodes, [diaries[k].ledger.close(group, k) for k in mine]))
     return answers
+
+
+def occupy(device: str | None) -> None:
+    """Use this GPU alone, where it is one of several: this process takes no memory of the first."""
+    if device is not None and device.startswith("cuda:"):
+        torch.cuda.set_device(device)
 
 
 def stackable_parts(runs: Sequence[RunConfig], most: int) -> list[list[int]]:
@@ -289,6 +297,7 @@ def rollout(
     if _unstackable(state, runs, device):
         each = zip(runs, seeds, numbers, strict=True)
         return [rollout(state, packed, [run], size, [seed], [number])[0] for run, seed, number in each]
+    occupy(device)
     core = packed.unpack().to(device or "cpu")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     hidden = core.initial(size * len(runs))
@@ -324,6 +333,7 @@ def demonstrate(
     if _unstackable(state, runs, device):
         each = zip(runs, numbers, strict=True)
         return [demonstrate(state, config, shape, [run], size, [number])[0] for run, number in each]
+    occupy(device)
     registry = _registry(state)
     teachers: list[Controller] = []
     for run in runs:

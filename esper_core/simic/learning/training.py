@@ -21,6 +21,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -43,6 +44,7 @@ from esper_core.simic.learning.rollout import (
     PackedCore,
     Played,
     demonstrate,
+    occupy,
     rollout,
     stackable_parts,
     told,
@@ -118,6 +120,7 @@ class Training:
     def __init__(self, path: Path, manifest: Manifest, ranks: Ranks = ALONE) -> None:
         self.path, self.manifest, self.ranks = path, manifest, ranks
         self.device = manifest.device if ranks.size == 1 else own_device(manifest.device)
+        occupy(self.device)
         self.curriculum: Curriculum = parse_curriculum(manifest.text, manifest.curriculum)
         self.folder = RunFolder(path, keep=2)
         self.done, self.records, self.notices = 0, list[Record](), set[str]()
@@ -218,12 +221,16 @@ class Training:
         """The file that the training is for: the agent, or the adapter."""
         return self.path / ("adapter.safetensors" if self.adapter is not None else "agent.safetensors")
 
-    def run(self, workers: int = 0, notify: Callable[[Record], None] = lambda record: None) -> Path:
+    def run(
+        self, workers: int = 0, notify: Callable[[Record], None] = lambda record: None,
+        pool: Inline | WorkerPool | None = None,
+    ) -> Path:  # fmt: skip
         """Go on to the end; returns the product.
 
         Args:
             workers: processes; 0 for one a core, 1 for this one alone. The answer is the same for any number.
             notify: told of every iteration, in the first of several processes.
+            pool: workers that were started before, and go on afterwards; instead of `workers`.
 
         Raises:
             BadFile: another process trains here.
@@ -239,9 +246,9 @@ class Training:
             with ranks.together(forward=False):
                 if ranks.first:
                     self._rewrite_curves()
-            with one_thread(), make_pool(workers) as pool:
+            with one_thread(), nullcontext(pool) if pool is not None else make_pool(workers) as workplace:
                 while self.done < self.iterations:
-                    record = self._iterate(pool)
+                    record = self._iterate(workplace)
                     self._agree()
                     self.records.append(record)
                     self.done += 1
