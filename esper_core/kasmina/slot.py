@@ -38,6 +38,11 @@ def mode_of(stage: Stage) -> Mode:
     return Mode.RAMPING if properties.ramping else Mode.ATTACHED
 
 
+def is_evaluated(stage: Stage) -> bool:
+    """Whether a seed in `stage` is computed without gradients, as on the validation split."""
+    return mode_of(stage) in (Mode.RAMPING, Mode.ATTACHED)
+
+
 class Probe(Protocol):
     """A sensor's place in the forward pass; see `nissa.sensors`."""
 

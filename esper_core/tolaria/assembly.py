@@ -32,6 +32,7 @@ from esper_core.tolaria.allocating import AllocationConfig
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.governor import GovernorConfig
 from esper_core.tolaria.optimizer import OptimizerConfig
+from esper_core.tolaria.sharding import ShardingConfig
 from esper_core.tolaria.timetable import Timetable
 
 
@@ -54,8 +55,8 @@ class SensorConfig:
 
 
 PARTS: Final[Mapping[str, type[attrs.AttrsInstance]]] = {
-    "allocation": AllocationConfig, "governor": GovernorConfig, "optimizer": OptimizerConfig, "plane": PlaneConfig,
-    "sensors": SensorConfig,
+    "allocation": AllocationConfig, "fsdp2": ShardingConfig, "governor": GovernorConfig, "optimizer": OptimizerConfig,
+    "plane": PlaneConfig, "sensors": SensorConfig,
 }  # fmt: skip
 """The run's own parts whose options `--set part.option=value` reaches, beside those of plugins."""
 

@@ -3,6 +3,9 @@
 Every block of the host is sharded by itself, then what is left of the host; a seed is sharded as a whole when it is
 born, and copies of blocks block by block. A block is copied shard by shard: no process ever holds all of it.
 
+Launching a step is what takes time where blocks are small. So parameters that take little memory are gathered once a
+step, and stay whole from the forward to the backward pass; and the optimizer sees shards as plain tensors.
+
 Source: Zhao et al., "PyTorch FSDP", VLDB 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 """
 
@@ -28,6 +31,7 @@ from esper_core.leyline.errors import BadOption, EsperError, IncompatibleSeed, R
 from esper_core.leyline.host import HostProtocol
 from esper_core.tolaria.faults import PART_FAULTS
 from esper_core.tolaria.process_group import ProcessGroup
+from esper_core.tolaria.sharding import ShardingConfig
 from esper_core.tolaria.step import Strategy
 
 
@@ -36,6 +40,7 @@ class ShardedProcesses(ProcessGroup):
 
     Attributes:
         policy: in what dtypes blocks compute and gradients are added up.
+        room: bytes of whole parameters that may stay from the forward to the backward pass.
     """
 
     sharded = True
@@ -44,11 +49,14 @@ class ShardedProcesses(ProcessGroup):
         super().__init__(device)
         self.mesh: DeviceMesh = init_device_mesh(device.type, (self.size,))
         self.policy = MixedPrecisionPolicy()
+        self.room = 0.0
 
-    def compute_in(self, dtype: torch.dtype | None) -> None:
+    def compute_in(self, dtype: torch.dtype | None, sharding: ShardingConfig) -> None:
         """Gather parameters in `dtype`, and add up gradients in float32; None: all in the parameters' own dtype."""
         if dtype is not None:
             self.policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        memory = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 1 << 40
+        self.room = sharding.keep * min(row[0] for row in self.gather([memory]))
 
     @contextmanager
     def together(self, token: Callable[[], int] = lambda: 0, *, forward: bool = True) -> Iterator[list[int]]:
@@ -139,25 +147,62 @@ class Sharded(Strategy):
     def __init__(self, ranks: ShardedProcesses, plane: Plane) -> None:
         self.ranks, self.plane = ranks, plane
         self._adding = True
+        self._sharded: list[FSDPModule] = []
+        self._grown: list[FSDPModule] = []
+        self._whole: list[FSDPModule] = []  # from forward to backward
+        self._version = -1
+        plane.on_change(lambda change: self._forget())
+
+    def _forget(self) -> None:
+        self._version = -1
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """See `Strategy`."""
-        with self.ranks.together():
-            yield
+        """See `Strategy`. Readings outside of it find every parameter sharded."""
+        if self._version != self.ranks.version:
+            self._list()
+        if self.ranks.device.type == "cuda":  # what grows behind a block is gathered while that computes
+            event = torch.cuda.current_stream().record_event()
+            for module in self._grown:
+                module.set_post_optim_event(event)
+        for module in self._whole:
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            with self.ranks.together():
+                yield
+        finally:
+            for module in self._whole:
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
 
     def announce(self, *, last: bool) -> None:
         """See `Strategy`."""
         if last is not self._adding or not last:
-            for root in (self.plane.host.module, self.plane.module):
-                for module in root.modules():
-                    if isinstance(module, FSDPModule):
-                        module.set_requires_gradient_sync(last, recurse=False)
+            for module in self._sharded:
+                module.set_requires_gradient_sync(last, recurse=False)
             self._adding = last
 
     def complete(self, parameters: Iterable[nn.Parameter]) -> None:
         """See `Strategy`: nothing is left to do for gradients; running statistics are averaged."""
         self.ranks.average_running(running_of(self.plane))
+
+    def _list(self) -> None:
+        """Find everything that is sharded now, and what of it may stay whole within a step.
+
+        What no block holds may in any case: its backward pass begins where its forward pass ends.
+        """
+        host, grown = self.plane.host.module, self.plane.module
+        self._grown = [m for m in grown.modules() if isinstance(m, FSDPModule)]
+        self._sharded = [*(m for m in host.modules() if isinstance(m, FSDPModule)), *self._grown]
+        parameters = {id(p): p for root in (host, grown) for p in root.parameters()}
+        dtype = self.ranks.policy.param_dtype
+        sizes = [p.numel() * (p.element_size() if dtype is None else dtype.itemsize) for p in parameters.values()]
+        fits = sum(sizes) <= self.ranks.room
+        self._whole = self._sharded if fits else [m for m in (host,) if isinstance(m, FSDPModule)]
+        self._version = self.ranks.version
+        self._adding = True
+        for module in self._sharded:
+            module.set_requires_gradient_sync(True, recurse=False)
 
 
 class Cloner:

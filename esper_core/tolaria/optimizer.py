@@ -18,7 +18,7 @@ from esper_core.leyline.options import option_field
 from esper_core.tolaria.caller_groups import GroupRef, family_of, source_of
 from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.muon import MuonAdamW, hidden_matrices
-from esper_core.tolaria.sharding import copy_all
+from esper_core.tolaria.sharding import ShardwiseAdamW, copy_all, is_sharded
 
 
 @attrs.frozen
@@ -261,7 +261,8 @@ class GrowthOptimizer:
             shared["eps"] = 1e-4  # float16 rounds 1e-8, and squares below 6e-8, to zero: steps would have no bound
         if config.optimizer == "muon":
             return MuonAdamW(list(parameters), is_matrix=self._is_hidden, betas=betas, fused=fused or None, **shared)
-        return torch.optim.AdamW(list(parameters), betas=betas, fused=fused or None, **shared)
+        kind = ShardwiseAdamW if any(map(is_sharded, parameters)) else torch.optim.AdamW
+        return kind(list(parameters), betas=betas, fused=fused or None, **shared)
 
     def _is_hidden(self, parameter: Tensor) -> bool:
         """Whether Muon updates it: a matrix inside the host, or any matrix of a seed."""

@@ -23,6 +23,7 @@ from esper_core.kasmina.scoring import BadScores
 from esper_core.leyline.errors import EsperError, RunFailed
 from esper_core.leyline.host import Batch, HostProtocol, rows_of
 from esper_core.tolaria.faults import PART_FAULTS, DataFailed
+from esper_core.tolaria.sharding import ShardingConfig
 
 _FAULT, _DATA, _ENDS = 1, 2, 3
 """Kinds of errors by which a block ends, the last of which wins: a part's, a split's, and one that ends the run."""
@@ -256,8 +257,8 @@ class ProcessGroup(Ranks):
 
     # --- Parameters ---
 
-    def compute_in(self, dtype: torch.dtype | None) -> None:
-        """Take note of the dtype of autocast; None for full precision."""
+    def compute_in(self, dtype: torch.dtype | None, sharding: ShardingConfig) -> None:
+        """Take note of the dtype of autocast, None for full precision, and of how parameters are sharded."""
 
     def spread(self, host: HostProtocol) -> None:
         """Place the host, which was built alike on every process."""

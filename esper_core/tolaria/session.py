@@ -16,6 +16,7 @@ from esper_core.kasmina.churn import measure_churn
 from esper_core.kasmina.counterfactual import Measurement
 from esper_core.kasmina.growth import StageChange
 from esper_core.kasmina.plane import Plane
+from esper_core.kasmina.slot import is_evaluated
 from esper_core.leyline.actions import Command, read_commands
 from esper_core.leyline.errors import EsperError, RunFailed
 from esper_core.leyline.events import (
@@ -523,14 +524,14 @@ class Tolaria:
     def tell(self, change: StageChange) -> None:
         """Emit a change of a stage."""
         growth = self.plane.growths.get(change.slot)
-        self.forget_costs()
+        self.forget_costs(probes=is_evaluated(change.before) is not is_evaluated(change.after))
         if growth is not None and growth.direct and change.after.spec.ramps_to == 1.0:
             self.governor.hold_still(self.clock.step + growth.ramp_steps - growth.ramp_done)
         self.emit(stage_changed(self.clock.step, change, growth, self.plane.rent_of(change.slot) if growth else None))
 
-    def forget_costs(self) -> None:
-        """Count the FLOPs of steps and probes anew, since the structure has changed."""
-        self.flops_each, self.probe_flops = None, {}
+    def forget_costs(self, *, probes: bool = True) -> None:
+        """Count the FLOPs of steps anew, since the structure has changed; `probes`: also those of validation passes."""
+        self.flops_each, self.probe_flops = None, {} if probes else self.probe_flops
 
     def _tell_regions(self, organs: Mapping[str, Any]) -> None:
         plain = {name: attrs.asdict(organ, filter=lambda a, _: a.name != "name") for name, organ in organs.items()}
@@ -591,10 +592,9 @@ class Tolaria:
         if self.sensors is not None:
             self.sensors.load_state_dict(state["sensors"])
         waiting = [float(value) for value in state["waiting"]]
-        self._waiting = len(waiting)
+        self._waiting, self.flops_each = len(waiting), None
         counts = self.loop is not None or self.plane.ranks.first  # the first of a run's processes counts for all
         self._losses[: len(waiting)] = torch.tensor(waiting) * counts
-        self.flops_each = None
         self.probe_flops = {tuple(map(str, paths)): float(flops) for paths, flops in state.get("probe_flops", ())}
         self.books.load_state_dict(state)
         self.host_readings = dict(state.get("host", {}))  # not in checkpoints of 0.1.0

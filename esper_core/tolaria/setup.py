@@ -50,6 +50,7 @@ from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.processes import own_device, strategy_of
 from esper_core.tolaria.room import refuse_no_room
 from esper_core.tolaria.session import Tolaria
+from esper_core.tolaria.sharding import ShardingConfig
 from esper_core.tolaria.step import Precision, TrainingStep
 from esper_core.tolaria.timetable import Timetable, ValidationSlice, rows_of_rank, steps_per_epoch
 
@@ -234,7 +235,7 @@ def spread(setup: Setup, ranks: Ranks) -> None:
     """
     if isinstance(ranks, ProcessGroup):
         setup.plane.ranks = ranks
-        ranks.compute_in(setup.precision.dtype)
+        ranks.compute_in(setup.precision.dtype, assembly.part_config(setup.config, "fsdp2", ShardingConfig))
         ranks.spread(setup.plane.host)
 
 
@@ -367,7 +368,7 @@ def check_settings(
     if not config.settings:
         return
     known = _options_by_name(registry.specs())
-    used = known if lenient else _options_by_name(_used_parts(config, registry, objective, gym=gym))
+    used = known if lenient else _used_options(config, registry, objective, gym=gym)
     for key in config.settings:
         owner, _, option = key.rpartition(".")
         if owner not in known:
@@ -389,10 +390,20 @@ def check_settings(
 
 def keep_used_settings(config: RunConfig, registry: Registry) -> RunConfig:
     """The configuration without settings of parts that it does not use, such as a controller that was replaced."""
-    used = _options_by_name(_used_parts(config, registry))
+    used = _used_options(config, registry)
     split = {key: key.rpartition(".") for key in config.settings}
     kept = {key: config.settings[key] for key, (owner, _, option) in split.items() if option in used.get(owner, ())}
     return attrs.evolve(config, settings=kept)
+
+
+def _used_options(
+    config: RunConfig, registry: Registry, objective: str = "", *, gym: bool = False
+) -> dict[str, set[str]]:
+    """Names of options by the names of the parts that the run uses."""
+    used = _options_by_name(_used_parts(config, registry, objective, gym=gym))
+    if config.strategy != "fsdp2":
+        del used["fsdp2"]
+    return used
 
 
 def _options_by_name(parts: Iterable[Registered]) -> dict[str, set[str]]:

@@ -5,10 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from esper_core.kasmina.ranks import local
+from esper_core.leyline.options import option_field
+
+
+@attrs.frozen
+class ShardingConfig:
+    """Options `fsdp2.NAME` of a run."""
+
+    keep: float = option_field(
+        0.05, "share of a GPU's memory up to which parameters stay whole between forward and backward", 0.0, 1.0
+    )
+
+
+class ShardwiseAdamW(torch.optim.AdamW):
+    """AdamW over shards as plain tensors: every element is updated by itself, and a DTensor costs each call time."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+        found = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return found
 
 
 def is_sharded(tensor: Tensor) -> bool:
