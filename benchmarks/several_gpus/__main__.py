@@ -39,9 +39,9 @@ class Piece:
 PIECES: Final = {
     "links": Piece("links", 70),
     "agreement": Piece("agreement", 100, alone=True),
-    "scaling": Piece("scaling", 190),
+    "scaling": Piece("scaling", 150),
     "billion": Piece("billion", 260),
-    "simic": Piece("simic", 200, alone=True),
+    "simic": Piece("simic", 175, alone=True),
 }
 
 
@@ -92,6 +92,7 @@ def be_one(asked: argparse.Namespace) -> None:
         function(asked.limit, asked.quick)
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:  # else it would wait for the others
+            dist.barrier()
             dist.destroy_process_group()
 
 

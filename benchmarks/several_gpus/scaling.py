@@ -1,7 +1,9 @@
 """Seconds a step of a GPT in the shape of GPT-2 small that grows: one process, several, and loops written by hand.
 
 Three phases: the host; the host after a deepening by copies; the same with a live seed besides. Loops by hand train the
-model of the first two phases. A round times every contender in turn; every process has the same number of rows.
+model of the first two phases; that of `fully_shard` also keeps its parameters whole between forward and backward, as
+`fsdp2` does where memory allows. A round times every contender in turn; every process has the same number of rows.
+Launching is what a process does before the device is done: where it takes as long as the step, the device waits.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ from esper_plugins.objectives.shared import token_loss
 from esper_plugins.tasks.tokens import task_of_parts
 
 STRATEGIES = ("ddp", "fsdp2")
+KEPT = "fsdp2 kept whole"
+DECISIONS = 3
+"""Of each phase; the first meets a cold cache, and the second has a birth."""
 
 
 def scaling(limit: float, quick: bool) -> None:
@@ -59,7 +64,7 @@ def scaling(limit: float, quick: bool) -> None:
 
     def by_hand(deep: int) -> dict[str, Callable[..., object]]:
         found = {}
-        for name in STRATEGIES:
+        for name in (*STRATEGIES, KEPT):
             model = GPT(vocabulary, deep, width, max(1, width // 64), length, 4.0, False).to(device)
             data = rows_of_rank(task.train, group, batch * group.size, device=str(device), shuffle=True)
             found[f"{name} by hand"] = _by_hand(model, name, data, device, group, quick)
@@ -78,7 +83,10 @@ def scaling(limit: float, quick: bool) -> None:
         deep = layers + (more if phase != "host" else 0)
         flops = model_flops(weights - vocabulary * width + plane.ledger.seed_params, deep, width, length)
         _tell_phase(phase, seconds, flops * batch * length)
-        if phase == "deepened":
+        if phase != "with a live seed":
+            tell(stage="launching", phase=phase, seconds_a_step={
+                name: _launching(step) for name, step in (contenders | hand).items()})  # fmt: skip
+        if phase == "host":
             for name in ("esper fsdp2", "fsdp2 by hand"):
                 _profile(name, (contenders | hand)[name])
         hand.clear()
@@ -86,12 +94,38 @@ def scaling(limit: float, quick: bool) -> None:
         if late(0.9):
             return
         for name, trainer in trainers.items():
-            deciding = [timed(trainer.decide) for _ in range(2)]  # the first meets a compiler and a cold cache
             median = statistics.median(seconds[f"esper {name}"])
-            share_of_time = {f"each {n} steps": deciding[1] / (deciding[1] + n * median) for n in (100, 200, 400)}
-            tell(stage="decisions", phase=phase, of=name, seconds=deciding, share_of_time=share_of_time,
-                 parameters=trainer.tolaria.plane.ledger.seed_params + weights,
-                 stages={k: str(v.stage) for k, v in trainer.tolaria.plane.growths.items()})  # fmt: skip
+            for number in range(DECISIONS):
+                _tell_decision(trainer, phase, name, number, median)
+
+
+def _tell_decision(trainer: Trainer, phase: str, name: str, number: int, step: float) -> None:
+    """One decision: its seconds, and those of its parts on process 0; `step`: seconds of a training step."""
+    tolaria, parts = trainer.tolaria, dict[str, float]()
+    live = {path: str(growth.stage) for path, growth in tolaria.plane.growths.items() if growth.blueprint}
+    for part in ("_measure", "keep", "view", "_ask", "obey", "_read_sensors"):
+        setattr(tolaria, part, _timer(getattr(tolaria, part), part, parts))
+    try:
+        took = timed(trainer.decide)
+    finally:
+        for part in ("_measure", "keep", "view", "_ask", "obey", "_read_sensors"):
+            delattr(tolaria, part)
+    shares = {f"each {n} steps": took / (took + n * step) for n in (100, 200, 400)}
+    tell(stage="decision", phase=phase, of=name, number=number, seconds=took, share_of_time=shares, before=live,
+         parts=parts)  # fmt: skip
+
+
+def _timer(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def timed_(*args: Any, **more: Any) -> Any:
+        wait()
+        began = time.perf_counter()
+        try:
+            return function(*args, **more)
+        finally:
+            wait()
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+
+    return timed_
 
 
 def _trainers(
@@ -147,6 +181,18 @@ def _rounds(
     return seconds
 
 
+def _launching(step: Callable[[], object]) -> float:
+    """Seconds until a step is launched on an idle device: a median of five, each of which the device then ends."""
+    found = []
+    for _ in range(5):
+        wait()
+        began = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - began)
+    wait()
+    return statistics.median(found)
+
+
 def _profile(name: str, step: Callable[[], object]) -> None:
     """Where three steps go: seconds on the GPU and on the CPU, and what took most of each, milliseconds a step."""
     from torch.profiler import ProfilerActivity, profile
@@ -176,10 +222,11 @@ def _tell_phase(phase: str, seconds: Mapping[str, list[float]], flops: float) ->
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
-    over = {f"{n} over {b}": ratio(f"esper {n}", b) for n in STRATEGIES for b in seconds if b.startswith(f"{n} by")}
+    hand = [name for name in seconds if name.endswith("by hand")]
+    over = {f"{n} over {b}": ratio(f"esper {n}", b) for n in STRATEGIES for b in hand if b.startswith(n)}
     tell(
         stage="scaling", phase=phase, rounds=len(seconds["esper ddp"]), seconds_a_step=median, all_seconds=seconds,
-        efficiency={n: ratio("esper alone", f"esper {n}") for n in STRATEGIES}, ratios=over,
+        efficiency={n: ratio("esper alone", n) for n in (*(f"esper {s}" for s in STRATEGIES), *hand)}, ratios=over,
         mfu={name: flops / value / PEAK for name, value in median.items()}, peak_GiB=memory(),
     )  # fmt: skip
 
@@ -203,6 +250,8 @@ def _by_hand(
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         wrapped = fully_shard(model, mesh=mesh, mp_policy=policy)
+        if name == KEPT:
+            wrapped.set_reshard_after_forward(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
     cast = name == "ddp" and not quick
 

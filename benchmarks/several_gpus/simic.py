@@ -130,7 +130,7 @@ def be_one(folder: Path, limit: float, quick: bool) -> None:
     workers = 1 if quick else max(1, len(os.sched_getaffinity(0)) // ranks.size)
     stacks = ranks.size * (1 if quick else 2 * workers)  # two for each worker where all train, and more for one alone
     text = CURRICULUM.format(
-        iterations=ITERATIONS, groups=AT_ONCE * stacks, alike=AT_ONCE, steps=4 if quick else 40,
+        iterations=ITERATIONS, groups=AT_ONCE * stacks, alike=AT_ONCE, steps=4 if quick else 30,
         batch=16 if quick else 64,
     )  # fmt: skip
     manifest = Manifest(

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from esper_core.integrations.batches import OnDevice
+from esper_core.integrations.batches import OnDevice, refuse_without_ddp
 from esper_core.integrations.loss_check import LossCheck, tell
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.module_host import host_from_module
@@ -43,10 +43,12 @@ class LightningGrowth(Callback):
     Optimizers and schedules are left as they are. Lightning's checkpoints hold the seeds and their progress:
     `fit(ckpt_path=...)` resumes with them, and `test(ckpt_path="best")` restores those of that checkpoint.
     `load_grown` reads a checkpoint outside of a trainer; `load_from_checkpoint` refuses one with seeds. Automatic and
-    manual optimization, accumulated gradients. For one device and one `fit`.
+    manual optimization, accumulated gradients. For one `fit`, on one device or with `strategy="ddp"` on several:
+    decisions are made once, and events come in the first process.
 
     Args:
-        validation: batches that decisions read; read anew at each decision.
+        validation: batches that decisions read; read anew at each decision. The same in every process: each takes its
+            rows of them.
         decisions: how often the controller is asked.
         module: path in the Lightning module of what grows, such as `net`; empty for the Lightning module itself, whose
             `forward` must then give logits.
@@ -144,11 +146,11 @@ class LightningGrowth(Callback):
         """Lay the plane over the module; go on from the checkpoint if the trainer does.
 
         Raises:
-            EsperError: several devices, a second `fit`, no end in sight, an average of weights that would
-                leave out the seeds, or a checkpoint without them.
+            EsperError: several devices without DistributedDataParallel, a second `fit`, no end in sight, an average of
+                weights that would leave out the seeds, or a checkpoint without them.
         """
-        self._refuse(trainer)
         model = self._grows(pl_module)
+        self._refuse(trainer, model)
         self._total = int(trainer.estimated_stepping_batches)
         self._device = str(next(model.parameters()).device)
         by_norm = trainer.gradient_clip_algorithm in (None, "norm") or str(trainer.gradient_clip_algorithm) == "norm"
@@ -159,6 +161,7 @@ class LightningGrowth(Callback):
             **{"clip": clip or 0.0, "accumulate": self._parts(trainer, pl_module), **self.options},
         )  # fmt: skip
         self.convert = self.tolaria.convert or self.convert
+        self._batches().check_alike()
         held, self._held = self._held, None
         if held is not None:
             tolaria = self.tolaria
@@ -193,7 +196,7 @@ class LightningGrowth(Callback):
             self._say("training_step returns no loss, so growth goes without it")
         self.tolaria.step(mean, examples)
         if self.tolaria.due(self._total):
-            self.tolaria.decide(OnDevice(self.validation, self.convert, self._device), float(trainer.current_epoch))
+            self.tolaria.decide(self._batches(), float(trainer.current_epoch))
         if self._steps >= self._total:
             self.tolaria.conclude()
 
@@ -204,17 +207,19 @@ class LightningGrowth(Callback):
         if self.tolaria is not None and self.tolaria.clock.step == 0:
             self._say("no growth step happened: the trainer took no optimizer step")
 
-    def _refuse(self, trainer: Any) -> None:
+    def _refuse(self, trainer: Any, model: nn.Module) -> None:
         if self.tolaria is not None or self._used is not None:
             raise EsperError("this callback has already grown a model", "one callback a fit()", "LightningGrowth(...)")
-        if trainer.world_size > 1:
-            raise EsperError("the trainer uses several devices", "one process and one device", "Trainer(devices=1)")
+        refuse_without_ddp(model, trainer.world_size, 'Trainer(strategy="ddp"), or Trainer(devices=1)')
         if trainer.estimated_stepping_batches == float("inf"):
             raise EsperError("the trainer has no last step", "a number of epochs or steps", "Trainer(max_steps=N)")
         for other in trainer.callbacks:
             if _AVERAGES & {base.__name__ for base in type(other).__mro__}:
                 raise EsperError(f"{type(other).__name__} averages the model without its seeds",
                                  "an average that follows growth", "GrowthEMA(growth.plane)")  # fmt: skip
+
+    def _batches(self) -> OnDevice:
+        return OnDevice(self.validation, self.convert, self._device, self.plane.ranks)
 
     def _grows(self, pl_module: nn.Module) -> nn.Module:
         return pl_module.get_submodule(self.module)

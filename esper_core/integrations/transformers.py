@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from esper_core.integrations.batches import OnDevice
+from esper_core.integrations.batches import OnDevice, refuse_without_ddp
 from esper_core.integrations.loss_check import LossCheck, tell
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.plane import Plane
@@ -33,13 +33,16 @@ class GrowthCallback(TrainerCallback):
 
     The trainer's optimizer and scheduler are left as they are. Its checkpoints get the seeds and their progress as
     `growth.safetensors` beside the model, whose keys do not change; `resume_from_checkpoint` and
-    `load_best_model_at_end` find them there. For one process and one device, and one `train()`.
+    `load_best_model_at_end` find them there. For one `train()`, in one process or in several that `torchrun` or
+    `accelerate launch` has started, with one device each: DistributedDataParallel, not FSDP or DeepSpeed. Decisions
+    are made once, and events come in the first process.
 
     Where the model's output has no loss, because of `label_smoothing_factor` or of a `compute_loss` of one's own, call
     `watch(trainer)` before `train()`: otherwise seeds grow without the training loss, which is said aloud.
 
     Args:
-        validation: batches that decisions read, each a mapping with `labels`; read anew at each decision.
+        validation: batches that decisions read, each a mapping with `labels`; read anew at each decision. The same in
+            every process: each takes its rows of them.
         decisions: how often the controller is asked.
         convert: turns a batch into a `leyline.host.Batch`.
         on_event: takes every event.
@@ -62,6 +65,7 @@ class GrowthCallback(TrainerCallback):
         self._summed, self._watched, self._unseen = False, False, 0
         self._check = LossCheck(self._say)
         self._device = "cpu"
+        self._processes = 1  # by which the trainer multiplies a loss that it divides by the labels of all processes
         self._hook: Any = None
 
     @property
@@ -100,12 +104,16 @@ class GrowthCallback(TrainerCallback):
         """Lay the plane over the model; go on from the trainer's checkpoint if it does.
 
         Raises:
-            EsperError: several devices or processes, a second `train()`, or a checkpoint without its seeds.
+            EsperError: several devices in a process, several processes without DistributedDataParallel, a second
+                `train()`, or a checkpoint without its seeds.
         """
         if self.tolaria is not None:
             raise EsperError("this callback has already grown a model", "one callback a train()", "GrowthCallback(...)")
-        if max(getattr(args, "n_gpu", 1), getattr(args, "world_size", 1)) > 1:
-            raise EsperError("the trainer uses several devices", "one process and one device", "CUDA_VISIBLE_DEVICES=0")
+        if getattr(args, "n_gpu", 1) > 1:
+            raise EsperError("the trainer uses several devices in a process", "one device for each process",
+                             "torchrun --nproc-per-node N, or CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+        processes = getattr(args, "world_size", 1)
+        refuse_without_ddp(model, processes, "torchrun or accelerate launch without FSDP and DeepSpeed")
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         sample = next(iter(self.validation), None)
         if sample is None:
@@ -117,6 +125,8 @@ class GrowthCallback(TrainerCallback):
             **{"clip": args.max_grad_norm or 0.0, "accumulate": args.gradient_accumulation_steps, **self.options},
         )  # fmt: skip
         self.convert = self.tolaria.convert or self.convert
+        self._processes = processes if getattr(args, "average_tokens_across_devices", False) else 1
+        self._batches().check_alike()
         if state.global_step > 0:
             resume(self.tolaria, self._beside(args, state.global_step))
         if not self._watched:
@@ -138,15 +148,19 @@ class GrowthCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Decide when it is time."""
         if self.tolaria is not None and self.tolaria.due(state.max_steps):
-            self.tolaria.decide(OnDevice(self.validation, self.convert, self._device), float(state.epoch or 0.0))
+            self.tolaria.decide(self._batches(), float(state.epoch or 0.0))
         if self.tolaria is not None and state.global_step >= state.max_steps:
             self.tolaria.conclude()
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Save the seeds beside the trainer's checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.tolaria is not None and folder.is_dir():
+        if self.tolaria is None:
+            return
+        ranks = self.tolaria.plane.ranks
+        if ranks.first and folder.is_dir():
             save_progress(self.tolaria, folder / GROWTH_FILE)
+        ranks.gather([0.0])  # the others may read it next
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Stop listening to the model; where the trainer went back to its best checkpoint, so do the seeds."""
@@ -160,6 +174,9 @@ class GrowthCallback(TrainerCallback):
             self.tolaria.conclude()
         if self.tolaria.clock.step == 0:
             self._say("no growth step happened: the trainer never told of an optimizer step")
+
+    def _batches(self) -> OnDevice:
+        return OnDevice(self.validation, self.convert, self._device, self.plane.ranks)
 
     def _beside(self, args: Any, step: int) -> Path:
         given = args.resume_from_checkpoint
@@ -181,7 +198,7 @@ class GrowthCallback(TrainerCallback):
         if not isinstance(loss, Tensor):
             return
         whole = given.get("num_items_in_batch") is None
-        self._note(loss, not whole)
+        self._note(loss if whole else loss * self._processes, not whole)
         if self._check.wanted and "labels" in given and self.tolaria is not None:
             item = {name: value for name, value in given.items() if value is not None}
             items = None if whole else float(given["num_items_in_batch"])

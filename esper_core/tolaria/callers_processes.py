@@ -6,6 +6,7 @@ born later. They are averaged here, at each step of growth, as DDP averages the 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -87,12 +88,16 @@ class ReplicatedSeeds(Replicated):
 def meet(model: nn.Module) -> tuple[nn.Module, Ranks]:
     """The model inside its wrappers, and the processes that train it; every one of them calls.
 
+    Args:
+        model: a wrapper of DDP, or a module somewhere inside one, as trainers of other libraries have it.
+
     Raises:
         EsperError: several processes are there and do not train one model with DDP, or something grows on it already.
     """
     wrappers = list(_layers(model))
     module, ddp = wrappers[-1], next((w for w in wrappers if isinstance(w, nn.parallel.DistributedDataParallel)), None)
-    for wrapper in wrappers:
+    ddp = ddp or ddp_around(module)
+    for wrapper in (*wrappers, *([ddp] if ddp is not None else [])):
         refuse_wrapped(wrapper)
     refuse_grown(module)
     met = dist.is_available() and dist.is_initialized()
@@ -110,6 +115,15 @@ def meet(model: nn.Module) -> tuple[nn.Module, Ranks]:
                          "all of them", "DistributedDataParallel(model)")  # fmt: skip
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     return module, LoopProcesses(device, module, bool(ddp.broadcast_buffers))
+
+
+def ddp_around(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The wrapper of DDP in this process that holds `model`; None where there is none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    kind = nn.parallel.DistributedDataParallel
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    return next((w for w in wrappers if any(module is model for module in w.modules())), None)
 
 
 def refuse_options(config: RunConfig, ranks: Ranks) -> None:
