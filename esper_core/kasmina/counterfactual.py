@@ -109,7 +109,8 @@ def measure_counterfactuals(
     weigh: Callable[[Tensor], Tensor | None] = getattr(objective, "weigh", _alike)
     unit: Tensor | None = None
     tree_of = PrefixTree(plane.host, plane.slots) if masks else _Bare(plane.host)
-    with evaluating(plane.host.module, plane.module), plane.ranks.together(), tree_of as tree:
+    ranks = plane.ranks
+    with evaluating(plane.host.module, plane.module), ranks.gathered_once(), ranks.together(), tree_of as tree:
         for batch in batches:
             if not sums:
                 sample = batch.head(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -51,6 +51,13 @@ class Ranks:
             Exception: what was raised here, or `RankFault` for what another process raised.
         """
         yield None
+
+    def gathered_once(self) -> AbstractContextManager[None]:
+        """A block of passes in which sharded parameters are gathered once, where memory allows, and not in each pass.
+
+        Until its end parameters of the model may be whole; nothing must read or copy them.
+        """
+        return nullcontext()
 
     def mine(self, batch: Batch) -> Batch:
         """This process's rows of a batch that every process has read."""

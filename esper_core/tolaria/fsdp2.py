@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class ShardedProcesses(ProcessGroup):
     Attributes:
         policy: in what dtypes blocks compute and gradients are added up.
         room: bytes of whole parameters that may stay from the forward to the backward pass.
+        keeper: see `gathered_once`.
     """
 
     sharded = True
@@ -50,6 +51,7 @@ class ShardedProcesses(ProcessGroup):
         self.mesh: DeviceMesh = init_device_mesh(device.type, (self.size,))
         self.policy = MixedPrecisionPolicy()
         self.room = 0.0
+        self.keeper: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def compute_in(self, dtype: torch.dtype | None, sharding: ShardingConfig) -> None:
         """Gather parameters in `dtype`, and add up gradients in float32; None: all in the parameters' own dtype."""
@@ -74,6 +76,10 @@ class ShardedProcesses(ProcessGroup):
                 with self.exchange():
                     raise
             raise self._end(error) from error
+
+    def gathered_once(self) -> AbstractContextManager[None]:
+        """See `Ranks`."""
+        return self.keeper()
 
     def add_up_norms_in_pass(self, norms: Tensor) -> Tensor:
         """See `Ranks`."""
@@ -151,6 +157,7 @@ class Sharded(Strategy):
         self._grown: list[FSDPModule] = []
         self._whole: list[FSDPModule] = []  # from forward to backward
         self._version = -1
+        ranks.keeper = self.gathered_once
         plane.on_change(lambda change: self._forget())
 
     def _forget(self) -> None:
@@ -159,17 +166,23 @@ class Sharded(Strategy):
     @contextmanager
     def together(self) -> Iterator[None]:
         """See `Strategy`. Readings outside of it find every parameter sharded."""
+        with self.gathered_once():
+            if self.ranks.device.type == "cuda":  # what grows behind a block is gathered while that computes
+                event = torch.cuda.current_stream().record_event()
+                for module in self._grown:
+                    module.set_post_optim_event(event)
+            with self.ranks.together():
+                yield
+
+    @contextmanager
+    def gathered_once(self) -> Iterator[None]:
+        """See `Ranks`."""
         if self._version != self.ranks.version:
             self._list()
-        if self.ranks.device.type == "cuda":  # what grows behind a block is gathered while that computes
-            event = torch.cuda.current_stream().record_event()
-            for module in self._grown:
-                module.set_post_optim_event(event)
         for module in self._whole:
             module.set_reshard_after_forward(False, recurse=False)
         try:
-            with self.ranks.together():
-                yield
+            yield
         finally:
             for module in self._whole:
                 module.set_reshard_after_forward(True, recurse=False)

@@ -42,6 +42,7 @@ def count(folder: str) -> dict[str, dict[str, float]]:
             trainer.decide()
         assert trainer.tolaria.plane.ledger.seed_params
         found[f"{name}, grown"] = _counted(step)
+        found[f"{name}, a decision"] = _counted(trainer.decide, warm=0, steps=1)
         found[f"{name}, grown"]["whole"] = sum(
             not hasattr(p, "to_local") for p in (*trainer.tolaria.plane.host.module.parameters(),
                                                  *trainer.tolaria.plane.module.parameters())
@@ -50,17 +51,17 @@ def count(folder: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def _counted(step: Callable[[], object]) -> dict[str, float]:
-    for _ in range(2):  # what happens in the first step alone
+def _counted(step: Callable[[], object], warm: int = 2, steps: int = STEPS) -> dict[str, float]:
+    for _ in range(warm):  # what happens in the first step alone
         step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
     kinds = Counter[str]()
     for event in profiler.key_averages():
         for kind in ("allgather", "reduce_scatter"):  # and now and then figures of the sensors
             if event.key.startswith("c10d::") and kind in event.key:
-                kinds[kind] += event.count / STEPS
+                kinds[kind] += event.count / steps
     return dict(kinds)
 
 

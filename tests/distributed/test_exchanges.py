@@ -25,6 +25,8 @@ def test_a_step_exchanges_what_one_by_hand_does(tmp_path: Path) -> None:
         grown, less = found["kept, grown"], found["not kept, grown"]
         assert (grown["allgather"], grown["reduce_scatter"]) == (groups + 1 + 1, groups + 1)
         assert (less["allgather"], less["reduce_scatter"]) == (2 * groups - 1 + 2 + 1, groups + 1)  # the copy's, twice
+        fewer = found["not kept, a decision"]["allgather"] - found["kept, a decision"]["allgather"]
+        assert fewer >= 2 * groups  # passes with and without the copy, of which the first gathers
         assert grown["whole"] == less["whole"] == 0  # between steps nothing is whole
 
 
