@@ -2,7 +2,7 @@
 
 Every process starts its workers, one a core of its share, as `benchmarks.device_training` does on one GPU: kernels of
 several processes run at once through CUDA's multi-process service. Then the first process trains alone while the
-others wait, and then all train together, on the same worlds. The first iteration of each training is not counted.
+others wait, and then all train together, on the same worlds. The first iteration of each training is not counted, and neither are checkpoints.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ class _Pace:
     def __init__(self, processes: int, until: float) -> None:
         self.processes, self.until = processes, until
         self.counted: dict[int, float] = {}
-        self._began, self._steps = time.monotonic(), 0
+        self._total, self._steps = 0.0, 0
 
     def __call__(self, record: Record) -> None:
-        took, steps = time.monotonic() - self._began, record["environment_steps"] - self._steps
-        self._began, self._steps = time.monotonic(), record["environment_steps"]
+        took, steps = record["seconds"]["total"] - self._total, record["environment_steps"] - self._steps
+        self._total, self._steps = record["seconds"]["total"], record["environment_steps"]
         if record["iteration"]:
             self.counted[record["iteration"]] = steps / took
         parts = {name: round(seconds, 2) for name, seconds in record["seconds"].items() if name != "total"}
@@ -146,7 +146,6 @@ def be_one(folder: Path, limit: float, quick: bool) -> None:
         if ranks.first:
             _train(folder / "alone", manifest, ALONE, pool, alone)
         ranks.gather([0.0])  # the others wait
-        together._began = time.monotonic()
         _train(folder / "together", manifest, ranks, pool, together)
         same = alone.counted.keys() & together.counted.keys()
         if same:
