@@ -2,7 +2,8 @@
 
 Every process starts its workers, one a core of its share, as `benchmarks.device_training` does on one GPU: kernels of
 several processes run at once through CUDA's multi-process service. Then the first process trains alone while the
-others wait, and then all train together, on the same worlds. The first iteration of each training is not counted, and neither are checkpoints.
+others wait, and then all train together, on the same worlds. The first iteration of each training is not counted, and
+neither are checkpoints.
 """
 
 from __future__ import annotations
