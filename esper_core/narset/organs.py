@@ -203,7 +203,10 @@ def _members(view: RunView, names: Mapping[str, str]) -> dict[str, list[SlotView
 
 
 class OrganManager:
-    """Narset around another controller: its view offers only what its organs can afford.
+    """Narset around another controller: it says how much grows, and she sees to it that regions keep their budgets.
+
+    Its view offers what some region can afford. A seed that it plants where the region's budget is spent is planted in
+    the best region that has budget left. A controller that reads `RunView.regions`, as the heuristic does, keeps to them.
 
     A region that holds more than its budget gives seeds back where a better region waits for budget: those on trial
     that are measured to earn less for their parameters than seeds there do, the worst first. They wither and are
@@ -225,7 +228,7 @@ class OrganManager:
         self._rest: dict[str, int] = {}  # region → decisions in which a seed could have been planted, and none was
 
     def decide(self, view: RunView) -> Sequence[Command]:
-        """The inner controller's commands that the organs' budgets allow."""
+        """The inner controller's commands, as far as the organs' budgets allow them."""
         slots, regions = {slot.path: slot for slot in view.slots}, regions_of(view, self.config)
         resting = {name for name, decisions in self._rest.items() if decisions >= self.config.patience}
         self._earned = _earned(view, _members(view, regions), self.config, self._earned)
@@ -234,8 +237,10 @@ class OrganManager:
             self.announce(organs)
         left: dict[str, tuple[float, float]] = {name: (organ.left, organ.flops_left) for name, organ in organs.items()}
         charted = _charted(view, regions)
+        own = tuple(_narrow(s, *left[s.spec.region]) for s in charted.slots)
+        somewhere = {offer.name for slot in own if Op.GERMINATE in slot.legal for offer in slot.blueprints}
         narrowed = attrs.evolve(
-            charted, slots=tuple(_narrow(s, *left[s.spec.region]) for s in charted.slots), regions=dict(left),
+            charted, slots=tuple(_offer(s, somewhere) for s in charted.slots), regions=dict(left),
             params_left=_smaller(view.params_left, math.fsum(params for params, _ in left.values())),
             flops_left=_smaller(view.flops_left, math.fsum(flops for _, flops in left.values())),
         )  # fmt: skip
@@ -248,11 +253,44 @@ class OrganManager:
             reason = f"{len(waits)} seeds stay on trial, as more is earned elsewhere"
             commands.append(Command(Op.WAIT, source="narset", reason=reason))
         held = {command.slot for command in commands} | {path for path, leaves in self._reclaimed.items() if leaves}
+        homeless = []
         for command in said:
-            if held.isdisjoint(command.slots) and _spend(command, slots, regions, left):
+            if not held.isdisjoint(command.slots):
+                continue
+            if _spend(command, slots, regions, left):
                 commands.append(command)
-        self._note_rest(view, narrowed, commands, regions)
+            elif not command.others:
+                homeless.append(command)
+        commands += self._rehouse(homeless, commands, own, left)
+        self._note_rest(view, own, commands, regions)
         return commands
+
+    def _rehouse(
+        self, homeless: Sequence[Command], commands: Sequence[Command], slots: Sequence[SlotView],
+        left: dict[str, tuple[float, float]],
+    ) -> list[Command]:  # fmt: skip
+        """The seeds whose regions have spent their budgets, planted in the best regions that have not.
+
+        The controller says how much grows, and Narset where: within a region at the open slot of the greatest need.
+
+        Args:
+            slots: that offer what their own region can afford. left: what regions have; it is spent.
+        """
+        merits, by_path = merits_of(self._earned, self.config), {slot.path: slot for slot in slots}
+        regions = {path: slot.spec.region for path, slot in by_path.items()}
+        taken = {path for command in (*homeless, *commands) for path in command.slots}
+        found = [slot for slot in slots if Op.GERMINATE in slot.legal and slot.path not in taken]
+        found.sort(key=lambda slot: (-merits[slot.spec.region], -slot.readings.get("need", 0.0)))
+        moved = []
+        for command in homeless:
+            for slot in found:
+                reason = f"{command.reason}; moved from {command.slot}, whose region has spent its budget"
+                there = attrs.evolve(command, slot=slot.path, reason=reason.removeprefix("; "))
+                if any(b.name == command.blueprint for b in slot.blueprints) and _spend(there, by_path, regions, left):
+                    found.remove(slot)
+                    moved.append(there)
+                    break
+        return moved
 
     def state_dict(self) -> dict[str, object]:
         """The inner controller's state, the seeds that give their budget back, what regions earned, and which rest."""
@@ -269,14 +307,14 @@ class OrganManager:
         self._earned = {name: Earnings(*sums) for name, sums in state.get("earned", {}).items()}
 
     def _note_rest(
-        self, view: RunView, offered: RunView, commands: Sequence[Command], regions: Mapping[str, str]
+        self, view: RunView, own: Sequence[SlotView], commands: Sequence[Command], regions: Mapping[str, str]
     ) -> None:
         """Count for every region the decisions in a row in which a seed could have been planted there and none was.
 
         Only those count in which another region is short: its slots are open, and its budget is spent.
         """
         grew = {regions[path] for command in commands if command.op is Op.GERMINATE for path in command.slots}
-        could = {regions[slot.path] for slot in offered.slots if Op.GERMINATE in slot.legal}
+        could = {regions[slot.path] for slot in own if Op.GERMINATE in slot.legal}
         short = {regions[slot.path] for slot in view.slots if Op.GERMINATE in slot.legal} - could
         self._rest = {
             name: 0 if name in grew else self._rest.get(name, 0) + (name in could and bool(short))
@@ -382,6 +420,13 @@ def _find_investor(controller: Any) -> Investor | None:
 
 def _smaller(limit: int | None, left: float) -> int | None:
     return limit if math.isinf(left) else int(left) if limit is None else min(limit, int(left))
+
+
+def _offer(slot: SlotView, names: Set[str]) -> SlotView:
+    """The slot with those of its blueprints that are among `names`."""
+    affordable = tuple(b for b in slot.blueprints if b.name in names)
+    legal = slot.legal if affordable else slot.legal - {Op.GERMINATE}
+    return attrs.evolve(slot, blueprints=affordable, legal=legal)
 
 
 def _narrow(slot: SlotView, params: float, flops: float) -> SlotView:

@@ -331,12 +331,31 @@ def test_no_seed_becomes_permanent_above_its_regions_budget_while_more_is_earned
     assert [c.slot for c in said] == ["o0.0", "o1.3"]
 
 
-def test_a_region_that_plants_nothing_lends_its_budget_to_one_that_is_short() -> None:
-    class Picky(WaitController):
-        def decide(self, view: RunView) -> list[Command]:
-            open_slots = [s.path for s in view.slots if Op.GERMINATE in s.legal and s.path.startswith("o0.")]
-            return [Command(Op.GERMINATE, path, CONV.name) for path in open_slots[:1]]
+class Picky(WaitController):
+    """Plants one seed a decision, and in the first region alone; while that has budget, if it is `modest`."""
 
+    def __init__(self, modest: bool = True) -> None:
+        self.modest = modest
+
+    def decide(self, view: RunView) -> list[Command]:
+        if self.modest and view.regions["o0"][0] < CONV.params:
+            return []
+        open_slots = [s.path for s in view.slots if Op.GERMINATE in s.legal and s.path.startswith("o0.")]
+        return [Command(Op.GERMINATE, path, CONV.name, reason="wanted") for path in open_slots[:1]]
+
+
+def test_a_seed_whose_region_has_spent_its_budget_grows_where_there_is_some() -> None:
+    """An agent that does not read the regions' budgets planted nothing more, and the best region's lay idle."""
+    lab = lattice(2, 8, 8 * CONV.params, decisions=20)
+    lab.slots[11].need = 5.0
+    lab.run(OrganManager(inner=Picky(modest=False), floor=1.0))
+    assert spent(lab) == {"o0": 4 * CONV.params, "o1": 4 * CONV.params}
+    moved = [c for _, c in lab.log if c.op is Op.GERMINATE and c.slot.startswith("o1.")]
+    assert moved[0].slot == "o1.3"
+    assert moved[0].reason == "wanted; moved from o0.4, whose region has spent its budget"
+
+
+def test_a_region_that_plants_nothing_lends_its_budget_to_one_that_is_short() -> None:
     build = lambda: OrganManager(inner=Picky(), floor=1.0, patience=3)  # noqa: E731
     lab = lattice(2, 8, 8 * CONV.params, decisions=20).run(build(), reload=build)
     assert spent(lab) == {"o0": 8 * CONV.params, "o1": 0}
