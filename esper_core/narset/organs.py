@@ -206,7 +206,7 @@ class OrganManager:
     """Narset around another controller: it says how much grows, and she sees to it that regions keep their budgets.
 
     Its view offers what some region can afford. A seed that it plants where the region's budget is spent is planted in
-    the best region that has some. A controller that reads `RunView.regions`, as the heuristic does, keeps to them itself.
+    the best region that has some. A controller that reads `RunView.regions`, as the heuristic does, keeps to them.
 
     A region that holds more than its budget gives seeds back where a better region waits for budget: those on trial
     that are measured to earn less for their parameters than seeds there do, the worst first. They wither and are
