@@ -146,8 +146,9 @@ class LearnedController:
     def invest(self, view: RunView, efficiency: Mapping[str, float | None]) -> Investment:
         """For Narset: shares by where the core wishes to germinate, times what each region has earned.
 
-        The wish is that of a first command, and those of the commands that it would give if regions had no budgets: the
-        later ones know of the earlier ones, and may go elsewhere.
+        The wish is that of a first command. Until something is measured, the commands that it would give if regions had
+        no budgets count too: the later ones know of the earlier ones, and may go elsewhere. After that they would hide
+        what was earned in regions where it plants nothing.
 
         The total is what has grown, and of the rest of the run's budget the share by which the core would rather
         germinate than wait; None in a run without a budget. It never falls: that the core waits now is a matter of this
@@ -158,8 +159,9 @@ class LearnedController:
         seen = collate([observe(advised, self._probe.descriptors(view.blends))])
         spread, drive = self.core.wishes(seen, self.hidden)
         wishes = spread[0].tolist()
-        for slot in self._planned(seen, self._most(view)):
-            wishes[slot] += 1.0
+        if all(value is None for value in efficiency.values()):
+            for slot in self._planned(seen, self._most(view)):
+                wishes[slot] += 1.0
         shares, whole = dict.fromkeys(efficiency, 0.0), math.fsum(wishes) or 1.0
         for slot, wish in zip(view.slots, wishes, strict=True):
             shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish / whole
