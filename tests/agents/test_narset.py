@@ -198,7 +198,9 @@ def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned()
     assert wish.total == math.ceil(drive.item() * 600) and 0 < wish.total < 600
     assert agent.invest(attrs.evolve(view, params_left=None), even).total is None
     earned = agent.invest(view, {"o0": 2.0, "o1": -1.0, "o2": 1.0}).shares
-    assert earned["o0"] == pytest.approx(2 * wish.shares["o0"]) and earned["o1"] == 0.0
+    alike = agent.invest(view, {"o0": 1.0, "o1": 1.0, "o2": 1.0}).shares
+    assert earned["o0"] == pytest.approx(2 * alike["o0"]) and earned["o1"] == 0.0
+    assert earned["o2"] == pytest.approx(alike["o2"]) and sum(alike.values()) == pytest.approx(1)
     for slot in lab.slots[:2]:  # nothing may germinate in a full region: no wish, no share
         slot.blueprint, slot.stage = CONV, Stage.FOSSILIZED
     full = attrs.evolve(view, slots=tuple(
