@@ -132,7 +132,7 @@ def be_one(folder: Path, limit: float, quick: bool) -> None:
     stacks = ranks.size * (1 if quick else 2 * workers)  # two for each worker where all train, and more for one alone
     text = CURRICULUM.format(
         iterations=ITERATIONS, groups=AT_ONCE * stacks, alike=AT_ONCE, steps=4 if quick else 30,
-        batch=16 if quick else 64,
+        batch=16 if quick else 32,
     )  # fmt: skip
     manifest = Manifest(
         curriculum="several-gpus", text=text, backend="stacked", device="cuda" if on_gpu() else "cpu",
