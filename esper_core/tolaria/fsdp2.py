@@ -167,12 +167,19 @@ class Sharded(Strategy):
     def together(self) -> Iterator[None]:
         """See `Strategy`. Readings outside of it find every parameter sharded."""
         with self.gathered_once():
-            if self.ranks.device.type == "cuda":  # what grows behind a block is gathered while that computes
-                event = torch.cuda.current_stream().record_event()
-                for module in self._grown:
-                    module.set_post_optim_event(event)
-            with self.ranks.together():
-                yield
+            self._gather_ahead(True)
+            try:
+                with self.ranks.together():
+                    yield
+            finally:
+                self._gather_ahead(False)  # what did not run must wait for the optimizer next time
+
+    def _gather_ahead(self, on: bool) -> None:
+        """Let what grows behind a block be gathered while that computes, as soon as parameters are up to date."""
+        if self.ranks.device.type == "cuda" and self._grown:
+            event: Any = torch.cuda.current_stream().record_event() if on else None
+            for module in self._grown:
+                module.set_post_optim_event(event)
 
     @contextmanager
     def gathered_once(self) -> Iterator[None]:
