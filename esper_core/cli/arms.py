@@ -21,7 +21,9 @@ FOREST: Final = 21
 
 def show_arms(compare: Mapping[str, Any], console: Console) -> None:
     """Print the arms of a `compare.json`: mean over seeds, and the paired difference from the grown arm."""
-    console.print(arms_table(compare, wide=console.width >= 100))
+    table = arms_table(compare)
+    fits = console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width
+    console.print(table if fits else arms_table(compare, wide=False))
     judge = judge_of(compare)
     metric = f"points of {judge.name}" if judge.share else judge.name
     metric += "" if judge.higher_is_better else " (less is better)"

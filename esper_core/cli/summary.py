@@ -21,7 +21,7 @@ from esper_core.nissa.live import clock
 from esper_core.nissa.report.control import ask_for_control
 from esper_core.nissa.report.overview import summarise_run
 from esper_core.nissa.report.reading import dropped_sinks, read_events
-from esper_core.nissa.report.wording import metric_of, nats, printable, quantity, show_score
+from esper_core.nissa.report.wording import listed, metric_of, nats, printable, quantity, show_score
 from esper_core.tolaria.own_code import runs_code
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def show(run: Mapping[str, Any], console: Console, report: Path | None, seconds:
     kept = [f"{path} ({blueprint}{', undecided' * (path in run['undecided'])})"
             for path, (blueprint, _, stage) in grown.items() if stage in permanent]  # fmt: skip
     others = [f"{path} ({run['slots'][path]})" for path, (_, _, stage) in grown.items() if stage not in permanent]
-    table.add_row("fossilised", ", ".join(kept) if kept else f"no seed ({run['germinated']} germinated)")
+    table.add_row("fossilised", listed(kept) if kept else f"no seed ({run['germinated']} germinated)")
     if others:
-        table.add_row("still growing", ", ".join(others))
+        table.add_row("still growing", listed(others))
     plan = last_note(Path(run["folder"]))
     if plan:
         table.add_row("plan", plan)

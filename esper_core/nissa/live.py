@@ -167,7 +167,7 @@ def _progress(watch: LiveState, width: int, ascii_only: bool) -> Text:
     share, elapsed, left = watch.progress()
     epoch = Text(f"epoch {min(watch.epoch + (not watch.ended), watch.epochs)}/{watch.epochs} ")
     tail = f" {percent(share, 0):>4}  {clock(elapsed)}" + (
-        f", {clock(left)} left" if share is not None and width > 50 else ""
+        f", {watch.ended or clock(left) + ' left'}" if share is not None and width > 50 else ""
     )
     tail = f"  {clock(elapsed)}" if share is None else tail
     room = max(4, width - epoch.cell_len - len(tail))

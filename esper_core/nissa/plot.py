@@ -13,7 +13,10 @@ import attrs
 from esper_core.leyline.stages import STAGES, Stage, stages_where
 from esper_core.nissa.report.wording import metric_of, nats, number, show_score
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 200, 64, 12, 26, 34
+WIDTH: Final = 720
+"""Of a picture, in pixels, unless another is asked for."""
+
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 200, 64, 12, 26, 34
 _INK: Final = "#3f6fd1"
 """Of the curves: at least 3 to 1 on white and on the dark backgrounds of notebooks."""
 
@@ -46,11 +49,15 @@ class Plot:
         return path
 
 
-def plot_events(events: Iterable[Mapping[str, Any]]) -> Plot:
+def plot_events(events: Iterable[Mapping[str, Any]], width: int = WIDTH) -> Plot:
     """The curves of a run by its events, in order; without an epoch, a picture that says so.
 
     The points are the ends of epochs; in a run of one or two epochs they are the decisions, which may have read fewer
     examples of the validation split, and the titles say so.
+
+    Args:
+        events: of one run, as `events.jsonl` holds them.
+        width: of the picture in pixels; its text has 12 pixels at any width.
     """
     metric = metric_of({})
     points: dict[str, list[tuple[float, float | None, float | None]]] = {"epoch_ended": [], "decided": []}
@@ -69,7 +76,7 @@ def plot_events(events: Iterable[Mapping[str, Any]]) -> Plot:
                 marks.append((float(event["step"]), after, told))
     epochs, decisions = points["epoch_ended"], points["decided"]
     if not epochs:
-        return Plot(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} 30" role="img">'
+        return Plot(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 30" role="img">'
                     '<text x="4" y="20" fill="currentColor">no epoch ended</text></svg>')  # fmt: skip
     by_decision = len(epochs) < _FEW < len(decisions)
     taken, at = (decisions, ", at decisions") if by_decision else (epochs, "")
@@ -80,18 +87,19 @@ def plot_events(events: Iterable[Mapping[str, Any]]) -> Plot:
         (f"validation loss{at}", losses, nats),
     ]  # fmt: skip
     drawn = "".join(
-        _panel(index * _HEIGHT, title, steps, values, marks, show) for index, (title, values, show) in enumerate(panels)
+        _panel(width, index * _HEIGHT, title, steps, values, marks, show)
+        for index, (title, values, show) in enumerate(panels)
     )
     label = f"validation {metric.name} and loss over {steps[-1]:.0f} steps, with the births and ends of seeds"
     return Plot(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {2 * _HEIGHT}" width="{_WIDTH}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {2 * _HEIGHT}" width="{width}" '
         f'style="max-width:100%;height:auto;font:12px sans-serif" role="img" aria-label="{html.escape(label)}">'
         f"{drawn}</svg>"
     )
 
 
 def _panel(
-    top: float, title: str, steps: Sequence[float], values: Sequence[float | None],
+    width: int, top: float, title: str, steps: Sequence[float], values: Sequence[float | None],
     marks: Sequence[tuple[float, Stage, str]], show: Callable[[float], str],
 ) -> str:  # fmt: skip
     """One curve over the steps, with a line for each mark."""
@@ -102,7 +110,7 @@ def _panel(
     end = max([steps[-1], *(step for step, _, _ in marks)]) or 1.0
 
     def across(x: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / end
+        return _LEFT + (width - _LEFT - _RIGHT) * x / end
 
     def down(y: float) -> float:
         return top + _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - y) / (high - low)
@@ -112,7 +120,7 @@ def _panel(
     for share in (0.0, 0.5, 1.0):
         value = low + (high - low) * (0.06 + 0.88 * share)
         parts.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(value):.1f}" y2="{down(value):.1f}" '
+            f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{down(value):.1f}" y2="{down(value):.1f}" '
             'stroke="currentColor" stroke-opacity="0.15"></line>'
             f'<text x="{_LEFT - 6}" y="{down(value) + 4:.1f}" text-anchor="end" fill="currentColor">'
             f"{html.escape(show(value))}</text>"
@@ -128,6 +136,6 @@ def _panel(
     parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.5" fill="{_INK}"><title>'
               f"step {x:.0f}: {html.escape(show(y))}</title></circle>" for x, y in known]  # fmt: skip
     parts.append(f'<text x="{_LEFT}" y="{floor + 18}" fill="currentColor">0</text>'
-                 f'<text x="{_WIDTH - _RIGHT}" y="{floor + 18}" text-anchor="end" fill="currentColor">'
+                 f'<text x="{width - _RIGHT}" y="{floor + 18}" text-anchor="end" fill="currentColor">'
                  f"step {end:.0f}</text>")  # fmt: skip
     return "".join(parts)

@@ -276,7 +276,8 @@ class HeuristicController:
             self._gains.setdefault(slot.blueprint, {})[f"{slot.path}@{view.decision - slot.age}"] = max(prospect, 0.0)
             return self._command(Op.CULL, slot, f"at its pace {prospect:.3g} by the end, against rent {rent:.3g}")
         if Op.ADVANCE in slot.legal and slot.stage_age >= isolation:
-            command = self._command(Op.ADVANCE, slot, f"learnt in isolation for {slot.stage_age} decisions")
+            length = f"{slot.stage_age} decision{'s' * (slot.stage_age != 1)}"
+            command = self._command(Op.ADVANCE, slot, f"learnt in isolation for {length}")
             return attrs.evolve(command, blend=slot.blend, tempo=self._tempo(view))
         if Op.ADVANCE in slot.barred:
             return None  # it has learnt: only the governor keeps it, and not for long

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 from torch import nn
@@ -12,12 +12,17 @@ from torch import nn
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption, EsperError
 from esper_core.leyline.events import Event
+from esper_core.leyline.host import OWN_MODEL
 from esper_core.leyline.objective import Objective
 from esper_core.nissa.plot import Plot, plot_events
 from esper_core.nissa.report import write_report
-from esper_core.nissa.report.wording import nats, quantity, show_score
+from esper_core.nissa.report.control import ask_for_control
+from esper_core.nissa.report.reading import read_events
+from esper_core.nissa.report.wording import listed, nats, number, quantity, show_score
 from esper_core.tolaria.progress import rows_as_table
 from esper_core.tolaria.trainer import RunResult
+
+_CHANGES: Final = frozenset({"stage_changed"})
 
 
 @attrs.frozen
@@ -55,16 +60,35 @@ class Grown:
         split, loss, score = "test", result.test_loss, result.test_score
         if score is None:
             split, loss, score = "validation", result.validation_loss, result.validation_score
-        seeds = [f"{path} ({self.plane.growths[path].blueprint})" for path in result.fossilized]
+        doubt = self._undecided()
+        seeds = [f"{path} ({self.plane.growths[path].blueprint}{', undecided' * (path in doubt)})"
+                 for path in result.fossilized]  # fmt: skip
         share = result.params / max(1, result.host_params) - 1
         told = {
             "status": f"{result.status} after {result.steps:,} steps",
             f"{split} {result.metric.name}": f"{show_score(score, result.metric, 2)}, loss {nats(loss)}",
-            "fossilized": ", ".join(seeds) or "no seed",
+            **self._control(),
+            "fossilized": listed(seeds) or "no seed",
             "parameters": f"{quantity(result.params)}, {share:+.1%} over the model's {quantity(result.host_params)}",
             "cost": quantity(result.total_flops, "FLOP"),
         }
         return {**told, "folder": str(result.folder)} if result.folder != Path() else told
+
+    def _control(self) -> dict[str, str]:
+        """The row that names the control, which one run does not have; none for the run that is one."""
+        started = next((event.to_dict() for event in self.events if event.kind == "run_started"), {})
+        if started.get("controller") == "wait" or self.result.status != "finished":
+            return {}
+        return {"control": f"not run, so whether growing paid is unknown; {ask_for_control('', OWN_MODEL)}"}
+
+    def _undecided(self) -> set[str]:
+        """Slots whose seed was kept although the interval of its gain reaches down to the rent, or below."""
+        log = self.result.folder / "events.jsonl"
+        kept = self.result.folder != Path() and log.is_file()  # the log holds what was before a run was resumed, too
+        told = read_events(log, _CHANGES) if kept else (event.to_dict() for event in self.events)
+        last = {str(event["slot"]): event for event in told if event is not None and event["kind"] in _CHANGES}
+        figures = {slot: (number(event.get("gain_low")), number(event.get("rent"))) for slot, event in last.items()}
+        return {slot for slot, (low, rent) in figures.items() if low is not None and rent is not None and low <= rent}
 
     def summary(self) -> str:
         """The same as text, a line each."""

@@ -7,6 +7,7 @@ import importlib
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import attrs
@@ -99,3 +100,12 @@ def test_every_attribute_of_a_kit_is_on_its_page(name: str) -> None:
     (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
     for attribute in vars(getattr(testing, name)).get("__annotations__", {}):
         assert f"| `{attribute}` |" in section, attribute
+
+
+def test_changelog_and_citation_name_the_version() -> None:
+    root = DOCS.parent
+    version = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    changelog = (root / "CHANGELOG.md").read_text("utf-8")
+    (date,) = re.findall(rf"^## {re.escape(version)} \((\d{{4}}-\d\d-\d\d)\)$", changelog, re.MULTILINE)
+    citation = (root / "CITATION.cff").read_text("utf-8").splitlines()
+    assert f"version: {version}" in citation and f"date-released: {date}" in citation

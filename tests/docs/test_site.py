@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = re.compile(r"""<(?:script|img|iframe|link|source)\b[^>]*?\b(?:src|srcset|href)=["']?(https?:)?//[^"'\s>]+""")
-LOOKED_AT = ("index", "api", "tutorial", "growth", "concepts", "gallery", "notebook-own-network", "gallery/demo")
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +39,48 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_the_gallery_has_a_report_and_curves_of_every_run(site: Path) -> None:
-    runs = [path.name for path in (ROOT / "docs" / "gallery" / "runs").iterdir()]
+    folder = ROOT / "docs" / "gallery"
+    runs = sorted(path.name for path in (folder / "runs").iterdir())
+    assert runs == sorted(entry.name for entry in runpy.run_path(str(folder / "gallery.py"))["ENTRIES"])
     index = (site / "gallery" / "index.html").read_text("utf-8")
     page = (site / "gallery.html").read_text("utf-8")
-    assert len(runs) >= 3
     for name in runs:
+        assert (folder / "runs" / name / "compare.json").is_file(), "every run stands beside its control"
         assert "Esper report" in (site / "gallery" / f"{name}.html").read_text("utf-8")
         assert f'"{name}.html"' in index and f"gallery/{name}.html" in page and f"gallery/{name}.svg" in page
         assert "<svg" in (site / "gallery" / f"{name}.svg").read_text("utf-8")
+        assert 'viewBox="0 0 360 ' in (site / "gallery" / f"{name}-narrow.svg").read_text("utf-8")
+
+
+def chromium(address: str, profile: Path, *more: str) -> str:
+    """The document at `address` after its scripts ran."""
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}", *more,
+        "--dump-dom", address,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, errors="replace")
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")
+def test_the_search_works_in_a_folder_without_a_server(site: Path, tmp_path: Path) -> None:
+    found = chromium(
+        f"{(site / 'index.html').as_uri()}?q=isolation", tmp_path / "profile", "--virtual-time-budget=15000"
+    )
+    assert re.search(r"[1-9]\d* matching documents", found)
+    assert re.search(r'<a href="file:[^"]*concepts\.html', found)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")
 def test_pages_fit_a_phone_have_contrast_and_can_be_reached_by_keyboard(site: Path, tmp_path: Path) -> None:
-    pages = [f"{name}.html" for name in LOOKED_AT]
+    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html") if path.name != "404.html")
     script = (Path(__file__).parent / "audit.js").read_text("utf-8")
     (site / "audit.html").write_text(f"<body><script>const PAGES = {json.dumps(pages)};\n{script}</script>")
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files",
-         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000", "--dump-dom",
-         (site / "audit.html").as_uri()],
-        capture_output=True, text=True, timeout=240, check=False, errors="replace",
-    )  # fmt: skip
+    more = ("--allow-file-access-from-files", "--virtual-time-budget=60000")
+    dumped = chromium((site / "audit.html").as_uri(), tmp_path / "profile", *more)
     (site / "audit.html").unlink()
-    (text,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    (text,) = re.findall(r'<pre id="found">(.*?)</pre>', dumped, re.DOTALL)
     findings = json.loads(html.unescape(text))
     assert list(findings) == pages
     for name, found in findings.items():

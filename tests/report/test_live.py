@@ -78,6 +78,8 @@ def test_progress_and_time_left() -> None:
     for event in recorded_events("maps")[1:]:  # a stream that does not say how long it is
         unknown.take(event)
     assert unknown.total_steps == 128 and unknown.progress()[0] == 1.0  # found out after the first epoch
+    ended = "\n".join(frame(watched("maps", 1.0), 80))
+    assert "100%" in ended and ", finished" in ended and " left" not in ended
     assert [clock(v) for v in (None, 5, 65, 3725)] == ["–:––", "0:05", "1:05", "1:02:05"]
 
 

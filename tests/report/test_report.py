@@ -17,7 +17,7 @@ from esper_core.leyline.errors import EsperError
 from esper_core.leyline.events import EVENT_KINDS
 from esper_core.nissa.report import reading, write_report
 from esper_core.nissa.report.reading import RunDigest
-from esper_core.nissa.report.wording import GROUPS, describe_event, number, quantity
+from esper_core.nissa.report.wording import GROUPS, describe_event, listed, number, quantity
 from tests.recorded import write_run
 
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"><!--<script>"
@@ -206,6 +206,11 @@ def test_quantities() -> None:
     assert quantity(6.93e12, "FLOP") == "6.93 TFLOP" and quantity("nan") == "unknown" and quantity(10**400) == "unknown"
 
 
+def test_a_long_list_of_seeds_is_cut_and_counted() -> None:
+    assert listed([]) == "" and listed(["a", "b"]) == "a, b"
+    assert listed([str(i) for i in range(36)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 28 more"
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     folder = write_run("maps", tmp_path / "run", share=0.3)
     (folder / "compare.json").write_text(json.dumps({"arms": [{"name": HOSTILE, "accuracy": [0.5], "params": 1}]}))
@@ -303,3 +308,31 @@ def test_chromium_draws_it_without_a_word_on_the_console(run: Path, tmp_path: Pa
         ledger = dump[dump.index('id="ledger"') : dump.index('id="log"')]
         born = sum(mark[1] == "germinated" for mark in RunDigest(folder).marks)
         assert ledger.count("<tr") == 1 + born and ledger.count("[") > born / 2
+
+
+COMMON = {"seeds": [0, 1, 2], "wall_s": 16}
+CLOSE = {
+    "metric": "accuracy",
+    "paired": [{"arm": "grown", "minus": "host@FLOPs", "mean": -0.035, "low": -0.13, "high": 0.06, "n": 3}],
+    "arms": [
+        {**COMMON, "name": "grown", "accuracy": [0.86, 0.85, 0.87], "params": 1338, "flops": 1.7301e9},
+        {**COMMON, "name": "host@FLOPs", "accuracy": [0.9, 0.88, 0.89], "params": 754, "flops": 1.7352e9},
+    ],
+}
+"""Two arms whose FLOPs differ in the fourth digit."""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")
+def test_ticks_differ_and_tables_fit_a_phone(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "close"
+    shutil.copytree(run, folder)
+    (folder / "compare.json").write_text(json.dumps(CLOSE))
+    path = write_report(folder, tmp_path / "report.html")
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text())
+    look = "[...document.querySelectorAll('#arms .scroll, #ledger .scroll')].map(e => e.scrollWidth <= e.clientWidth)"
+    path.write_text(page.replace("</body>", f"<script>page.dataset.fits = {look}</script></body>"))
+    dump, messages = browse(path, 390)
+    assert messages == [] and 'data-fits="true,true"' in dump
+    (chart,) = re.findall(r"against training compute \(FLOP\)</p>(.*?)</svg>", dump, re.DOTALL)
+    ticks = re.findall(r">([\d.]+G)<", chart)
+    assert len(ticks) >= 3 and len(set(ticks)) == len(ticks)

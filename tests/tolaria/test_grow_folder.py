@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -86,6 +87,21 @@ def test_a_result_shows_itself_and_says_where_its_report_would_be() -> None:
     assert found._repr_html_().count("<tr>") == len(found.rows())
     with pytest.raises(BadOption, match="no folder"):
         found.report()
+
+
+def test_a_summary_names_the_missing_control_and_the_seeds_that_are_undecided(tmp_path: Path) -> None:
+    found = grown(out=str(tmp_path / "run"))
+    assert 'controller="wait"' in found.rows()["control"]
+    assert "control" not in grown(controller="wait", epochs=1).rows()
+    (slot,) = [path for path, growth in found.plane.growths.items() if growth.blueprint == "conv"]
+    log = tmp_path / "run" / "events.jsonl"
+    changed = [e for e in lines(tmp_path / "run") if e["kind"] == "stage_changed" and e["slot"] == slot][-1]
+    for low, told in ((0.01, f"{slot} (conv, undecided)"), (0.03, f"{slot} (conv)")):
+        decided = {**changed, "after": "fossilized", "gain": 0.04, "gain_low": low, "gain_high": 0.07, "rent": 0.02}
+        with log.open("a") as file:
+            file.write(json.dumps(decided) + "\n")
+        kept = attrs.evolve(found, result=attrs.evolve(found.result, fossilized=(slot,)))
+        assert kept.rows()["fossilized"] == told
 
 
 def test_progress_is_a_line_an_epoch() -> None:

@@ -16,10 +16,16 @@ const s = (tag, attrs, ...kids) => build(document.createElementNS("http://www.w3
 
 /* ---- figures ---- */
 const known = v => typeof v === "number" && Number.isFinite(v);
-function quantity(v, unit = "") {
+function quantity(v, unit = "", digits = 3) {
   if (!known(v)) return "unknown";
   const [f, p] = [[1e15, "P"], [1e12, "T"], [1e9, unit ? "G" : "B"], [1e6, "M"], [1e3, "k"], [1, ""]].find(([f]) => Math.abs(v) >= f) || [1, ""];
-  return String(+(v / f).toPrecision(3)) + (unit ? " " : "") + p + unit;
+  return String(+(v / f).toPrecision(digits)) + (unit ? " " : "") + p + unit;
+}
+/* texts of different values, with as few digits as keep them apart */
+function apart(values, show) {
+  let texts = [];
+  for (let digits = 3; digits < 8; digits++) { texts = values.map(v => show(v, digits)); if (new Set(texts).size === values.length) break; }
+  return texts;
 }
 const percent = (v, digits = 1) => known(v) ? (100 * v).toFixed(digits) + "%" : "unknown";
 const nats = v => !known(v) ? "unknown" : v === 0 ? "0" : Math.abs(v) >= 0.1 ? v.toFixed(3) : String(+v.toPrecision(2));

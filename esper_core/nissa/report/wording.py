@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from esper_core.leyline.objective import Metric
@@ -197,3 +197,13 @@ def describe_event(event: Record, metric: object = None) -> str:
         return printable(phrase({"metric": metric, **event}))
     except (TypeError, ValueError, KeyError, AttributeError):  # a field of another type than the contract's
         return f"malformed {event.get('kind')} event"
+
+
+def listed(texts: Sequence[str], most: int = 8) -> str:
+    """Texts separated by commas; of more than `most` the first ones, and how many there are besides.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = len(texts) - most
+    return ", ".join(texts) if more <= 0 else f"{', '.join(texts[:most])} and {more} more"
