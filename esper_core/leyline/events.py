@@ -91,8 +91,9 @@ def _from_array(value: Any) -> Any:
 
 @attrs.frozen(kw_only=True)
 class RunStarted(Event):
-    """First event of a run. `points`: injection points as mappings, in depth order. `steps`: of the whole run.
+    """First event of a run. `points`: injection points as mappings, in depth order. `steps`: of the whole run, at most.
 
+    `budget`: FLOPs of a run whose length is a budget; None where it is in epochs.
     `metric` has the fields of `leyline.objective.Metric`: the metric of every score of the run. `token`: what a target
     of a language task is, see `leyline.host.token_of`.
     """
@@ -108,6 +109,7 @@ class RunStarted(Event):
     steps: int = 0
     metric: dict[str, Any] = attrs.field(factory=lambda: attrs.asdict(Metric()))
     token: str = ""
+    budget: float | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -132,6 +134,7 @@ class Decided(Event):
 
     `rent` is lambda times `excess_params_ratio`, of all seeds; `score_minus_rent` is the validation score less the
     rent, for scores of which higher is better. `note`: the controller's reason to wait, if it gives one.
+    `total_flops`: of the run so far.
     """
 
     kind: ClassVar[str] = "decided"
@@ -146,6 +149,7 @@ class Decided(Event):
     rent: float | None = None
     score_minus_rent: float | None = None
     note: str = ""
+    total_flops: float | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -165,7 +165,8 @@ def _title(watch: LiveState, width: int) -> Text:
 
 def _progress(watch: LiveState, width: int, ascii_only: bool) -> Text:
     share, elapsed, left = watch.progress()
-    epoch = Text(f"epoch {min(watch.epoch + (not watch.ended), watch.epochs)}/{watch.epochs} ")
+    at = watch.epoch + (not watch.ended)
+    epoch = Text(f"epoch {at} " if watch.budget is not None else f"epoch {min(at, watch.epochs)}/{watch.epochs} ")
     tail = f" {percent(share, 0):>4}  {clock(elapsed)}" + (
         f", {watch.ended or clock(left) + ' left'}" if share is not None and width > 50 else ""
     )

@@ -69,6 +69,8 @@ class LiveState:
         self.told: object = None
         self.metric = Metric()
         self.started_at = self.seen_at = 0.0
+        self.budget: float | None = None
+        self._spent: list[tuple[float, float]] = []  # (share of the budget, moment) at the first and the last decision
 
     def take(self, event: Event) -> str | None:
         """Process `event`; returns its line for the scrollback, if it gets one."""
@@ -90,16 +92,31 @@ class LiveState:
             if handler is not None:
                 with suppress(AttributeError, TypeError, ValueError):  # a damaged line: the run itself decides on it
                     handler(SimpleNamespace(**(record or {})))
+        self._spent = self._spent[-1:]  # the pace is that of this process
 
     def progress(self) -> tuple[float | None, float, float | None]:
         """(share done, seconds so far, seconds left); None where it cannot be known yet."""
         elapsed = time.monotonic() - self.started_at if self.started_at else 0.0
+        if self.ended == "finished":
+            return 1.0, elapsed, 0.0
+        if self.budget is not None:
+            return self._share_of_budget(elapsed)
         if not self.total_steps:
             return None, elapsed, None
         done, since = min(self.step, self.total_steps), self.step - self.first_step
         spent = self.seen_at - self.started_at
         left = spent / since * (self.total_steps - done) - (elapsed - spent) if since > 0 and elapsed > 1 else None
         return done / self.total_steps, elapsed, None if left is None else max(0.0, left)
+
+    def _share_of_budget(self, elapsed: float) -> tuple[float | None, float, float | None]:
+        """The same for a run whose length is a number of FLOPs, as of the last decision."""
+        if not self._spent:
+            return None, elapsed, None
+        (first, began), (share, at) = self._spent[0], self._spent[-1]
+        if share <= first:
+            return share, elapsed, None
+        left = (at - began) / (share - first) * (1.0 - share) - (time.monotonic() - at)
+        return share, elapsed, max(0.0, left)
 
     def chosen(self, room: int) -> tuple[list[SlotLine], dict[str, int]]:
         """The slots to show in `room` rows, in depth order, and how many of each stage are left out.
@@ -127,6 +144,7 @@ class LiveState:
         self.told = getattr(event, "metric", None)
         self.metric = metric_of({"metric": self.told})
         self.host_params, self.total_steps = event.host_params, int(getattr(event, "steps", 0) or 0)
+        self.budget = number(getattr(event, "budget", None)) or None
         for point in event.points:
             self._slot(str(point["name"]))
 
@@ -139,6 +157,9 @@ class LiveState:
 
     def _on_decided(self, event: Any) -> None:
         self.governor = event.governor
+        spent = number(getattr(event, "total_flops", None))
+        if self.budget is not None and spent is not None:
+            self._spent = [*self._spent[:1], (min(1.0, spent / self.budget), time.monotonic())]
 
     def _on_stage_changed(self, event: Any) -> None:
         slot = self._slot(event.slot)

@@ -438,11 +438,8 @@ class Tolaria:
         for path, own in read.items():
             growth, readings = self.plane.growths[path], {**own, **trees.get(path, {})}
             self.plane.record(path, readings=readings)
-            self.emit(
-                SlotRead(
-                    step=self.clock.step, slot=path, stage=growth.stage.value, alpha=growth.alpha, readings=readings
-                )
-            )
+            at, stage = self.clock.step, growth.stage.value
+            self.emit(SlotRead(step=at, slot=path, stage=stage, alpha=growth.alpha, readings=readings))
 
     def _measure(self, batches: Iterable[Batch]) -> Measurement:
         return measure(self, batches)
@@ -477,6 +474,7 @@ class Tolaria:
                 rent=rent,
                 score_minus_rent=measured.score - rent if better else None,
                 note=note[:500],
+                total_flops=clock.total_flops,
             )
         )
         if self.books.rewards:

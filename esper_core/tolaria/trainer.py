@@ -27,6 +27,7 @@ from esper_core.tolaria.allocating import begin
 from esper_core.tolaria.evidence import gather_evidence
 from esper_core.tolaria.faults import PART_FAULTS, DataFailed, Evidence, find_guilty, is_finite
 from esper_core.tolaria.finite import model_is_finite
+from esper_core.tolaria.flop_budget import budget_of
 from esper_core.tolaria.governor import Alarm
 from esper_core.tolaria.model_file import save_model
 from esper_core.tolaria.process_group import Meeting, ProcessGroup, RankLost, pick_random
@@ -364,6 +365,7 @@ class Trainer:
                 steps=self.timetable.steps,
                 metric=attrs.asdict(self.tolaria.objective.metric),
                 token=token_of(self.task),
+                budget=budget_of(config),
             )
         )
 

@@ -6,6 +6,7 @@ import io
 import json
 import time
 
+import attrs
 import pytest
 from rich.console import Console
 
@@ -81,6 +82,22 @@ def test_progress_and_time_left() -> None:
     ended = "\n".join(frame(watched("maps", 1.0), 80))
     assert "100%" in ended and ", finished" in ended and " left" not in ended
     assert [clock(v) for v in (None, 5, 65, 3725)] == ["–:––", "0:05", "1:05", "1:02:05"]
+
+
+def test_a_budget_of_flops_is_what_is_done_of_the_run() -> None:
+    watch, events = LiveState(20), recorded_events("maps")
+    started = next(event for event in events if event.kind == "run_started")
+    decided = [event for event in events if event.kind == "decided"]
+    watch.take(attrs.evolve(started, budget=1e9, steps=100_000))
+    assert watch.progress()[0] is None
+    for number, event in enumerate(decided[:4], 1):
+        watch.take(attrs.evolve(event, total_flops=2e8 * number))
+    share, _, left = watch.progress()
+    assert share == 0.8 and left is not None
+    text = "\n".join(frame(watch, 80))
+    assert "80%" in text and "epoch 1 " in text and "/20" not in text
+    watch.take(RunEnded(**{**attrs.asdict(events[-1]), "status": "finished"}))
+    assert "100%" in "\n".join(frame(watch, 80))
 
 
 def test_sparklines_and_bars() -> None:
