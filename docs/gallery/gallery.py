@@ -95,13 +95,14 @@ ENTRIES = (
         "LoRA around the layers of a pre-trained model",
         (
             "esper run --host transformers:minilm --task text-labels:docstrings.csv --set text-labels.tokens=minilm "
-            "--set text-labels.length=16 --slots around:attn --blueprints lora --batch-size 32 --lr 0.0003 --epochs 2 "
-            "--out runs/lora",
+            "--set text-labels.length=16 --slots around:attn --blueprints lora --set governor.settle=2 --batch-size 32 "
+            "--lr 0.0003 --epochs 2 --out runs/lora",
             "esper compare runs/lora --arms host@FLOPs --seeds 3",
         ),
         "MiniLM learns which of four packages a docstring is from. Slots stand around the linear layers of attention, "
-        "each for a LoRA as its seed. The run is short: it ended with twelve seeds still on trial, neither kept nor "
-        "removed. Host and seeds are trained together; [the guide](around.md) says how to freeze the host.",
+        "each for a LoRA as its seed. The run has 36 steps, so `governor.settle` is lowered: seeds that begin without "
+        "isolation are otherwise measured 100 steps after their birth. Host and seeds are trained together; "
+        "[the guide](around.md) says how to freeze the host.",
     ),
 )
 

@@ -74,6 +74,8 @@ def in_python(text: str) -> str:
 
     >>> in_python("try --budget-params 30%")
     "try budget_params='30%'"
+    >>> in_python("try --set governor.settle=4")
+    "try settings={'governor.settle': 4}"
     >>> in_python("esper run --devices 2")
     'esper run --devices 2'
     """
@@ -83,6 +85,9 @@ def in_python(text: str) -> str:
 
     def argument(flag: re.Match[str]) -> str:
         name, value = flag[1].replace("-", "_"), flag[2]
+        if name == "set" and "=" in value:
+            key, _, given = value.partition("=")
+            return f"settings={{{key!r}: {given}}}"
         if name not in fields:
             return flag[0]
         return f"{name}={value if re.fullmatch(r'[0-9.e+-]+', value) else repr(value)}"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import attrs
 
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadOption
 from esper_core.tolaria.config import RunConfig
+
+_JUDGED: Final = 0.6
+"""Share of a run that is left after the first seeds are born, about."""
 
 
 @attrs.frozen
@@ -85,3 +90,29 @@ def refuse_no_room(config: RunConfig, plane: Plane) -> str:
     if value == getattr(default, field):
         return f"{told}, so nothing will grow; try {flag} {share}"
     raise BadOption(told, "a budget of at least that, or --controller wait to grow nothing", f"{flag} {share}")
+
+
+def note_on_settling(config: RunConfig, plane: Plane, settle: int, steps: int) -> str:
+    """What the user should know where seeds that begin without isolation cannot be judged, or the empty string.
+
+    Args:
+        settle: optimizer steps for which nothing is measured after such a seed was born, see `GovernorConfig`.
+        steps: of the run.
+    """
+    if config.controller.partition(":")[0] == "wait" or config.budget_total or settle < _JUDGED * steps:
+        return ""
+    at_once = [
+        name
+        for name in plane.candidates
+        if any(
+            (slot.spec.layer is not None or not plane.candidates[name].isolation)
+            and not plane.candidates.refusal(path, slot.spec, name)
+            for path, slot in plane.slots.items()
+        )
+    ]
+    if not at_once:
+        return ""
+    return (
+        f"seeds of {', '.join(at_once)} are measured {settle} steps after they were born, and the run has {steps}: "
+        f"they will not be judged; try --set governor.settle={max(1, steps // 20)}"
+    )

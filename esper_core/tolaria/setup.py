@@ -48,7 +48,7 @@ from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
 from esper_core.tolaria.pretrained import keep_seeds
 from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.processes import own_device, strategy_of
-from esper_core.tolaria.room import refuse_no_room
+from esper_core.tolaria.room import note_on_settling, refuse_no_room
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.sharding import ShardingConfig
 from esper_core.tolaria.step import Precision, TrainingStep
@@ -217,8 +217,7 @@ def set_up(
         raise BadOption(f"allocate={config.allocate} in a world", "none: controllers place seeds there", "allocate=''")
     check_allocation(config, plane, assembly.part_config(config, "allocation", AllocationConfig))
     if not lenient and not gym:
-        note = refuse_no_room(config, plane)
-        if note:
+        for note in _notes_on_growth(config, plane, timetable):
             notify(note)
     if config.compile == "blocks":
         assembly.compile_host(host)
@@ -341,11 +340,21 @@ def set_up_module(
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)
     check_allocation(config, plane, assembly.part_config(config, "allocation", AllocationConfig))
     keep_seeds(plane)
-    note = refuse_no_room(config, plane)
-    if note:
+    for note in _notes_on_growth(config, plane, timetable):
         warnings.warn(in_python(note), stacklevel=3)
     precision = Precision.of(config.amp, device)
     return Setup(config, registry, device, precision, task, task.name, objective, plane, timetable)
+
+
+def _notes_on_growth(config: RunConfig, plane: Plane, timetable: Timetable) -> list[str]:
+    """What the user should know of growth before the first step.
+
+    Raises:
+        BadOption: a budget that the user gave has no room for any seed.
+    """
+    settle = assembly.part_config(config, "governor", GovernorConfig).settle
+    notes = refuse_no_room(config, plane), note_on_settling(config, plane, settle, timetable.steps)
+    return [note for note in notes if note]
 
 
 # --- Validation ---

@@ -61,6 +61,14 @@ def test_a_default_budget_without_room_is_told() -> None:
     assert any("nothing will grow" in note for note in found["notes"])  # type: ignore[attr-defined]
 
 
+def test_a_run_too_short_to_judge_its_seeds_is_told() -> None:
+    words = ["--host", "gpt", "--slots", "around:mlp", "--blueprints", "lora", "--steps-per-epoch", "20", "--epochs"]
+    (note,) = [note for note in plan(*words, "2")["notes"] if "judged" in note]  # type: ignore[attr-defined]
+    assert "seeds of lora are measured 100 steps" in note and "the run has 40" in note
+    for more in (["20"], ["2", "--set", "governor.settle=2"], ["2", "--controller", "wait"]):
+        assert not any("judged" in note for note in plan(*words, *more)["notes"])  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

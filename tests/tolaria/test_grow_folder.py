@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -93,14 +94,15 @@ def test_a_summary_names_the_missing_control_and_the_seeds_that_are_undecided(tm
     found = grown(out=str(tmp_path / "run"))
     assert 'controller="wait"' in found.rows()["control"]
     assert "control" not in grown(controller="wait", epochs=1).rows()
-    (slot,) = [path for path, growth in found.plane.growths.items() if growth.blueprint == "conv"]
     log = tmp_path / "run" / "events.jsonl"
-    changed = [e for e in lines(tmp_path / "run") if e["kind"] == "stage_changed" and e["slot"] == slot][-1]
+    changed = [event for event in lines(tmp_path / "run") if event["kind"] == "stage_changed"][-1]
+    slot = changed["slot"]
+    plane = SimpleNamespace(growths={slot: SimpleNamespace(blueprint="conv")})
     for low, told in ((0.01, f"{slot} (conv, undecided)"), (0.03, f"{slot} (conv)")):
         decided = {**changed, "after": "fossilized", "gain": 0.04, "gain_low": low, "gain_high": 0.07, "rent": 0.02}
         with log.open("a") as file:
             file.write(json.dumps(decided) + "\n")
-        kept = attrs.evolve(found, result=attrs.evolve(found.result, fossilized=(slot,)))
+        kept = attrs.evolve(found, plane=plane, result=attrs.evolve(found.result, fossilized=(slot,)))
         assert kept.rows()["fossilized"] == told
 
 
