@@ -174,7 +174,7 @@ def _reached(folder: Path) -> str:
         return f"{told} No control was run."
     shown = control["shown"]
     means = f"{shown['grown']} grown, {shown['value']} for {control['what']}, {shown['difference']}"
-    return f"{told} Over {control['seeds']} seeds: {means}."
+    return f"{told} {control['judge']['name'].capitalize()} over {control['seeds']} seeds: {means}."
 
 
 def on_files(files: Any, config: Any) -> Any:
