@@ -101,8 +101,8 @@ ENTRIES = (
         ),
         "MiniLM learns which of four packages a docstring is from. Slots stand around the linear layers of attention, "
         "each for a LoRA as its seed. The run has 36 steps, so `governor.settle` is lowered: seeds that begin without "
-        "isolation are otherwise measured 100 steps after their birth. Four seeds stayed, all undecided. Host and seeds are trained together; "
-        "[the guide](around.md) says how to freeze the host.",
+        "isolation are otherwise measured 100 steps after their birth. Four seeds stayed, all undecided. Host and "
+        "seeds are trained together; [the guide](around.md) says how to freeze the host.",
     ),
 )
 
