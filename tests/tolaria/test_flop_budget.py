@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from esper_core.kasmina import counterfactual
 from esper_core.leyline import scaling
 from esper_core.leyline.errors import BadOption
 from esper_core.leyline.specs import HostSpec
@@ -39,6 +40,18 @@ def test_growing_spends_the_same_in_fewer_steps(tmp_path):
     assert 0.15 * runs["alone"].steps < born["step"] < 0.25 * runs["alone"].steps
     rates = [e["learning_rate"] for e in ground.events(tmp_path / "grown", "epoch_ended")]
     assert rates[-1] < 0.05 * max(rates)
+
+
+def test_validation_passes_are_counted_anew_only_where_they_compute_something_else(tmp_path, monkeypatch):
+    counted = []
+    count = counterfactual.count_flops
+    monkeypatch.setattr(counterfactual, "count_flops", lambda run: counted.append(1) or count(run))
+    step = {"decision": 0, "op": "germinate", "slot": "block2", "blueprint": "plain"}
+    grow = ground.schedule(tmp_path / "plan.json", step)
+    start_run(ground.config(tmp_path / "run", controller=grow, epochs=6), registry=ground.registry(), test=False)
+    moved = [e["after"] for e in ground.events(tmp_path / "run", "stage_changed")]
+    assert {"germinated", "training", "blending", "shadowing", "probationary"} <= set(moved)
+    assert len(counted) == 3  # without a seed that shows, with and without one, and with one that is not measured
 
 
 def test_a_budgeted_run_resumes_bit_for_bit(tmp_path):
