@@ -49,7 +49,7 @@ def scaling(limit: float, quick: bool) -> None:
     torch._dynamo.config.recompile_limit = 64  # six contenders in one process, each of which compiles its own blocks
     began = time.perf_counter()
     width, length, batch, layers, vocabulary = (32, 16, 4, 2, 97) if quick else (768, 1024, 32, 12, 50304)
-    steps, rounds, more = (2, 2, 1) if quick else (15, 4, 4)
+    steps, rounds, more = (2, 2, 1) if quick else (15, 2, 4)
     device = torch.device(own_device("auto"))
     group = join(str(device), "ddp")
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,10 @@
 """Environment steps a second of Tamiyo's training on one GPU and on all, in one run.
 
 Every process starts its workers, one a core of its share, as `benchmarks.device_training` does on one GPU: kernels of
-several processes run at once through CUDA's multi-process service. Then the first process trains alone while the
-others wait, and then all train together, on the same worlds. The first iteration of each training is not counted, and
-neither are checkpoints.
+several processes run at once through CUDA's multi-process service. A process and its workers keep to their share of the
+cores, with both threads of each, so that one GPU is not fed better while the others wait. Then the first process trains
+alone, and then all train together, on the same worlds. The first iteration of each training is not counted, and neither
+are checkpoints.
 """
 
 from __future__ import annotations
@@ -128,10 +129,12 @@ def be_one(folder: Path, limit: float, quick: bool) -> None:
     began = time.monotonic()
     ranks = join_to_play("the measurement again")
     device = own_device("cuda" if on_gpu() else "cpu")
-    workers = 1 if quick else max(1, len(os.sched_getaffinity(0)) // ranks.size)
+    cores = _cores_of(ranks.rank, ranks.size)
+    os.sched_setaffinity(0, cores)
+    workers = 1 if quick else len(cores)
     stacks = ranks.size * (1 if quick else 2 * workers)  # two for each worker where all train, and more for one alone
     text = CURRICULUM.format(
-        iterations=ITERATIONS, groups=AT_ONCE * stacks, alike=AT_ONCE, steps=4 if quick else 30,
+        iterations=ITERATIONS, groups=AT_ONCE * stacks, alike=AT_ONCE, steps=4 if quick else 90,
         batch=16 if quick else 32,
     )  # fmt: skip
     manifest = Manifest(
@@ -154,6 +157,22 @@ def be_one(folder: Path, limit: float, quick: bool) -> None:
             tell(stage="simic", steps_a_second=rates, iterations=sorted(same),
                  times_as_fast=rates[ranks.size] / rates[1])  # fmt: skip
     leave()
+
+
+def _cores_of(rank: int, size: int) -> list[int]:
+    """The processors of this process, those of one core together; all of them where there are too few to share."""
+    everyone = sorted(os.sched_getaffinity(0), key=lambda number: (_siblings(number), number))
+    count = len(everyone) // size
+    return everyone[rank * count : (rank + 1) * count] if count else everyone
+
+
+def _siblings(number: int) -> list[int]:
+    """The processors of the core that `number` belongs to, as far as the system tells."""
+    try:
+        text = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text()
+        return [int(one) for one in text.strip().replace("-", ",").split(",")]
+    except (OSError, ValueError):
+        return [number]
 
 
 def _train(folder: Path, manifest: Manifest, ranks: Ranks, pool: WorkerPool, pace: _Pace) -> None:

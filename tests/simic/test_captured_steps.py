@@ -51,6 +51,7 @@ class Device:
                 raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
             self.used.add(pool)
             graphs.add(graph)
+            assert not gc.isenabled()  # else graphs may be destroyed meanwhile, which CUDA does not permit
             yield
             if self.failures:
                 self.failures -= 1
@@ -86,6 +87,7 @@ def steps_of(captured: CapturedSteps, count: int) -> list[float]:
     for number in range(count):
         batch = Batch(torch.full((1,), float(number)), torch.zeros(1))
         captured.step("key", batch, lambda b: computed.append(b.inputs.item()))
+        assert gc.isenabled()
     return computed
 
 

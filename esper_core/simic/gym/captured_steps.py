@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -93,6 +95,19 @@ class CapturedSteps:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         # what other threads of this process ask of the device does not end the capture
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+        asked = torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local")
+        with _nothing_collected(), asked:
             advance(static)
         return graph, static
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A context in which Python does not collect garbage: graphs cannot be destroyed while one is captured."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
