@@ -24,7 +24,7 @@ from esper_core.tamiyo.blend_probe import BlendProbe
 from esper_core.tamiyo.core import TamiyoCore
 from esper_core.tamiyo.observation import FIELDS, OPS, ObservationBatch, collate, observe
 
-SHIPPED_CORES = ("core_v1",)
+SHIPPED_CORES = ("core_v1", "core_v2")
 """Cores that come with the package, by the name that `agent:NAME` takes; the last is used when no file is named."""
 SHIPPED = f"{SHIPPED_CORES[-1]}.safetensors"
 """The file of the core that is used when no file is named."""
@@ -117,16 +117,21 @@ class LearnedController:
         commands: int = 0,
         registry: Registry | None = None,
     ) -> None:
-        self.core = core or load_agent(core_for(argument, adapter))
-        self.core.eval()
+        self._default = core is None and not argument and not adapter
+        self._use(core or load_agent(core_for(argument, adapter)))
         if adapter:
             self.core.attach(open_adapter(adapter))
         self.generator = torch.Generator().manual_seed(seed) if sample else None
         self.commands = commands
-        self.hidden = self.core.initial(1)
-        self._adviser = Adviser() if self.core.config.advised else None
         self._wished = 0  # parameters of all seeds: the most that `invest` has asked for
         self._probe = BlendProbe(registry or load_registry())
+
+    def _use(self, core: TamiyoCore) -> None:
+        """Decide with `core`, from the start of a run."""
+        self.core = core
+        self.core.eval()
+        self.hidden = core.initial(1)
+        self._adviser = Adviser() if core.config.advised else None
 
     @torch.no_grad()
     def decide(self, view: RunView) -> Sequence[Command]:
@@ -197,11 +202,15 @@ class LearnedController:
         return {**memory, **adviser, "wished": self._wished}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from `state_dict()`, with the shipped core that decided the run where none was named.
 
         Raises:
             BadOption: the state is another core's.
         """
+        if self._default and state["fingerprint"] != self.core.fingerprint:
+            for core in map(load_agent, SHIPPED_CORES):
+                if core.fingerprint == state["fingerprint"]:
+                    self._use(core)
         if state["fingerprint"] != self.core.fingerprint:
             raise BadOption(f"the run was decided by core {str(state['fingerprint'])[:12]}", "the same agent file")
         self.hidden = torch.tensor([state["hidden"]], dtype=self.hidden.dtype)

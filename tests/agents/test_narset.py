@@ -186,7 +186,7 @@ def test_a_budget_of_flops_is_shared_and_kept() -> None:
 
 def test_the_learned_tamiyo_sets_the_shares_by_its_wish_and_by_what_was_earned() -> None:
     lab = lattice(3, 2, 600)
-    agent = LearnedController()
+    agent = LearnedController("core_v1")
     before = agent.hidden.clone()
     even = {"o0": None, "o1": None, "o2": None}
     view = attrs.evolve(
@@ -366,10 +366,10 @@ def test_a_region_that_plants_nothing_lends_its_budget_to_one_that_is_short() ->
 
 
 def test_what_the_learned_tamiyo_wished_for_is_not_withdrawn_when_it_waits() -> None:
-    agent, view = LearnedController(), lattice(3, 2, 600).view()
+    agent, view = LearnedController("core_v1"), lattice(3, 2, 600).view()
     agent._wished = 590
     assert agent.invest(view, {"": None}).total == 590
-    again = LearnedController()
+    again = LearnedController("core_v1")
     again.load_state_dict(json.loads(json.dumps(agent.state_dict())))
     assert again.invest(view, {"": None}).total == 590
 

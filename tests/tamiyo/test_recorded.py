@@ -153,7 +153,7 @@ def test_a_core_trained_before_seed_family_was_delivered_goes_on_reading_nothing
     blind = attrs.evolve(view, slots=tuple(attrs.evolve(s, seed_family="", seed_tags=frozenset()) for s in view.slots))
     blends = BlendProbe(load_registry()).descriptors(view.blends)
     assert _row(view, "seed_family_convolution").any() and not _row(blind, "seed_family_convolution").any()
-    for core, same in ((load_agent(""), True), (TamiyoCore(CoreConfig(32, 1, 2), seed=0), False)):
+    for core, same in ((load_agent("core_v1"), True), (TamiyoCore(CoreConfig(32, 1, 2), seed=0), False)):
         core.eval()
         with torch.no_grad():
             one, two = (core.decide(collate([observe(v, blends)]), core.initial(1)).value for v in (view, blind))
