@@ -165,8 +165,8 @@ class LearnedController:
         spread, drive = self.core.wishes(seen, self.hidden)
         wishes = spread[0].tolist()
         if all(value is None for value in efficiency.values()):
-            for slot in self._planned(seen, self._most(view)):
-                wishes[slot] += 1.0
+            for number in self._planned(seen, self._most(view)):
+                wishes[number] += 1.0
         shares, whole = dict.fromkeys(efficiency, 0.0), math.fsum(wishes) or 1.0
         for slot, wish in zip(view.slots, wishes, strict=True):
             shares[slot.spec.region] = shares.get(slot.spec.region, 0.0) + wish / whole
@@ -186,7 +186,7 @@ class LearnedController:
         return self.commands or max(self.core.config.commands, math.ceil(len(view.slots) / _SLOTS_A_COMMAND))
 
     def _planned(self, seen: ObservationBatch, most: int) -> list[int]:
-        """Slots at which it would germinate now. Memory and generator stay as they are."""
+        """Numbers of the slots at which it would germinate now. Memory and generator stay as they are."""
         generator = None
         if self.generator is not None:
             generator = torch.Generator()
