@@ -2,7 +2,7 @@
 
 A core that is advised reads the proposals and begins by following them (`tamiyo.proposals`), so that what it learns is
 when to do otherwise. The heuristic is asked at every decision, whether or not its proposals are carried out: all that
-it knows is in the views.
+it knows is in the views. A change to the heuristic changes what advised cores do, those that are trained already, too.
 """
 
 from __future__ import annotations
