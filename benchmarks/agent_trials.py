@@ -26,6 +26,7 @@ import attrs
 
 from esper_core.leyline.actions import Command
 from esper_core.leyline.errors import RunFailed
+from esper_core.leyline.specs import BlueprintSpec
 from esper_core.leyline.stages import STAGES, Op
 from esper_core.leyline.view import Controller, RunView
 from esper_core.simic.gym.cpu_engine import WorkerPool
@@ -124,7 +125,8 @@ def episode(run: RunConfig, make: Callable[[Any], Mapping[str, Controller]]) -> 
     group_of = EpisodeGroup(Ground.lay(run, registry), len(make(registry)), assembly.build_rewards(run, registry))
     controllers = make(registry)
     told: dict[str, dict[str, Any]] = {name: {"return": 0.0, "commands": []} for name in controllers}
-    families = {part.name: part.spec.family for part in registry.specs("blueprint")}
+    specs = {part.name: part.spec for part in registry.specs("blueprint")}
+    families = {name: spec.family for name, spec in specs.items() if isinstance(spec, BlueprintSpec)}
     try:
         views, _ = group_of.advance()
         while not group_of.done:
