@@ -30,6 +30,9 @@ def export(run: str, form: str, out: str | None, merge: bool, weights: str, code
 
     What was written is read back and compared with the model. With --merge the result has the bare host's parameters
     and FLOPs where every seed is an update of a weight: lora, lora_conv, dora, ia3, vera.
+
+    A run of `grow` in Python, whose module is your own, needs --host module:FILE.py:CLASS. What was written is then
+    compared on noise, since no folder holds your data.
     """
     folder = find_run(run)
     from esper_core.tolaria.export import describe_export, export_run
@@ -42,7 +45,7 @@ def export(run: str, form: str, out: str | None, merge: bool, weights: str, code
         return
     say(found.path)
     batch = "any batch size" if found.fixed_batch is None else f"batches of {found.fixed_batch} only"
-    agrees = f"within {found.difference:.1g} of the model on {found.examples} examples"
+    agrees = f"within {found.difference:.1g} of the model on {found.examples} {'made-up ' * found.noise}examples"
     if merge:
         say(f"merged {len(found.merged)} seeds into their layers", err=True)
         for path, reason in found.unmerged.items():

@@ -9,3 +9,6 @@ FEWEST: Final = 3
 
 TOO_FEW: Final = f"needs {FEWEST} seeds"
 """What stands in place of an interval over fewer."""
+
+NOT_SHOWN: Final = "growing is not shown to pay here"
+"""How a verdict begins whose interval holds zero."""

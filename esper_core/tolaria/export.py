@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from esper_core.kasmina.compose import compose
 from esper_core.kasmina.merging import merge_all, merged, unmerge
 from esper_core.leyline.errors import BadOption, EsperError, MissingDependency, os_error_as
-from esper_core.leyline.host import list_tensors, map_tensors
+from esper_core.leyline.host import OWN_MODEL, list_tensors, map_tensors
 from esper_core.registry import Registry, load_registry
 from esper_core.tolaria.assembly import build_task
 from esper_core.tolaria.config import RunConfig
@@ -32,6 +32,7 @@ from esper_core.tolaria.export_peft import compare_with_peft, write_peft
 from esper_core.tolaria.export_source import write_source
 from esper_core.tolaria.model_file import load_plane
 from esper_core.tolaria.offline import offline, without_fetching
+from esper_core.tolaria.recipe import noise_of
 
 if TYPE_CHECKING:
     from esper_core.kasmina.plane import Plane
@@ -53,6 +54,7 @@ class Exported:
         fixed_batch: the only batch size that the program takes; None for any.
         merged: paths of the seeds that were merged into their layers. unmerged: path to reason of the other ones.
         difference: largest absolute difference of logits from the model's, over `examples` of the validation split.
+        noise: these examples are noise instead, as the run was one of `grow`, whose data are the caller's.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Exported:
     examples: int
     merged: tuple[str, ...] = ()
     unmerged: Mapping[str, str] = attrs.Factory(dict)
+    noise: bool = False
 
 
 class _Positional(nn.Module):
@@ -111,9 +114,9 @@ def export_run(
         for seed in merged(plane):
             unmerge(plane, seed)
         return _export_peft(plane, header, target)
-    inputs = _examples(header, plane.registry)
+    inputs, noise = _examples(header, plane.registry), _made_up(header)
     if not merge:
-        return export_model(compose(plane).eval(), inputs, form, target)
+        return attrs.evolve(export_model(compose(plane).eval(), inputs, form, target), noise=noise)
     with torch.no_grad():
         expected = compose(plane).eval()(inputs)
     done, left = merge_all(plane, permanent=False)
@@ -126,11 +129,22 @@ def export_run(
     if not difference <= TOLERANCE:
         raise EsperError(f"the merged model differs by {difference:.2g}", f"at most {TOLERANCE:g}", "without --merge")
     found = export_model(model, inputs, form, target)
-    return attrs.evolve(found, merged=tuple(done), unmerged=left, difference=max(found.difference, difference))
+    return attrs.evolve(found, merged=tuple(done), unmerged=left, difference=max(found.difference, difference),
+                        noise=noise)  # fmt: skip
+
+
+def _made_up(header: Mapping[str, Any]) -> bool:
+    """Whether the data were the caller's, so that there are no examples but noise."""
+    return bool(RunConfig.from_mapping(header["config"]).host == OWN_MODEL)
 
 
 def _examples(header: Mapping[str, Any], registry: Registry) -> Inputs:
-    """A batch of the validation split that a model's file names. Nothing is fetched for it."""
+    """A batch of the validation split that a model's file names, or noise where the loaders were the caller's.
+
+    Nothing is fetched for it.
+    """
+    if _made_up(header):
+        return noise_of(header["own"], _COMPARED)  # type: ignore[no-any-return]
     with offline():
         task, _ = build_task(without_fetching(RunConfig.from_mapping(header["config"])), registry)
         return next(iter(task.validation.batches(_COMPARED))).inputs
@@ -145,7 +159,8 @@ def _export_peft(plane: Plane, header: Mapping[str, Any], target: Path) -> Expor
     difference, examples = compare_with_peft(plane, target, batch)
     if not difference <= TOLERANCE:
         raise EsperError(f"{target} differs from the model by {difference:.2g}", f"at most {TOLERANCE:g}")
-    return Exported(target, "peft", _names(batch, len(list_tensors(batch))), None, difference, examples)
+    return Exported(target, "peft", _names(batch, len(list_tensors(batch))), None, difference, examples,
+                    noise=_made_up(header))  # fmt: skip
 
 
 def export_model(model: nn.Module, inputs: Inputs, form: str, target: Path) -> Exported:

@@ -60,7 +60,7 @@ class Grown:
         split, loss, score = "test", result.test_loss, result.test_score
         if score is None:
             split, loss, score = "validation", result.validation_loss, result.validation_score
-        doubt = self._undecided()
+        doubt = self.undecided()
         seeds = [f"{path} ({self.plane.growths[path].blueprint}{', undecided' * (path in doubt)})"
                  for path in result.fossilized]  # fmt: skip
         share = result.params / max(1, result.host_params) - 1
@@ -81,7 +81,7 @@ class Grown:
             return {}
         return {"control": f"not run, so whether growing paid is unknown; {ask_for_control('', OWN_MODEL)}"}
 
-    def _undecided(self) -> set[str]:
+    def undecided(self) -> set[str]:
         """Slots whose seed was kept although the interval of its gain reaches down to the rent, or below."""
         log = self.result.folder / "events.jsonl"
         kept = self.result.folder != Path() and log.is_file()  # the log holds what was before a run was resumed, too

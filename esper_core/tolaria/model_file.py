@@ -29,7 +29,7 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.offline import offline, without_fetching
 from esper_core.tolaria.origin import named_parts
 from esper_core.tolaria.own_code import named_code, runs_code, take_named
-from esper_core.tolaria.recipe import check_buildable, rebuild_host, recipe_of
+from esper_core.tolaria.recipe import build_named, check_buildable, rebuild_host, recipe_of
 from esper_core.tolaria.run_names import ROOT, is_run, list_runs
 from esper_core.tolaria.snapshot import load_weights, model_tensors
 from esper_core.tolaria.timetable import Timetable
@@ -222,7 +222,12 @@ def load_plane(
         outputs, shape = int(header["task"]["outputs"]), tuple(int(n) for n in header["task"]["input_shape"])
     registry = bind(registry, origins)
     own = config.host == OWN_MODEL or (runs_code(config.host, registry) and not named_code())
-    if not own or named_code():
+    named = named_code()
+    if config.host == OWN_MODEL and named:
+        if model is not None:
+            raise BadOption(f"--host {named} and model= for {path}", "one of them", f"model= without {named}")
+        model = build_named(header.get("own", {}), named, registry, path)
+    elif not own or named:
         config = take_named(config, registry, path)
     if not own and model is not None:
         raise BadOption(f"model= for {path}", f"nothing: its host is {config.host}, which Esper builds", "no model=")

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 import attrs
 
 from esper_core.leyline.errors import BadOption, EsperError
+from esper_core.leyline.host import OWN_MODEL
 from esper_core.leyline.specs import HostSpec
 from esper_core.registry import Registry, split_reference
 from esper_core.tolaria.config import RunConfig
@@ -48,16 +49,33 @@ def code_named(host: str) -> Iterator[None]:
         _named.reset(token)
 
 
-def take_named(config: RunConfig, registry: Registry, source: object) -> RunConfig:
+def refuse_own_loaders(config: RunConfig, source: object, instead: str) -> None:
+    """Refuse a run of `grow` where its data are needed.
+
+    Args:
+        source: its folder. instead: what to do in Python.
+
+    Raises:
+        BadOption: it is one.
+    """
+    if config.host == OWN_MODEL:
+        given = f"{source} was trained by grow() on loaders of your own, which its folder does not hold"
+        raise BadOption(given, "a run of esper run; this one needs Python", instead)
+
+
+def take_named(config: RunConfig, registry: Registry, source: object, instead: str = "") -> RunConfig:
     """The configuration from a file, with its code where the user named it.
 
     Args:
-        source: the file or folder, for messages.
+        source: the file or folder, for messages. instead: for a run of `grow`, whose data are needed: what to do.
 
     Raises:
-        BadOption: the host is code and the user named none or other code, or named code and it is none.
+        BadOption: the data are needed and were the caller's. Or the host is code and the user named
+            none or other code, or named code and it is none.
     """
     named = named_code()
+    if instead:
+        refuse_own_loaders(config, source, instead)
     if not runs_code(config.host, registry):
         if named:
             given = f"--host {named} for {source}, whose host is {config.host}"

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from esper_core.kasmina.module_host import ModuleHost, host_from_module
 from esper_core.leyline.errors import BadFile, BadOption, MissingDependency
+from esper_core.leyline.files import typed
 from esper_core.leyline.host import OWN_MODEL
+from esper_core.leyline.specs import HostSpec
+from esper_core.registry import Registry, split_reference
+from esper_core.storage.tensor_file import expect_well_formed
 
 _LIBRARIES: Final = ("timm", "transformers")
 _MOST_NUMBERS: Final = 1 << 28
@@ -47,16 +51,17 @@ def check_buildable(recipe: object, source: object, host: str = OWN_MODEL) -> No
         MissingDependency: its library is not installed.
     """
     told = recipe if isinstance(recipe, Mapping) else {}
-    library, name = told.get("library", ""), str(told.get("class", "")).rpartition(":")[2] or "Model"
+    library, name = told.get("library", ""), _name_of(told)
     if library not in _LIBRARIES and host != OWN_MODEL:
         raise BadOption(
             f"{source} grew from code of {host}, and no code runs because a file names it",
             "the code named by you, if you trust it", f"--host {host}, or in Python load_model(…, model={name}(…))",
         )  # fmt: skip
     if library not in _LIBRARIES:
+        name = "build" if str(told.get("class", "")).startswith("torch.") else name  # such as a Sequential
         raise BadOption(
-            f"{source} grew from a module of your own, which only you can build", f"an untrained {name}",
-            f"load_model({str(source)!r}, model={name}(...))",
+            f"{source} grew from a module of your own, which only you can build", f"an untrained {_name_of(told)}",
+            f"model={name}(...) in Python, or esper export {typed(str(source))} --host module:FILE.py:{name}",
         )  # fmt: skip
     if importlib.util.find_spec(library) is None:
         raise MissingDependency(f"{source} grew from a model of {library}", "", f"pip install {library}")
@@ -73,6 +78,49 @@ def rebuild_host(recipe: Mapping[str, Any], model: nn.Module | None, source: obj
     """
     model = _built(recipe, source) if model is None else model
     return host_from_module(model.eval(), list(recipe["points"]), example=_example(recipe["example"]))
+
+
+def _name_of(recipe: Mapping[str, Any]) -> str:
+    return str(recipe.get("class", "")).rpartition(":")[2] or "Model"
+
+
+def build_named(recipe: Mapping[str, Any], named: str, registry: Registry, source: object) -> nn.Module:
+    """The untrained module of a run of `grow`, by code that the user named, as `module:FILE.py:NAME`.
+
+    Raises:
+        BadOption: a library builds the model, the code is no module of a file, or it cannot be built.
+    """
+    with expect_well_formed(source):
+        grew, library, shape = str(recipe["class"]), recipe.get("library"), recipe["example"].get("shape")
+    given = f"--host {named} for {source}, which grew from {grew}"
+    kind, argument = split_reference(named)
+    if library in _LIBRARIES:
+        raise BadOption(given, f"a class of your own; {library} builds this one", "leave --host out")
+    spec = registry.find("host", kind).spec
+    name = _name_of(recipe)
+    if not (isinstance(spec, HostSpec) and spec.code):
+        raise BadOption(given, "the code that builds it", f"--host module:FILE.py:{name}")
+    try:
+        host = registry.build("host", kind, argument, input_shape=tuple(shape[1:]) if shape else None)
+    except BadOption as error:
+        raise BadOption(f"{given}: {error.given}", f"a class or function that builds {name} without arguments",
+                        f"def build(): return {name}(…) in that file, and its name") from error  # fmt: skip
+    module: nn.Module = host.module
+    return module
+
+
+def noise_of(recipe: Mapping[str, Any], count: int) -> Any:
+    """`count` examples of the shapes that `recipe` tells, as the model takes them; see `_example`."""
+    return _example(_widened(recipe["example"], count))
+
+
+def _widened(told: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The shapes of an example, a batch of one, for a batch of `count`."""
+    if "mapping" in told:
+        return {"mapping": {key: _widened(value, count) for key, value in told["mapping"].items()}}
+    if "list" in told:
+        return {"list": [_widened(value, count) for value in told["list"]]}
+    return {**told, "shape": [count, *told["shape"][1:]]} if told.get("shape") else dict(told)
 
 
 def _built(recipe: Mapping[str, Any], source: object) -> nn.Module:

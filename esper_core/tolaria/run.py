@@ -37,7 +37,7 @@ from esper_core.tolaria.origin import (
     refuse_edited,
     split_fingerprint,
 )
-from esper_core.tolaria.own_code import take_named
+from esper_core.tolaria.own_code import refuse_own_loaders, take_named
 from esper_core.tolaria.process_count import process_count
 from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.processes import meet_others
@@ -190,7 +190,7 @@ def _take_up(
         origins = Origins.read(about.get("origins", {}))
     with ranks.together(forward=False):
         registry = bind(registry or load_registry(), origins)
-        config = take_named(config, registry, folder.path)
+        config = take_named(config, registry, folder.path, "call grow(…) again with the same arguments")
         found = _newest(folder, ranks, notify) if not from_scratch else None
         with offline(not download):
             asked = config if download else without_fetching(config)
@@ -287,8 +287,11 @@ def eval_run(
     if split not in ("train", "validation", "test"):
         raise BadOption(f"split {split!r}", "train, validation or test", "--split test")
     registry = registry or load_registry()
+    if (Path(path) / "run.json").is_file():
+        refuse_own_loaders(RunFolder.open(path)[1], path, f"load_model({str(path)!r}, model=…) and your own loop")
     plane, header = load_plane(path, registry, weights=weights)
     config = RunConfig.from_mapping(header["config"])
+    refuse_own_loaders(config, path, f"load_model({str(path)!r}, model=…) and your own loop")
     with offline(not download):
         task, name = assembly.build_task(config if download else without_fetching(config), plane.registry)
     now = Origins.read(origins_of(plane.registry, _judging(config), name, plane))

@@ -24,9 +24,10 @@ from esper_core.kasmina.plane import Plane
 from esper_core.leyline.errors import BadFile, BadOption, RunFailed, did_you_mean, os_error_as
 from esper_core.leyline.events import renamed
 from esper_core.leyline.files import typed
-from esper_core.leyline.host import TaskProtocol
+from esper_core.leyline.host import OWN_MODEL, TaskProtocol
 from esper_core.leyline.objective import Metric
 from esper_core.leyline.specs import HostSpec
+from esper_core.nissa.report.control import ask_for_control
 from esper_core.nissa.report.reading import read_events, training_seconds
 from esper_core.nissa.report.wording import number
 from esper_core.registry import Registry, load_registry, split_reference
@@ -133,7 +134,8 @@ def compare_run(
         RunFailed: some trainings failed; the others are in `compare.json`.
     """
     folder, run, _ = RunFolder.open(path)
-    result, run = folder.result(), take_named(run, load_registry(config.disabled), folder.path)
+    registry, control = load_registry(config.disabled), ask_for_control(folder.path, OWN_MODEL)
+    result, run = folder.result(), take_named(run, registry, folder.path, control)
     if result.get("status") != "finished":
         raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {typed(folder.path)}")
     beside = folder.path / "compare"

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, Final
 
 from esper_core.leyline.objective import Metric
-from esper_core.leyline.pairs import TOO_FEW
+from esper_core.leyline.pairs import NOT_SHOWN, TOO_FEW
 
 CONTROL: Final = "host@FLOPs"
 """The arm against which every run can be held: the host alone, at the FLOPs of the grown run."""
@@ -52,7 +52,7 @@ def _sentence(found: Mapping[str, Any], what: str) -> str:
         return f"growing paid: {told}"
     if found["high"] < 0:
         return f"growing did not pay here: keep the host ({told})"
-    return f"growing did not pay here, as far as {seeds} seeds can tell: keep the host ({told})"
+    return f"{NOT_SHOWN}: keep the host ({told})"
 
 
 def _count(seeds: int) -> str:

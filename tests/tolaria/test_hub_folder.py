@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper_core
+from esper_core.cli.main import cli
 from esper_core.kasmina.compose import compose
 from esper_core.leyline.errors import BadFile, BadOption, EsperError
 from esper_core.tolaria.checkpoint import Checkpoints
@@ -88,6 +91,55 @@ def test_the_card_has_a_head_in_yaml_and_says_what_grew(tmp_path: Path) -> None:
     )
     assert "# named" in body and all(f"`{seed['slot']}`" in body for seed in config["seeds"])
     assert f"{grown.result.test_score:.4f}" in body and f"{grown.result.test_loss:.4f}" in body
+
+
+def test_the_card_tells_the_control_and_which_seeds_are_undecided(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    germinated(Net(), images(), "conv", out=str(run), seed=1)
+
+    def body() -> str:
+        return (esper_core.save_pretrained(run, tmp_path / "out", model=Net()) / "README.md").read_text("utf-8")
+
+    assert "without its control" in body() and "ndecided" not in body() and "on `loaders`" not in body()
+
+    verdict = "growing is not shown to pay here: keep the host (+4.17 points [-13.76, +22.09])"
+    arms = [{"name": name, "seeds": [0, 1, 2], "accuracy": scores}
+            for name, scores in (("grown", [0.9, 0.8, 0.7]), ("host@FLOPs", [0.8, 0.8, 0.8]))]  # fmt: skip
+    pair = {"arm": "grown", "minus": "host@FLOPs", "mean": 0.0, "low": -0.2, "high": 0.2, "n": 3}
+    told = {"arms": arms, "paired": [pair], "metric": "accuracy",
+            "verdict": {"text": verdict, "seeds": 3, "low": -0.2, "high": 0.2}}  # fmt: skip
+    (run / "compare.json").write_text(json.dumps(told))
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    changed = [event for event in events if event["kind"] == "stage_changed"]
+    kept = {**changed[-1], "after": "fossilized", "gain": 0.04, "gain_low": 0.01, "gain_high": 0.07, "rent": 0.02}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(kept) + "\n")
+    card = body()
+    assert verdict in card and "80.00% accuracy by the host alone at equal FLOPs, grown 80.00%" in card
+    assert "without its control" not in card and ", undecided" in card
+
+
+def test_a_run_of_grow_is_exported_with_the_class_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    grown = germinated(Net(), images(), "conv", out="runs/mine", seed=1)
+    assert stands(grown)
+
+    def esper(*words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(cli, words)
+        return done.exit_code, f"{done.output}"
+
+    for verb, told in (("export", "--host module:FILE.py:Net"), ("eval", "your own loop"), ("compare", "epochs=N")):
+        code, said = esper(verb, "latest")
+        assert code == 2 and told in said, (verb, said)
+    for wrong in (f"module:{__file__}:nothing", "cnn"):
+        assert esper("export", "latest", "--host", wrong)[0] == 2
+    code, said = esper("export", "latest", "--host", f"module:{__file__}:Net")
+    assert code == 0 and "100 made-up examples" in said, said
+    spec = importlib.util.spec_from_file_location("exported", "runs/mine/export/torch/model.py")
+    assert spec is not None and spec.loader is not None
+    exported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(exported)
+    torch.testing.assert_close(exported.load()(images()[:4]), grown.model(images()[:4]))
 
 
 def test_a_timm_model_comes_back_by_itself(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,7 @@ import attrs
 from esper_core.leyline.files import typed
 from esper_core.leyline.host import OWN_MODEL
 from esper_core.leyline.objective import Metric
-from esper_core.leyline.pairs import FEWEST, TOO_FEW
+from esper_core.leyline.pairs import FEWEST, NOT_SHOWN, TOO_FEW
 from esper_core.nissa.report.wording import metric_of, number, printable
 
 CONTROLS: Final = {
@@ -107,7 +108,8 @@ def control_of(compare: object) -> Control | None:
 def verdict_of_record(compare: object) -> str:
     """The sentence of a comparison on whether growing paid; empty where it has none.
 
-    One over fewer than `FEWEST` seeds, as versions up to 0.2.0 wrote them, is replaced.
+    One over fewer than `FEWEST` seeds, as versions up to 0.2.0 wrote them, is replaced; so is the older wording of a
+    verdict whose interval holds zero.
     """
     verdict = compare.get("verdict") if isinstance(compare, Mapping) else None
     if not isinstance(verdict, Mapping) or not verdict.get("text"):
@@ -115,7 +117,7 @@ def verdict_of_record(compare: object) -> str:
     seeds, control = number(verdict.get("seeds")), control_of(compare)
     if seeds is not None and seeds < FEWEST and control is not None and number(verdict.get("low")) is not None:
         return f"{control.show_gain()} over {control.what}, {seeds:.0f} seeds: a verdict {TOO_FEW}"
-    return printable(verdict["text"])
+    return re.sub(r"^growing did not pay here, as far as \d+ seeds can tell", NOT_SHOWN, printable(verdict["text"]))
 
 
 def ask_for_control(folder: str | Path, host: str) -> str:
@@ -125,7 +127,7 @@ def ask_for_control(folder: str | Path, host: str) -> str:
         host: as the run's configuration names it. Code in a file is named again, as a run folder alone runs none.
     """
     if host == OWN_MODEL:
-        return 'grow(model, …, controller="wait")'
+        return 'grow(model, …, controller="wait", epochs=N), where N epochs cost as many FLOP as this run'
     code = f" --host {typed(host)}" if ".py:" in host else ""
     return f"esper compare {typed(folder)}{code} --arms host@FLOPs --seeds {FEWEST}"
 

@@ -10,7 +10,9 @@ import attrs
 
 from esper_core.leyline.errors import BadFile, BadOption
 from esper_core.leyline.files import typed
+from esper_core.leyline.host import OWN_MODEL
 from esper_core.leyline.specs import HostSpec
+from esper_core.nissa.report.control import ask_for_control
 from esper_core.registry import Registry, split_reference
 from esper_core.storage.tensor_file import write_json_file
 from esper_core.tolaria.config import RunConfig
@@ -49,7 +51,7 @@ def compare_frontier(
         BadFile: the run is not finished. BadOption: it has no budget, or its host no sizes.
     """
     folder, run, _ = RunFolder.open(path)
-    run = take_named(run, registry, folder.path)
+    run = take_named(run, registry, folder.path, ask_for_control(folder.path, OWN_MODEL))
     if folder.result().get("status") != "finished":
         raise BadFile(f"{folder.path} is not finished", "a finished run", f"esper resume {typed(folder.path)}")
     if not run.budget_total:
