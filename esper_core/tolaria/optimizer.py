@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
@@ -20,6 +20,9 @@ from esper_core.tolaria.config import RunConfig
 from esper_core.tolaria.muon import MuonAdamW, hidden_matrices
 from esper_core.tolaria.sharding import ShardwiseAdamW, copy_all, is_sharded
 
+_BARE: Final = "bare"
+"""Key of a group without weight decay."""
+
 
 @attrs.frozen
 class OptimizerConfig:
@@ -29,12 +32,19 @@ class OptimizerConfig:
     beta2: float = option_field(0.999, "beta2 of adamw", 0.0, 0.999999)
     seed_warmup: int = option_field(10, "optimizer steps over which a new seed's learning rate rises", 0)
     fused: bool = option_field(True, "one kernel for a group, where the device has it")
+    decay: str = option_field(
+        "all",
+        "what weight decay holds for: matrices leaves out norms, biases and other vectors; seeds in a loop of one's "
+        "own go by the loop's groups",
+        choices=("all", "matrices"),
+    )
 
 
 @attrs.define
 class SeedGroup:
     """A seed's place in the optimizer. `age` counts its optimizer steps; `group` is torch's own param group.
 
+    `bare`: a second group, where some of the parameters have weight decay and some have none.
     `deepens`: the seed is made of the host's blocks, and its gradient is clipped together with the host's.
     `source`: the caller's param group whose rate it follows; None: the run's own rate.
     """
@@ -43,6 +53,17 @@ class SeedGroup:
     age: int = 0
     deepens: bool = False
     source: GroupRef | None = None
+    bare: dict[str, Any] | None = None
+
+    @property
+    def groups(self) -> tuple[dict[str, Any], ...]:
+        """Torch's own groups of the seed, one or two."""
+        return (self.group,) if self.bare is None else (self.group, self.bare)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all groups."""
+        return [parameter for group in self.groups for parameter in group["params"]]
 
 
 class GrowthOptimizer:
@@ -73,11 +94,12 @@ class GrowthOptimizer:
         self._plane: Plane | None = None
         self.seeds: dict[str, SeedGroup] = {}
         self.host_group: dict[str, Any] | None = None
+        self.host_bare: dict[str, Any] | None = None
         self.torch: torch.optim.Optimizer | None = None
         self._not_hidden: frozenset[int] = frozenset()  # matrices of the host that Muon leaves to AdamW
         host = [p for p in host_parameters if p.requires_grad]
         if host:
-            self.host_group = self._add(host)
+            self.host_group, self.host_bare = self._add(host)
 
     def follow(self, plane: Plane) -> None:
         """Track the seeds of `plane` from now on."""
@@ -93,15 +115,16 @@ class GrowthOptimizer:
         """Add the parameters that a change created, and drop those that it removed."""
         gone = {id(p) for p in change.removed}
         for path, seed in list(self.seeds.items()):
-            left = [p for p in seed.group["params"] if id(p) not in gone]
-            if len(left) < len(seed.group["params"]):
-                self._forget(p for p in seed.group["params"] if id(p) in gone)
-                seed.group["params"] = left
-                if not left and not change.added:
+            removed = [p for p in seed.parameters if id(p) in gone]
+            if removed:
+                self._forget(removed)
+                for group in seed.groups:
+                    group["params"] = [p for p in group["params"] if id(p) not in gone]
+                if not seed.parameters and not change.added:
                     self._remove(path)
         fresh = [p for p in change.added if p.requires_grad]
         if fresh and change.slot in self.seeds:
-            self.seeds[change.slot].group["params"] += fresh
+            self._extend(self.seeds[change.slot], fresh)
         elif fresh:
             self.seeds[change.slot] = self._seed_group(change.slot, fresh, change.deepens)
         if fresh and change.inherits and self._inherit(change.inherits):
@@ -170,13 +193,14 @@ class GrowthOptimizer:
         """
         if self.torch is None:
             return
-        if self.host_group is not None:
-            self.host_group["lr"] = learning_rate
+        for group in self._host_groups():
+            group["lr"] = learning_rate
         for seed in self.seeds.values():
             seed.age += 1
             warmth = min(1.0, seed.age / max(1, self.options.seed_warmup))
             rate = learning_rate if seed.source is None else float(seed.source.now["lr"])
-            seed.group["lr"] = rate * self.config.seed_learning_rate_factor * warmth
+            for group in seed.groups:
+                group["lr"] = rate * self.config.seed_learning_rate_factor * warmth
         if self.config.clip > 0:
             for parameters in self._clipped_together():
                 nn.utils.clip_grad_norm_(parameters, self.config.clip)
@@ -187,12 +211,12 @@ class GrowthOptimizer:
 
     def _clipped_together(self) -> Iterator[list[nn.Parameter]]:
         """Parameters that are clipped by one norm: host and copies of its blocks; every other seed by itself."""
-        whole = [] if self.host_group is None else list(self.host_group["params"])
+        whole = [parameter for group in self._host_groups() for parameter in group["params"]]
         for seed in self.seeds.values():
             if seed.deepens:
-                whole += seed.group["params"]
+                whole += seed.parameters
             else:
-                yield seed.group["params"]
+                yield seed.parameters
         if whole:
             yield whole
 
@@ -225,30 +249,59 @@ class GrowthOptimizer:
     def _groups(self) -> Iterator[tuple[str, dict[str, Any], torch.optim.Optimizer]]:
         """Name, param group and owner of everything that is updated; seeds by path."""
         if self.torch is not None:
-            if self.host_group is not None:
-                yield "host", self.host_group, self.torch
-            for path in sorted(self.seeds):
-                yield f"seed.{path}", self.seeds[path].group, self.torch
+            mine = {
+                "host": self._host_groups(),
+                **{f"seed.{path}": self.seeds[path].groups for path in sorted(self.seeds)},
+            }
+            for name, groups in mine.items():
+                for group in groups:
+                    yield f"{name}.bare" if group.get(_BARE) else name, group, self.torch
         for n, owner in enumerate(self.others):
             for m, group in enumerate(owner.param_groups):
                 yield f"other.{n}.{m}", group, owner
 
     def _seed_group(self, path: str, parameters: Sequence[nn.Parameter], deepens: bool) -> SeedGroup:
         """A seed's group, with what it takes from the caller's group of the block before it."""
-        group, source = self._add(parameters), None
+        (group, bare), source = self._add(parameters), None
         if self.others and self._plane is not None:
             source = source_of(self._plane.host, path, self.others, family_of(self.torch))
             if source is not None:
                 theirs = source.now
                 group.update({key: theirs[key] for key in self.adopt if key in theirs and key in group})
-        return SeedGroup(group, deepens=deepens, source=source)
+        return SeedGroup(group, deepens=deepens, source=source, bare=bare)
 
-    def _add(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+    def _add(self, parameters: Sequence[nn.Parameter]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Make a group of parameters, and one of those without weight decay if there are both kinds."""
+        parts = [[p for p in parameters if self._decays(p) is decays] for decays in (True, False)]
+        groups = [self._group(part) for part in parts if part]
+        return groups[0], groups[1] if len(groups) > 1 else None
+
+    def _group(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+        """A group of parameters that all have weight decay, or all have none."""
         if self.torch is None:
             self.torch = self._build(parameters)
         else:
             self.torch.add_param_group({"params": list(parameters)})
-        return self.torch.param_groups[-1]
+        group = self.torch.param_groups[-1]
+        if not self._decays(parameters[0]):
+            group |= {"weight_decay": 0.0, _BARE: True}
+        return group
+
+    def _decays(self, parameter: Tensor) -> bool:
+        return self.options.decay == "all" or bool(self.others) or parameter.dim() > 1
+
+    def _extend(self, seed: SeedGroup, parameters: Iterable[nn.Parameter]) -> None:
+        """Add parameters to the groups of a seed that has some already."""
+        for parameter in parameters:
+            bare = not self._decays(parameter)
+            group = next((group for group in seed.groups if bool(group.get(_BARE)) is bare), None)
+            if group is None:
+                seed.bare = self._group([parameter])
+            else:
+                group["params"].append(parameter)
+
+    def _host_groups(self) -> tuple[dict[str, Any], ...]:
+        return tuple(group for group in (self.host_group, self.host_bare) if group is not None)
 
     def _build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         config, options = self.config, self.options
@@ -269,10 +322,10 @@ class GrowthOptimizer:
         return parameter.dim() == 2 and id(parameter) not in self._not_hidden
 
     def _remove(self, path: str) -> None:
-        group = self.seeds.pop(path).group
-        self._forget(group["params"])
+        seed = self.seeds.pop(path)
+        self._forget(seed.parameters)
         assert self.torch is not None
-        self.torch.param_groups[:] = [g for g in self.torch.param_groups if g is not group]
+        self.torch.param_groups[:] = [g for g in self.torch.param_groups if not any(g is own for own in seed.groups)]
         if not self.torch.param_groups:
             self.torch = None
 

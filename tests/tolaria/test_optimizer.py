@@ -172,3 +172,29 @@ def test_schedules_end_and_begin_where_they_should():
     wsd = [learning_rate_share("wsd", progress, 0.1, 0.4) for progress in (0.05, 0.1, 0.6, 0.8, 1.0)]
     assert wsd == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
     assert 0 < learning_rate_share("cosine", 0.0, 0.1) < learning_rate_share("cosine", 0.05, 0.1) < 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
+def test_weight_decay_can_leave_vectors_alone(kind):
+    plane = small_plane()
+    config = ground.config(optimizer=kind, weight_decay=0.5)
+    optimizer = GrowthOptimizer(plane.host.module.parameters(), config, OptimizerConfig(decay="matrices"))
+    optimizer.follow(plane)
+    plane.germinate("block1", "poly")
+    everything = [*plane.host.module.parameters(), *plane.seed_groups()["block1"]]
+    before = [parameter.detach().clone() for parameter in everything]
+    for parameter in everything:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1)
+    for old, new in zip(before, everything, strict=True):
+        assert torch.equal(old, new) is (old.dim() < 2 or not old.any())
+    train(plane, optimizer, 2)
+    saved, ages = copies(optimizer), optimizer.ages()
+    optimizer.sync(plane)
+    optimizer.load_named_state(saved, ages)
+    assert copies(optimizer).keys() == saved.keys() and any(".bare." in name for name in saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in copies(optimizer).items())
+    plane.cull("block1", gated=False)
+    assert {id(p) for group in optimizer.torch.param_groups for p in group["params"]} == {
+        id(p) for p in plane.host.module.parameters()
+    }

@@ -17,7 +17,7 @@ from esper_core.kasmina.candidates import misfit
 from esper_core.kasmina.counterfactual import Measurement, worth_of
 from esper_core.kasmina.plane import Plane
 from esper_core.leyline.actions import Command
-from esper_core.leyline.errors import EsperError, RunFailed
+from esper_core.leyline.errors import BadOption, EsperError, RunFailed
 from esper_core.leyline.host import Batch, HostProtocol
 from esper_core.leyline.specs import BlueprintSpec
 from esper_core.leyline.view import RunView
@@ -203,6 +203,8 @@ def _is_host(plane: Plane, name: str, spec: BlueprintSpec) -> bool:
 def stacked_optimizer(config: RunConfig) -> StackedOptimizer:
     """The optimizer of a run, for all lanes at once."""
     options = assembly.part_config(config, "optimizer", OptimizerConfig)
+    if options.decay != "all":
+        raise BadOption(f"optimizer.decay={options.decay} on the stacked engine", "all", "--set optimizer.decay=all")
     shared: dict[str, Any] = {
         "weight_decay": config.weight_decay, "seed_factor": config.seed_learning_rate_factor,
         "seed_warmup": options.seed_warmup, "clip": config.clip,
