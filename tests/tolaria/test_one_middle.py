@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import collections
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +86,27 @@ def test_no_files_import_each_other_in_a_circle():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
 
 
-def users(name: str) -> set[str]:
-    """Modules in which `name` is called, or an attribute of that name."""
-    found = set()
+@functools.cache
+def index() -> tuple[dict[str, set[str]], dict[str, list[str]]]:
+    """Modules by the names that they call, attributes too, and by the names of functions and classes in them."""
+    users, definitions = collections.defaultdict(set), collections.defaultdict(list)
     for module, tree in modules().items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == name:
-                found.add(module.removeprefix("esper_core."))
-    return found
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                users[name].add(module.removeprefix("esper_core."))
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                definitions[node.name].append(module)
+    return users, definitions
+
+
+def users(name: str) -> set[str]:
+    """Modules in which `name` is called, or an attribute of that name."""
+    return index()[0][name]
 
 
 def definitions(name: str) -> list[str]:
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    return [m for m, tree in modules().items() for n in ast.walk(tree) if isinstance(n, kinds) and n.name == name]
+    return index()[1][name]
 
 
 def test_set_up_timetable_and_step_are_defined_once():
