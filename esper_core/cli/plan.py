@@ -23,6 +23,12 @@ def _room(plan: Plan) -> str:
     return " or ".join(told) or "no seed"
 
 
+def _examples(plan: Plan) -> str:
+    """How many examples each split has."""
+    counts = {"training" if name == "train" else name: count for name, count in plan.examples.items()}
+    return ", ".join(f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items())
+
+
 def show_plan(config: RunConfig, *, as_json: bool) -> None:
     """Resolve `config` and print the plan, as a table or as JSON.
 
@@ -57,6 +63,7 @@ def show_plan(config: RunConfig, *, as_json: bool) -> None:
     rows = {
         "host": f"{config.host}, {host}",
         "task": f"{plan.task}, {plan.outputs} outputs",
+        "examples": _examples(plan),
         "grows": ", ".join(plan.blueprints),
         "blends": ", ".join(config.blends),
         "budget": f"{budgets[0]}, {budgets[1]} an example, at a rent of {config.rent:g} nats",

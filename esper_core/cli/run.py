@@ -46,7 +46,8 @@ _WHERE: Final = frozenset(
 @click.option(
     "--versus",
     type=click.Choice(["host"]),
-    help="afterwards, train the host alone at the same FLOPs, and print which is better",
+    help="afterwards, control runs: 5 more trainings, unless --seeds (the host alone at the same FLOPs, and further "
+    "seeds of both); print which is better",
 )
 @click.option(
     "--seeds",
@@ -96,6 +97,11 @@ def run(
             display.notify(f"nothing was named: {config.host} on {config.task}, {config.budget_total} FLOP, "
                            "which takes a minute or two; esper run --help shows what else there is")  # fmt: skip
         arms = () if not versus else (CONTROL_ARM,)
+        if versus and not compare and not is_follower():
+            count = seeds or 3
+            more = f"{count} of the host alone" + (f" and {count - 1} of the grown network" if count > 1 else "")
+            display.notify(f"--versus host: after this run, control runs: {2 * count - 1} more trainings, {more}, each "
+                           "about as long as this run")  # fmt: skip
         return _train(
             config, display, (seeds or (5 if compare else 3)) if compare or versus else 0, () if compare else arms
         )
@@ -118,11 +124,12 @@ def _train(config: RunConfig, display: Display, seeds: int, arms: tuple[str, ...
     display.close()
     if is_follower():
         return 0 if result.status == "finished" else STOPPED
-    seconds = time.monotonic() - began
+    seconds, control = time.monotonic() - began, 0.0
     if seeds and result.status == "finished":
         from esper_core.cli.compare import compare_after_run
         from esper_core.tolaria.own_code import code_named, runs_code
 
         with code_named(config.host if runs_code(config.host, current_registry()) else ""):
             compare_after_run(result.folder, seeds, display, arms)
-    return conclude(result.folder, display, seconds)
+        control = time.monotonic() - began - seconds
+    return conclude(result.folder, display, seconds, control=control)

@@ -198,7 +198,7 @@ def _footnotes(summaries: list[dict[str, Any]], folder: str) -> list[Text]:
 
     notes = []
     if any(s["score"] is not None and s["split"] == "validation" for s in summaries):
-        notes.append("*: of the validation split; the test split is unread")
+        notes.append("*: of the validation split; no test split was read")
     if any(s["control"] and not s["control"]["decided"] for s in summaries):
         notes.append(f"?: undecided, as the interval holds 0 or there are fewer than {FEWEST} seeds")
     missing = [s for s in summaries if s["status"] == "finished" and s["control"] is None]

@@ -16,6 +16,7 @@ from esper_core.cli.output import say
 from esper_core.cli.processes import STOPPED
 from esper_core.leyline.errors import EsperError
 from esper_core.leyline.files import typed
+from esper_core.leyline.host import OWN_MODEL
 from esper_core.leyline.stages import stages_where
 from esper_core.nissa.live import clock
 from esper_core.nissa.report.control import ask_for_control
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
     from esper_core.cli.display import Display
 
 
-def conclude(folder: Path, display: Display, seconds: float, *, resumed: bool = False) -> int:
+def conclude(
+    folder: Path, display: Display, seconds: float, *, resumed: bool = False, control: float = 0.0
+) -> int:
     """Write the report and print the summary.
+
+    Args:
+        seconds: of this process until the run ended. control: seconds of the trainings beside it, if there were any.
 
     Returns:
         The exit code: 0, or 130 for a run that was stopped and can be resumed.
@@ -50,12 +56,20 @@ def conclude(folder: Path, display: Display, seconds: float, *, resumed: bool = 
     elif display.mode == "json-lines":
         say(f"{run['status']}; report: {report}", err=True)
     elif display.mode == "auto":
-        show(run, display.console, report, seconds, resumed)
+        show(run, display.console, report, seconds, resumed, control)
     return 0 if run["status"] != "unfinished" else STOPPED
 
 
-def show(run: Mapping[str, Any], console: Console, report: Path | None, seconds: float, resumed: bool = False) -> None:
-    """Print the summary of a run. `seconds`: of this process, which may have resumed the run."""
+def show(
+    run: Mapping[str, Any], console: Console, report: Path | None, seconds: float | None, resumed: bool = False,
+    control: float = 0.0,
+) -> None:  # fmt: skip
+    """Print the summary of a run.
+
+    Args:
+        seconds: of this process, which may have resumed the run; None where another one trained it.
+        control: seconds of the trainings beside it.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -84,15 +98,20 @@ def show(run: Mapping[str, Any], console: Console, report: Path | None, seconds:
     )
     table.add_row("parameters", quantity(run["params"]) + growth)
     rolled = f", {run['rollbacks']} rollback{'s' * (run['rollbacks'] != 1)}" if run["rollbacks"] else ""
-    trained = f"{clock(run['seconds'])} of training, " if run["seconds"] is not None else ""
-    spent = f"{trained}{clock(seconds)} {'since it was resumed' if resumed else 'in all'}"
-    table.add_row("cost", f"{quantity(run['total_flops'], 'FLOP')}, {spent}{rolled}")
+    spent = [quantity(run["total_flops"], "FLOP")]
+    spent += [f"{clock(run['seconds'])} of training"] if run["seconds"] is not None else []
+    if seconds is not None:
+        spent.append(f"{clock(seconds)} {'since it was resumed' if resumed else 'with its start'}")
+    spent += [f"and {clock(control)} for the control"] if control else []
+    table.add_row("cost", f"{', '.join(spent)}{rolled}")
     if report is not None:
         table.add_row("report", str(report))
     name = typed(run["folder"])
     code = f" --host {typed(run['host'])}" if runs_code(str(run["host"]), current_registry()) else ""
-    after = f"esper eval {name}{code}, esper export {name}{code}"
-    table.add_row("next", f"esper resume {name}{code}" if stopped else after)
+    again, after = f"esper resume {name}{code}", f"esper eval {name}{code}, esper export {name}{code}"
+    if run["host"] == OWN_MODEL:
+        again, after = "the same call of grow, in Python", f"esper export {name} --host module:FILE.py:CLASS"
+    table.add_row("next", again if stopped else after)
     verb = "stopped, saved" if stopped else run["status"]
     epochs = f"{run['epochs']} epoch{'s' * (run['epochs'] != 1)}"
     console.print()

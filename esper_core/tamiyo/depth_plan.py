@@ -145,8 +145,8 @@ def plan_depth(view: RunView, *, last: float, latest: float, order: str = "stack
         return None, f"no deeper: {after}, and the budget cannot feed them"
     due = max(due_at(count, last), SPACING * RATIO * last_birth(view))
     if not due <= course.share <= latest:
-        return None, f"{count} doublings to come, the next at {due:.1%} of the budget"
-    reason = f"{course.share:.1%} of the budget is spent; {after}; {count - 1} doublings to come"
+        return None, f"{count} doubling{'s' * (count != 1)} to come, the next at {due:.1%} of the budget"
+    reason = f"{course.share:.1%} of the budget is spent; {after}; {count - 1} doubling{'s' * (count != 2)} to come"
     first, *others = deepening.slots
     return Command(
         Op.GERMINATE, first, deepening.blueprint, view.blends[0] if view.blends else "", Tempo.INSTANT,

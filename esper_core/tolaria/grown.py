@@ -22,6 +22,8 @@ from esper_core.nissa.report.wording import listed, nats, number, quantity, show
 from esper_core.tolaria.progress import rows_as_table
 from esper_core.tolaria.trainer import RunResult
 
+_SHOWN: Final = 8
+"""Seeds whose gains a summary tells."""
 _CHANGES: Final = frozenset({"stage_changed"})
 
 
@@ -63,12 +65,14 @@ class Grown:
         doubt = self.undecided()
         seeds = [f"{path} ({self.plane.growths[path].blueprint}{', undecided' * (path in doubt)})"
                  for path in result.fossilized]  # fmt: skip
+        each = {f"seed {path}": text for path, text in self._gains().items()}
         share = result.params / max(1, result.host_params) - 1
         told = {
             "status": f"{result.status} after {result.steps:,} steps",
             f"{split} {result.metric.name}": f"{show_score(score, result.metric, 2)}, loss {nats(loss)}",
             **self._control(),
             "fossilized": listed(seeds) or "no seed",
+            **each,
             "parameters": f"{quantity(result.params)}, {share:+.1%} over the model's {quantity(result.host_params)}",
             "cost": quantity(result.total_flops, "FLOP"),
         }
@@ -83,12 +87,30 @@ class Grown:
 
     def undecided(self) -> set[str]:
         """Slots whose seed was kept although the interval of its gain reaches down to the rent, or below."""
+        figures = {slot: (low, rent) for slot, (_, low, _, rent) in self._figures().items()}
+        return {slot for slot, (low, rent) in figures.items() if low is not None and rent is not None and low <= rent}
+
+    def _gains(self) -> dict[str, str]:
+        """What each kept seed gained when it was judged, for at most `_SHOWN` of them."""
+        told = {}
+        for path in self.result.fossilized[:_SHOWN]:
+            gain, low, high, rent = self._figures().get(path, (None,) * 4)
+            if gain is None:
+                told[path] = "kept unmeasured"
+                continue
+            ends = f" [{low:+.3g}, {high:+.3g}]" if low is not None and high is not None else ""
+            told[path] = f"gain {gain:+.3g}{ends} nats against a rent of {nats(rent)}"
+        left = len(self.result.fossilized) - len(told)
+        return {**told, **({"…": f"{left} more, in the report"} if left > 0 else {})}
+
+    def _figures(self) -> dict[str, tuple[float | None, ...]]:
+        """Gain, its interval and the rent by which the last change of each slot was decided."""
         log = self.result.folder / "events.jsonl"
         kept = self.result.folder != Path() and log.is_file()  # the log holds what was before a run was resumed, too
         told = read_events(log, _CHANGES) if kept else (event.to_dict() for event in self.events)
         last = {str(event["slot"]): event for event in told if event is not None and event["kind"] in _CHANGES}
-        figures = {slot: (number(event.get("gain_low")), number(event.get("rent"))) for slot, event in last.items()}
-        return {slot for slot, (low, rent) in figures.items() if low is not None and rent is not None and low <= rent}
+        keys = ("gain", "gain_low", "gain_high", "rent")
+        return {slot: tuple(number(event.get(key)) for key in keys) for slot, event in last.items()}
 
     def summary(self) -> str:
         """The same as text, a line each."""

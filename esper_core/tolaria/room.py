@@ -14,6 +14,11 @@ _JUDGED: Final = 0.6
 """Share of a run that is left after the first seeds are born, about."""
 
 
+_FEW_EXAMPLES: Final = 100
+"""Validation examples below which a warning is given: the 95% interval of a seed's gain then exceeds a fifth of
+the standard deviation of one example's gain."""
+
+
 @attrs.frozen
 class Room:
     """What one blueprint costs here, and how often it fits.
@@ -115,4 +120,18 @@ def note_on_settling(config: RunConfig, plane: Plane, settle: int, steps: int) -
     return (
         f"seeds of {', '.join(at_once)} are measured {settle} steps after they were born, and the run has {steps}: "
         f"they will not be judged; try --set governor.settle={max(1, steps // 20)}"
+    )
+
+
+def note_on_validation(config: RunConfig, examples: int | None) -> str:
+    """What the user should know where the validation split is too small to judge seeds by, or the empty string.
+
+    Args:
+        examples: of the validation split; None where it does not say.
+    """
+    if config.controller.partition(":")[0] == "wait" or examples is None or examples >= _FEW_EXAMPLES:
+        return ""
+    return (
+        f"the validation split has {examples} examples, by which seeds are judged: with fewer than {_FEW_EXAMPLES} a "
+        "gain can seldom be told from chance, and a kept seed may well be undecided; try a larger validation split"
     )

@@ -321,6 +321,7 @@ class Plan:
         points: where seeds may grow. budgets: parameters and FLOPs that all seeds together may have.
         memory: bytes by use.
         room: what each blueprint costs, and how many of it the budget has room for.
+        examples: by split, None where a split does not say.
         seconds: about what training the host alone takes here, by a short trial; growth comes on top.
     """
 
@@ -338,6 +339,7 @@ class Plan:
     decisions: int
     memory: Mapping[str, int]
     room: tuple[Room, ...]
+    examples: Mapping[str, int | None]
     seconds: float
 
     def to_mapping(self) -> dict[str, Any]:
@@ -345,7 +347,7 @@ class Plan:
         plain = {f.name: getattr(self, f.name) for f in attrs.fields(Plan)}
         points = [{**attrs.asdict(p), "tags": sorted(p.tags)} for p in self.points]
         return {**plain, "config": self.config.to_mapping(), "points": points, "memory": dict(self.memory),
-                "room": [attrs.asdict(entry) for entry in self.room]}  # fmt: skip
+                "examples": dict(self.examples), "room": [attrs.asdict(entry) for entry in self.room]}  # fmt: skip
 
 
 def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Notify = _silent) -> Plan:
@@ -369,6 +371,7 @@ def plan_run(config: RunConfig, *, registry: Registry | None = None, notify: Not
         decisions=trainer.tolaria.decisions,
         memory=_estimate_memory(setup),
         room=measure_room(plane),
+        examples={name: getattr(task, name).examples for name in ("train", "validation", "test")},
         seconds=_estimate_seconds(setup),
     )
 

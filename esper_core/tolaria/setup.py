@@ -33,7 +33,7 @@ from esper_core.registry.record import Registered
 from esper_core.tolaria import assembly
 from esper_core.tolaria.allocating import AllocationConfig, check_allocation, reallocate
 from esper_core.tolaria.caller_options import in_python
-from esper_core.tolaria.config import RunConfig
+from esper_core.tolaria.config import SYNONYMS, RunConfig
 from esper_core.tolaria.flop_budget import (
     budget_of_minutes,
     fit_to_budget,
@@ -48,7 +48,7 @@ from esper_core.tolaria.own_objective import Judge, Loss, choose_objective
 from esper_core.tolaria.pretrained import keep_seeds
 from esper_core.tolaria.process_group import ProcessGroup
 from esper_core.tolaria.processes import own_device, strategy_of
-from esper_core.tolaria.room import note_on_settling, refuse_no_room
+from esper_core.tolaria.room import note_on_settling, note_on_validation, refuse_no_room
 from esper_core.tolaria.session import Tolaria
 from esper_core.tolaria.sharding import ShardingConfig
 from esper_core.tolaria.step import Precision, TrainingStep
@@ -217,7 +217,7 @@ def set_up(
         raise BadOption(f"allocate={config.allocate} in a world", "none: controllers place seeds there", "allocate=''")
     check_allocation(config, plane, assembly.part_config(config, "allocation", AllocationConfig))
     if not lenient and not gym:
-        for note in _notes_on_growth(config, plane, timetable):
+        for note in _notes_on_growth(config, plane, timetable, task):
             notify(note)
     if config.compile == "blocks":
         assembly.compile_host(host)
@@ -340,24 +340,38 @@ def set_up_module(
     plane = assembly.build_plane(config, registry, host, host_flops=flops, timetable=timetable)
     check_allocation(config, plane, assembly.part_config(config, "allocation", AllocationConfig))
     keep_seeds(plane)
-    for note in _notes_on_growth(config, plane, timetable):
+    for note in _notes_on_growth(config, plane, timetable, task):
         warnings.warn(in_python(note), stacklevel=3)
     precision = Precision.of(config.amp, device)
     return Setup(config, registry, device, precision, task, task.name, objective, plane, timetable)
 
 
-def _notes_on_growth(config: RunConfig, plane: Plane, timetable: Timetable) -> list[str]:
+def _notes_on_growth(config: RunConfig, plane: Plane, timetable: Timetable, task: TaskProtocol) -> list[str]:
     """What the user should know of growth before the first step.
 
     Raises:
         BadOption: a budget that the user gave has no room for any seed.
     """
     settle = assembly.part_config(config, "governor", GovernorConfig).settle
-    notes = refuse_no_room(config, plane), note_on_settling(config, plane, settle, timetable.steps)
+    notes = (
+        refuse_no_room(config, plane),
+        note_on_settling(config, plane, settle, timetable.steps),
+        note_on_validation(config, task.validation.examples),
+    )
     return [note for note in notes if note]
 
 
 # --- Validation ---
+
+
+def _own_option(option: str, value: object) -> str:
+    """An option of the run that a part's unknown option may mean, as it is typed; else the empty string."""
+    from difflib import get_close_matches  # only mistakes pay for it
+
+    known = {field.name: field.name for field in attrs.fields(RunConfig) if field.name != "settings"}
+    known.update(SYNONYMS)
+    near = get_close_matches(option.replace("-", "_"), known, 1, 0.65)
+    return f"--{known[near[0]].replace('_', '-')} {value}, an option of the run" if near else ""
 
 
 def check_settings(
@@ -388,7 +402,8 @@ def check_settings(
             )
         if option not in known[owner]:
             takes = ", ".join(sorted(known[owner])) or "no options"
-            raise BadOption(f"{owner} takes no option {option!r}", takes, did_you_mean(option, known[owner]))
+            hint = did_you_mean(option, known[owner]) or _own_option(option, config.settings[key])
+            raise BadOption(f"{owner} takes no option {option!r}", takes, hint)
         if option not in used.get(owner, ()):
             raise BadOption(
                 f"setting {key!r} has no effect in this run",

@@ -154,7 +154,9 @@ def compare_run(
     if todo:
         arms = ", ".join(dict.fromkeys(unit.arm for unit in todo))
         at_once = config.workers or (DEFAULT if config.ray is None else "as many as fit")
-        notify(f"comparing: {len(todo)} more training{'s' * (len(todo) != 1)} ({arms}), {at_once} at a time")
+        took = training_seconds(folder.path)
+        told = "" if took is None else f"; the run took {took:.3g} s, and so will most of them"
+        notify(f"comparing: {len(todo)} more training{'s' * (len(todo) != 1)} ({arms}), {at_once} at a time{told}")
     failed: list[tuple[Unit, Exception]] = []
     if todo:
         workers = open_workers(

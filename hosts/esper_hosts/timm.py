@@ -27,6 +27,12 @@ GRID: Final = 4
 """Positions along each side that the first point must at least have."""
 
 
+def _costlier(before: int, after: int) -> str:
+    """By what factor an example has more pixels, which is about what it costs more."""
+    factor = after / max(1, before)
+    return f": {factor:.3g} times the pixels, and about as many times the FLOPs of an example" if factor > 1.5 else ""
+
+
 @attrs.frozen
 class Resize:
     """Resizes images (N, C, H, W) to `size` × `size`, bilinearly; smaller ones without a filter."""
@@ -104,6 +110,7 @@ def timm(
         notes.append(
             f"inputs of {shape[1]}×{shape[2]} are resized to {target.size}×{target.size} for {argument}"
             + (f", {target.reason}" if target.reason else "")
+            + _costlier(shape[1] * shape[2], target.size**2)
         )
     try:
         with torch.random.fork_rng(devices=[]):

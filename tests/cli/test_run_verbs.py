@@ -163,7 +163,8 @@ def test_runs_are_listed_and_compared(home: Path, grown: Result) -> None:
 def test_dry_run_shows_the_plan_and_trains_nothing(home: Path) -> None:
     before = set(home.rglob("*"))
     text = esper(home, "run", "--dry-run", "--host", "cnn", "--budget-params", "10%").output
-    for word in ("cnn, 94.2k parameters", "digits, 10 outputs", "9.42k parameters", "block3", "NCHW 128×1×1", "memory"):
+    for word in ("cnn, 94.2k parameters", "digits, 10 outputs", "9.42k parameters", "block3", "NCHW 128×1×1", "memory",
+                 "training 1,078, validation 269, test 450"):  # fmt: skip
         assert word in text
     plan = json.loads(esper(home, "run", "--host", "cnn", "--dry-run", "--json-lines").stdout)
     assert plan["host_params"] == 94_186 and [p["name"] for p in plan["points"]] == ["block1", "block2", "block3"]
@@ -194,6 +195,7 @@ def test_options_come_from_a_file_and_from_the_line_which_wins(home: Path) -> No
         (["--budget-params", "lots"], "a share such as 20%"),
         (["--device", "gpu"], "there is no device 'gpu'"),
         (["--slots", "block9"], "did you mean block3"),
+        (["--task", "digits", "--set", "digits.batch=16"], "--batch-size 16, an option of the run"),
         (["--task", "pydoc"], "cnn cannot take the examples of task pydoc"),
         (["--task", "torchvision:CIFAR10"], "--task torchvision:CIFAR10 --download"),
     ],

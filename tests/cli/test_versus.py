@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def test_a_run_carries_its_own_control(home: Path, versus: str) -> None:  # noqa
     told = " ".join(versus.split())
     assert "by the host alone at equal FLOPs, grown" in told and text in told and "--arms host@FLOPs" not in told
     assert text in (home / "versus" / "report.html").read_text()
+    assert "control runs: 3 more trainings, 2 of the host alone and 1 of the grown network" in told
+    assert re.search(r"with its start, and \d+:\d\d for the control", told)
+    text = " ".join(esper(home, "report", "versus", "--text").output.split())
+    assert "by the host alone at equal FLOPs, grown" in text and "cost" in text
+    assert "one of them" in esper(home, "report", "versus", "--text", "--open", code=2).output
     listed = esper(home, "runs", "list", ".").output
     assert " pt ?" in listed and "fewer than 3 seeds" in listed and max(map(len, listed.splitlines())) <= 80
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,15 @@ def test_a_summary_names_the_missing_control_and_the_seeds_that_are_undecided(tm
             file.write(json.dumps(decided) + "\n")
         kept = attrs.evolve(found, plane=plane, result=attrs.evolve(found.result, fossilized=(slot,)))
         assert kept.rows()["fossilized"] == told
+        assert kept.rows()[f"seed {slot}"] == f"gain +0.04 [{low:+.3g}, +0.07] nats against a rent of 0.02"
+
+
+def test_a_validation_split_by_which_no_seed_can_be_judged_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="validation split has 48 examples"):
+        grown(epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        grown(epochs=1, controller="wait")
 
 
 def test_progress_is_a_line_an_epoch() -> None:

@@ -149,7 +149,7 @@ _PHRASES: Final[Mapping[str, Callable[[Record], str]]] = {
     "run_started": lambda e: (
         f"{e.get('host')} on {e.get('task')} under {e.get('controller')}, seed {e.get('seed')}: "
         f"{quantity(e.get('host_params'))} parameters, {quantity(e.get('host_flops'), 'FLOP')} an example, "
-        f"{len(e.get('points') or [])} points to grow at"
+        f"{len(e.get('points') or [])} point{'s' * (len(e.get('points') or []) != 1)} to grow at"
     ),
     "epoch_ended": _epoch,
     "decided": _decided,
