@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -59,9 +60,11 @@ def check_buildable(recipe: object, source: object, host: str = OWN_MODEL) -> No
         )  # fmt: skip
     if library not in _LIBRARIES:
         name = "build" if str(told.get("class", "")).startswith("torch.") else name  # such as a Sequential
+        run = (Path(str(source)) / "run.json").is_file()
+        verb = f", or esper export {typed(str(source))} --host module:FILE.py:{name}" if run else ""
         raise BadOption(
             f"{source} grew from a module of your own, which only you can build", f"an untrained {_name_of(told)}",
-            f"model={name}(...) in Python, or esper export {typed(str(source))} --host module:FILE.py:{name}",
+            f"model={name}(...) in Python{verb}",
         )  # fmt: skip
     if importlib.util.find_spec(library) is None:
         raise MissingDependency(f"{source} grew from a model of {library}", "", f"pip install {library}")

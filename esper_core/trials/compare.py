@@ -155,7 +155,7 @@ def compare_run(
         arms = ", ".join(dict.fromkeys(unit.arm for unit in todo))
         at_once = config.workers or (DEFAULT if config.ray is None else "as many as fit")
         took = training_seconds(folder.path)
-        told = "" if took is None else f"; the run took {took:.3g} s, and so will most of them"
+        told = "" if took is None else f"; the run itself trained for {took:.3g} s"
         notify(f"comparing: {len(todo)} more training{'s' * (len(todo) != 1)} ({arms}), {at_once} at a time{told}")
     failed: list[tuple[Unit, Exception]] = []
     if todo:
