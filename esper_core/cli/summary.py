@@ -101,8 +101,8 @@ def show(
     spent = [quantity(run["total_flops"], "FLOP")]
     spent += [f"{clock(run['seconds'])} of training"] if run["seconds"] is not None else []
     if seconds is not None:
-        spent.append(f"{clock(seconds)} {'since it was resumed' if resumed else 'with its start'}")
-    spent += [f"and {clock(control)} for the control"] if control else []
+        spent.append(f"{clock(seconds + control)} {'since it was resumed' if resumed else 'in all'}")
+    spent += [f"{clock(control)} of it for the control"] if control else []
     table.add_row("cost", f"{', '.join(spent)}{rolled}")
     if report is not None:
         table.add_row("report", str(report))

@@ -28,7 +28,7 @@ def test_a_run_carries_its_own_control(home: Path, versus: str) -> None:  # noqa
     assert "by the host alone at equal FLOPs, grown" in told and text in told and "--arms host@FLOPs" not in told
     assert text in (home / "versus" / "report.html").read_text()
     assert "control runs: 3 more trainings, 2 of the host alone and 1 of the grown network" in told
-    assert re.search(r"with its start, and \d+:\d\d for the control", told)
+    assert re.search(r"in all, \d+:\d\d of it for the control", told)
     text = " ".join(esper(home, "report", "versus", "--text").output.split())
     assert "by the host alone at equal FLOPs, grown" in text and "cost" in text
     assert "one of them" in esper(home, "report", "versus", "--text", "--open", code=2).output
