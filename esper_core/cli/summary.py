@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from esper_core.cli.display import Display
 
 
-def conclude(
-    folder: Path, display: Display, seconds: float, *, resumed: bool = False, control: float = 0.0
-) -> int:
+def conclude(folder: Path, display: Display, seconds: float, *, resumed: bool = False, control: float = 0.0) -> int:
     """Write the report and print the summary.
 
     Args:

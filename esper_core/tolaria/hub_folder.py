@@ -135,8 +135,13 @@ def _beside(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 def _describe(plane: Plane, about: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.json` says; the weights' file has the same in its header, which is what is read."""
     seeds = [
-        {"slot": path, "blueprint": growth.blueprint, "stage": growth.stage.value, "merged": growth.merged,
-         "undecided": path in result.get("undecided", ())}
+        {
+            "slot": path,
+            "blueprint": growth.blueprint,
+            "stage": growth.stage.value,
+            "merged": growth.merged,
+            "undecided": path in result.get("undecided", ()),
+        }
         for path, growth in plane.growths.items()
         if STAGES[growth.stage].contributes
     ]
