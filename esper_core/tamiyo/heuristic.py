@@ -41,9 +41,12 @@ _OTHER: Final = 0.6
 _CERTAIN: Final = 3
 """Measurements from which on a seed's harm can be certain."""
 _FEW: Final = 8
-"""Seeds that may be alive and not yet fossilised on a host of at most twice as many slots."""
+"""Seeds that may be alive and not yet fossilised on a host of at most twice as many slots; more of them are many: what
+is measured of each depends on what the others do."""
 _TOGETHER: Final = 2
 """Seeds that may leave at once in any case."""
+_ERRORS: Final = 1.96
+"""Standard errors by which the loss of many isolated seeds may be better than it was read."""
 _SETTLING: Final = 3
 """Decisions from the end of blending to fossilisation: one in shadow, two in probation."""
 
@@ -179,6 +182,7 @@ class HeuristicController:
         self._measured: dict[str, list[float]] = {}  # slot → its seed's gains at full alpha, one a decision, nats
         self._failures: dict[str, int] = {}  # "slot blueprint" → how often such a seed was lost
         self._alive: dict[str, str] = {}  # slot → blueprint, at the last decision
+        self._crowd = 0  # most seeds that contributed at once so far
         self._withering: set[str] = set()  # what it withered itself; an auditor's seeds are the auditor's
         self._slow: set[str] = set()  # isolated seeds that fell short of their rent at the last decision
         self._planted = 0
@@ -225,6 +229,7 @@ class HeuristicController:
             "withering": sorted(self._withering),
             "slow": sorted(self._slow),
             "planted": self._planted,
+            "crowd": self._crowd,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,7 +239,7 @@ class HeuristicController:
         self._measured = {path: list(gains) for path, gains in state["measured"].items()}
         self._failures, self._alive = dict(state["failures"]), dict(state["alive"])
         self._withering, self._planted = set(state["withering"]), int(state["planted"])
-        self._slow = set(state.get("slow", ()))
+        self._slow, self._crowd = set(state.get("slow", ())), int(state.get("crowd", 0))
 
     def _remember(self, view: RunView) -> None:
         alive = {slot.path: slot.blueprint for slot in view.slots if STAGES[slot.stage].occupied}
@@ -246,12 +251,13 @@ class HeuristicController:
         self._slow &= {slot.path for slot in view.slots if slot.stage.spec.isolated}
         self._withering &= {slot.path for slot in view.slots if slot.stage.spec.leaving}
         self._measured = {path: gains for path, gains in self._measured.items() if path in alive}
+        many = self._crowd > _FEW
         for slot in view.slots:
             if slot.counterfactual is not None and slot.stage.spec.settled:
                 gains = self._measured.setdefault(slot.path, [])
                 gains.append(slot.counterfactual.mean)
                 born = f"{slot.path}@{view.decision - slot.age}"
-                self._gains.setdefault(slot.blueprint, {})[born] = fmean(_later(gains))
+                self._gains.setdefault(slot.blueprint, {})[born] = fmean(_later(gains) if many else gains)
 
     # Seeds that live already
 
@@ -267,10 +273,11 @@ class HeuristicController:
     def _end_isolation(self, slot: SlotView, view: RunView) -> Command | None:
         isolation = self.config.isolation * view.decisions
         rent = view.rent * slot.tree_params / max(view.host_params, 1)
-        prospect, again = isolated_prospect(slot, view), slot.path in self._slow
+        many = sum(other.stage.spec.isolated for other in view.slots) > _FEW
+        prospect, again = isolated_prospect(slot, view, _ERRORS if many else 0.0), slot.path in self._slow
         self._slow.discard(slot.path)
         if prospect is not None and prospect < rent and Op.CULL in slot.legal:
-            if not again:  # isolated seeds see the same batches, so one bad reading condemns them all at once
+            if many and not again:  # they see the same batches, so one bad reading condemns them all at once
                 self._slow.add(slot.path)
                 return None
             self._gains.setdefault(slot.blueprint, {})[f"{slot.path}@{view.decision - slot.age}"] = max(prospect, 0.0)
@@ -325,7 +332,7 @@ class HeuristicController:
         return Interval(mean, mean - half, mean + half, latest.count)
 
     def _in_portions(self, commands: Sequence[Command], view: RunView) -> list[Command]:
-        """`commands` with so few removals that a quarter of what contributes leaves at a time, the worst first.
+        """`commands` with so few removals that, once seeds are many, a quarter leaves at a time, the worst first.
 
         Each counterfactual is that of one seed while all others stay. Where many do the same thing, each is worth
         nothing beside the others, and the last ones a lot; where they overshoot together, each harms until some have
@@ -333,7 +340,9 @@ class HeuristicController:
         """
         slots = {slot.path: slot for slot in view.slots}
         leaving = sum(slot.stage.spec.leaving for slot in view.slots)
-        room = max(_TOGETHER, sum(slot.stage.spec.contributes for slot in view.slots) // 4) - leaving
+        live = sum(slot.stage.spec.contributes for slot in view.slots)
+        self._crowd = max(self._crowd, live)
+        room = max(_TOGETHER, live // 4) - leaving if self._crowd > _FEW else len(commands)
         removals = [command for command in commands if command.op is Op.WITHER and command.gain is not None]
         removals.sort(key=lambda c: (not self._harms(slots[c.slot], c.gain, view), c.gain.mean if c.gain else 0.0))
         for command in removals[max(0, room) :]:
@@ -437,7 +446,8 @@ class HeuristicController:
         config, gains = self.config, self._gains.get(blueprint.name, {}).values()
         tenths = 10.0 * blueprint.params / max(view.host_params, 1)
         guess = config.prior_gain * prior(blueprint.family, slot) * math.pow(tenths, config.elasticity)
-        found = math.fsum(max(gain, 0.0) for gain in gains)  # what harms is removed
+        floor = 0.0 if len(gains) > _FEW else -math.inf  # many overshoot together: their harm is not the next seed's
+        found = math.fsum(max(gain, floor) for gain in gains)
         return (config.prior_weight * guess + found) / max(config.prior_weight + len(gains), 1e-9)
 
     # Words and pace

@@ -17,16 +17,17 @@ from esper_core.leyline.view import Interval, RunView, SlotView
 _WARM_UP: Final = 3.0
 """Exponent of the growth of an isolated seed's gain with its age: the size of its output grows with the square of the
 time while its learning rate rises, and what the loss asks for at the slot grows as the host learns."""
-_Z: Final = 1.959963984540054
 
 
-def isolated_prospect(slot: SlotView, view: RunView) -> float | None:
+def isolated_prospect(slot: SlotView, view: RunView, errors: float = 0.0) -> float | None:
     """Largest gain (nats) of an isolated seed by the end of the run, if it goes on at its pace.
 
     The seed's own loss while isolated is the first-order change of the host's loss that its output would make. It
     starts at zero and grows fast, so that only seeds that learn nothing at all fall short of their rent by it. It is a
-    mean over few batches, and one step of the host that is too long turns it for all isolated seeds at once. So its
-    lower end counts: the mean less two standard errors, `proxy_error`.
+    mean over few batches, and one step of the host that is too long turns it for all isolated seeds at once.
+
+    Args:
+        errors: standard errors of that mean, `proxy_error`, by which it may be better.
 
     Returns:
         None where the seed is not isolated or its own loss has not been measured since its first step: before it, an
@@ -35,7 +36,7 @@ def isolated_prospect(slot: SlotView, view: RunView) -> float | None:
     reading = slot.readings.get("proxy_loss")
     if not STAGES[slot.stage].isolated or reading is None or not math.isfinite(reading) or not reading or slot.age < 1:
         return None
-    best = _Z * slot.readings.get("proxy_error", 0.0) - reading
+    best = errors * slot.readings.get("proxy_error", 0.0) - reading
     return best * math.pow(_stretch(slot, view), _WARM_UP)
 
 

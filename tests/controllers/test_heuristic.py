@@ -239,8 +239,8 @@ def test_a_seed_whose_loss_was_read_before_its_first_step_is_not_judged_by_it() 
 
 def test_one_reading_that_turned_for_every_isolated_seed_at_once_culls_none_of_them() -> None:
     """Seeds see the same batches: one step of the host that was too long raised the loss of all, and all were lost."""
-    lab = Lab(lambda s, b: 0.2, {f"s{i}": 1.0 for i in range(6)}, 40, budget=600, learns=lambda name: False)
-    controller = HeuristicController()
+    lab = Lab(lambda s, b: 0.2, {f"s{i}": 1.0 for i in range(12)}, 40, budget=1200, learns=lambda name: False)
+    controller = HeuristicController(at_once=12)
     while not any(slot.stage is Stage.TRAINING for slot in lab.slots):
         for command in controller.decide(lab.view()):
             lab.apply(command)
@@ -274,3 +274,11 @@ def test_seeds_that_do_the_same_thing_leave_in_portions_and_the_last_ones_stay()
     withered = Counter(decision for decision, command in lab.log if command.op is Op.WITHER)
     assert max(withered.values()) == 4
     assert list(lab.stages().values()).count(Stage.FOSSILIZED) >= 2
+
+
+def test_few_seeds_are_judged_by_one_reading_and_leave_together() -> None:
+    """Another decision costs rent, and a few seeds are told apart."""
+    lab = Lab(lambda s, b: -0.05, {f"s{i}": 1.0 for i in range(4)}, 40, budget=None, blueprints=(CONV,))
+    lab.run(HeuristicController())
+    withered = Counter(decision for decision, command in lab.log if command.op is Op.WITHER)
+    assert max(withered.values()) == 4
