@@ -7,6 +7,7 @@ protocols share the workers, in the order given.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 from importlib import import_module
@@ -59,11 +60,21 @@ def main() -> None:
         result: dict[str, Any] = protocol.judge(mine)
         report = files[name].with_suffix(".json")
         command = f"python -m benchmarks.ecology {name}"
-        write_json_file(report, {"command": command, **about, "runs": len(mine), "of": len(jobs[name]), **result})
+        found = {"command": command, **about, "runs": len(mine), "of": len(jobs[name]), **result}
+        write_json_file(report, _plain(found))
         print(f"{name}: {len(mine)} of {len(jobs[name])} runs")
         for bar in result["bars"]:
             print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['value']}")
         print("written to", report)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for what is not finite, such as the interval of a single pair: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":
