@@ -20,10 +20,10 @@ from esper_core.nissa.report.overview import summarise_run
 from esper_core.registry import Registry
 from esper_core.storage.tensor_file import read_json_file, write_json_file
 from esper_core.tolaria.config import RunConfig
-from esper_core.tolaria.grown import Grown
 from esper_core.tolaria.model_file import load_model, load_plane, named_run, save_model
 
 if TYPE_CHECKING:
+    from esper_core.tolaria.grown import Grown
     from esper_core.tolaria.session import Tolaria
 
 FORMAT: Final = "esper-pretrained-1"
@@ -108,9 +108,9 @@ def _found(grown: Any, weights: str, model: nn.Module | None = None) -> tuple[Pl
     if model is not None:
         raise BadOption("model= beside a model in memory", "a run's folder, or no model=", "save_pretrained(grown, …)")
     plane: Plane = grown if isinstance(grown, Plane) else grown.plane
-    result = grown.result.to_mapping() if hasattr(grown, "result") else {}
-    if isinstance(grown, Grown):
-        folder = grown.result.folder
+    result: dict[str, Any] = {}
+    if hasattr(grown, "result"):  # of `grow`
+        result, folder = grown.result.to_mapping(), grown.result.folder
         result = _beside(folder, result) if folder != Path() else {**result, "undecided": sorted(grown.undecided())}
     config = RunConfig(host=OWN_MODEL, blueprints=tuple(plane.candidates), seed=plane.seed)
     brought = {"name": "loaders", "kind": "", "outputs": 0, "input_shape": []}
