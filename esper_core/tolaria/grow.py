@@ -382,6 +382,9 @@ def accompany(
     with untouched_if_refused(model):
         setup = set_up_module(config, registry, own, task, Timetable.of_steps(config, steps, decisions))
         own_options = assembly.part_config(config, "optimizer", OptimizerConfig)
+        if own_options.decay != "all":
+            raise BadOption(f"optimizer.decay={own_options.decay} in a loop of your own", "all: seeds take the weight "
+                            "decay of your optimizer's groups", "groups of your optimizer without it")  # fmt: skip
         seeds = GrowthOptimizer((), config, own_options, others=others, adopt=adopted({**options, **config.settings}))
         setup.plane.ranks = ranks
         ranks.compare({}, {"the options": config.to_mapping(), "the points": list(setup.plane.slots)}, 0)

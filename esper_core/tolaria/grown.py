@@ -92,9 +92,9 @@ class Grown:
 
     def _gains(self) -> dict[str, str]:
         """What each kept seed gained when it was judged, for at most `_SHOWN` of them."""
-        told = {}
+        told, figures = {}, self._figures()
         for path in self.result.fossilized[:_SHOWN]:
-            gain, low, high, rent = self._figures().get(path, (None,) * 4)
+            gain, low, high, rent = figures.get(path, (None,) * 4)
             if gain is None:
                 told[path] = "kept unmeasured"
                 continue

@@ -34,8 +34,7 @@ class OptimizerConfig:
     fused: bool = option_field(True, "one kernel for a group, where the device has it")
     decay: str = option_field(
         "all",
-        "what weight decay holds for: matrices leaves out norms, biases and other vectors; seeds in a loop of one's "
-        "own go by the loop's groups",
+        "what weight decay holds for: matrices leaves out norms, biases and other vectors",
         choices=("all", "matrices"),
     )
 
@@ -288,7 +287,7 @@ class GrowthOptimizer:
         return group
 
     def _decays(self, parameter: Tensor) -> bool:
-        return self.options.decay == "all" or bool(self.others) or parameter.dim() > 1
+        return self.options.decay == "all" or parameter.dim() > 1
 
     def _extend(self, seed: SeedGroup, parameters: Iterable[nn.Parameter]) -> None:
         """Add parameters to the groups of a seed that has some already."""

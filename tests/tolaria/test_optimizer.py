@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_core.leyline.errors import UntrackedParameter
+from esper_core.leyline.errors import BadOption, UntrackedParameter
+from esper_core.tolaria.grow import accompany
 from esper_core.tolaria.optimizer import GrowthOptimizer, OptimizerConfig
 from esper_core.tolaria.schedules import SCHEDULES, learning_rate_share
 from esper_core.tolaria.snapshot import Snapshot, training_tensors
@@ -198,3 +199,11 @@ def test_weight_decay_can_leave_vectors_alone(kind):
     assert {id(p) for group in optimizer.torch.param_groups for p in group["params"]} == {
         id(p) for p in plane.host.module.parameters()
     }
+
+
+def test_in_a_loop_of_ones_own_decay_is_that_of_the_loops_groups():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    sample = torch.randn(8, 4), torch.randint(0, 2, (8,))
+    settings = {"optimizer.decay": "matrices"}
+    with pytest.raises(BadOption, match="in a loop of your own"):
+        accompany(model, torch.optim.AdamW(model.parameters()), sample, steps=10, settings=settings)
